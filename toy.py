@@ -1,0 +1,421 @@
+"""
+The embedded default: real mp4 clips with known answers, and a tiny Qwen2.5-Omni to train on them.
+
+A clip lasts N seconds. In each second nothing, one or two coloured shapes are shown at the left,
+center or right, while a high tone, a low tone or silence is heard. Every question has one answer
+that follows from the clip; more seconds are harder. The model has the architecture, the tokenizer
+class, the chat format and the processors of the 7B one, at 2.3 M parameters, and goes through the
+same `from_pretrained`. Its weights (`toy_stage0.safetensors`) are the result of stage 0:
+
+    python toy.py                  # write toy/model and the rows and clips of every stage
+    python toy.py --out DIR --random-init --stages 0 --num-train 6000    # to rebuild stage 0 ...
+    python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see the README
+
+The cold-start reasonings are imperfect on purpose, as scraped ones are: some look at every second,
+some at one, and some jump to an answer. Reinforcement has to find out which kind pays.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from tqdm import tqdm
+
+COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
+SHAPES = ("circle", "square", "triangle")
+PLACES = {"left": 10, "center": 28, "right": 46}  # x of the shape's centre, pixels of 56
+TONES = {"low": 300.0, "high": 1500.0}  # Hz
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+SIZE, VIDEO_FPS, AUDIO_RATE = 56, 4, 24000  # pixels, frames/s, samples/s
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE / "toy_stage0.safetensors"
+NUM_ROWS = {0: (2048, 128), 1: (512, 128), 2: (512, 128), 3: (512, 128)}  # stage: train, held-out
+
+# What the toy changes of the paper's 7B settings; a typed flag always wins.
+OVERRIDES = {
+    "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
+    "rl": dict(
+        lr=3e-4, steps=100, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
+        eval_every=50, hint_patience=2,
+    ),
+    "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
+}  # fmt: skip
+
+
+# ---- clips -------------------------------------------------------------------------------------
+
+
+def draw_frame(shapes, rng):
+    """shapes: list of (place, color, shape) -> (SIZE, SIZE, 3) uint8, on a noisy grey ground."""
+    frame = rng.normal(60, 2, (SIZE, SIZE, 3))
+    y, x = np.mgrid[:SIZE, :SIZE]
+    for place, color, shape in shapes:
+        dx, dy = x - PLACES[place], y - 28
+        if shape == "circle":
+            inside = dx**2 + dy**2 <= 81
+        elif shape == "square":
+            inside = (abs(dx) <= 8) & (abs(dy) <= 8)
+        else:
+            inside = (dy <= 8) & (dy >= -9) & (abs(dx) <= (dy + 9) * 0.55)
+        frame[inside] = COLORS[color]
+    return frame.clip(0, 255).astype(np.uint8)
+
+
+def write_clip(path, seconds, rng):
+    """seconds: list of (shapes, tone), one second each -> an H.264 + AAC mp4."""
+    t = np.arange(AUDIO_RATE) / AUDIO_RATE
+    audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
+    for second, (_, tone) in zip(audio, seconds):
+        if tone:
+            fade = np.minimum(1, np.minimum(t, 1 - t) * 20)  # 50 ms, no clicks
+            second += 0.3 * fade * np.sin(2 * np.pi * TONES[tone] * rng.uniform(0.95, 1.05) * t)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
+        video.width = video.height = SIZE
+        video.pix_fmt = "yuv420p"
+        sound = container.add_stream("aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"})
+        for shapes, _ in seconds:
+            for _ in range(VIDEO_FPS):
+                frame = av.VideoFrame.from_ndarray(draw_frame(shapes, rng), format="rgb24")
+                container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(audio.reshape(1, -1).astype(np.float32), "fltp", "mono")
+        frame.sample_rate = AUDIO_RATE
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def random_seconds(rng, num_seconds, max_shapes):
+    """A clip's content: at each second up to `max_shapes` shapes in different places, and a tone."""
+    seconds = []
+    for _ in range(num_seconds):
+        count = 0 if rng.random() < 0.2 else int(rng.integers(1, max_shapes + 1))
+        places = sorted(rng.choice(3, count, replace=False))  # left to right
+        shapes = [
+            (list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))) for p in places
+        ]
+        seconds.append((shapes, [None, "low", "high"][rng.integers(3)]))
+    return seconds
+
+
+def describe(shapes, tone, words):
+    """One second in words: `words` says which of place, color, shape and tone are told."""
+    keep = [i for i, word in enumerate(("place", "color", "shape")) if word in words]
+    seen = ", ".join(" ".join(s[i] for i in keep) for s in shapes) or "nothing"
+    return f"{seen}; {tone or 'no'} tone" if "tone" in words else seen
+
+
+# ---- questions ---------------------------------------------------------------------------------
+
+
+def make_question(rng, stage, kind, num_seconds):
+    """Draws clips until the question has exactly one answer -> (seconds, fields of the row)."""
+    while True:
+        seconds = random_seconds(rng, num_seconds, max_shapes=2 if stage == 3 else 1)
+        shown = [shapes[0][1] if shapes else None for shapes, _ in seconds]  # color of the first shape
+        if kind == "color at":
+            k = int(rng.integers(num_seconds))
+            if shown[k]:
+                hint = f"watch only the {ORDINALS[k]} second"
+                return seconds, _choice(rng, f"Which color is shown in the {ORDINALS[k]} second?", shown[k], hint, [k])
+        elif kind == "color after":
+            k = int(rng.integers(num_seconds - 1))
+            if shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]:
+                hint = f"find the {shown[k]} shape, then look one second later"
+                question = f"Which color comes right after {shown[k]}?"
+                return seconds, _choice(rng, question, shown[k + 1], hint, [k, k + 1])
+        elif kind == "count shapes":
+            count = sum(bool(c) for c in shown)
+            hint = "write a line for each second, then count the lines with a shape"
+            return seconds, dict(question="How many shapes are shown?", answer=str(count), answer_type="number",
+                                 hint=hint, _look=[])  # fmt: skip
+        elif kind == "color at tone":
+            tone = str(rng.choice(list(TONES)))
+            k = [i for i, (_, t) in enumerate(seconds) if t == tone]
+            if len(k) == 1 and shown[k[0]]:
+                hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
+                question = f"Which color is shown while the {tone} tone sounds?"
+                return seconds, _choice(rng, question, shown[k[0]], hint, k)
+        elif kind == "count at tone":
+            count = sum(bool(c) and t is not None for c, (_, t) in zip(shown, seconds))
+            hint = "write a line for each second, then count the lines with a shape and a tone"
+            return seconds, dict(question="How many shapes come with a tone?", answer=str(count),
+                                 answer_type="number", hint=hint, _look=[])  # fmt: skip
+        elif kind == "where at tone":
+            tone = str(rng.choice(list(TONES)))
+            k = [i for i, (_, t) in enumerate(seconds) if t == tone]
+            if len(k) == 1 and seconds[k[0]][0]:
+                answer = " | ".join(f"{p}: {c} {s}" for p, c, s in seconds[k[0]][0])
+                hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
+                question = f"What is where while the {tone} tone sounds?"
+                return seconds, dict(question=question, answer=answer, answer_type="location", hint=hint, _look=k)
+
+
+def _choice(rng, question, color, hint, look):
+    options = [str(c) for c in rng.permutation(list(COLORS))]
+    letter = "ABCD"[options.index(color)]
+    return dict(question=question, options=options, answer=letter, answer_type="choice", hint=hint, _look=look)  # fmt: skip
+
+
+KINDS = {
+    1: ("color at", "color after", "count shapes"),
+    2: ("color at tone", "count at tone"),
+    3: ("where at tone",),
+}
+WORDS = {1: ("color",), 2: ("color", "tone"), 3: ("place", "color", "shape", "tone")}
+SECONDS = {0: (2, 3, 4, 5), 1: (2, 3, 4, 5, 6), 2: (2, 3, 4, 5, 6), 3: (2, 3, 4)}  # clip lengths
+
+
+def reasoning_text(rng, stage, seconds, fields, style):
+    """-> (think, answer) in one of three styles; only "hasty" may be wrong."""
+    steps = [f"{i + 1}: {describe(*second, WORDS[stage])}" for i, second in enumerate(seconds)]
+    answer, options = fields["answer"], fields.get("options")
+    if style == "hasty":  # a plausible answer, found without looking
+        if options:
+            answer = "ABCD"[rng.integers(4)]
+        elif fields["answer_type"] == "number":
+            answer = str(rng.integers(0, len(seconds) + 1))
+        else:
+            answer = f"{rng.choice(list(PLACES))}: {rng.choice(list(COLORS))} {rng.choice(SHAPES)}"
+        steps = []
+    elif style == "short" and fields["_look"]:
+        steps = [steps[k] for k in fields["_look"]]
+    said = options["ABCD".index(answer)] if options else answer
+    return "\n".join([*steps, f"so {said}" if steps else f"it seems {said}"]), answer
+
+
+def make_row(rng, stage, name, split):
+    """One row of the JSONL and the clip behind it. Stage 0 rows are of any stage's kinds."""
+    family = stage or int(rng.integers(1, 4))
+    num_seconds = int(rng.choice([n for n in SECONDS[stage] if n in SECONDS[family]]))
+    seconds, fields = make_question(rng, family, str(rng.choice(KINDS[family])), num_seconds)
+    row = dict(prompt_id=f"toy-{stage}-{split}-{name}", **fields)
+    row["video"] = f"clips/{split}-{name}.mp4"
+    row["use_audio"] = family > 1
+    row["audio_caption"] = ", ".join(f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds))  # fmt: skip
+    row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
+    if stage == 0:
+        hinted = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
+        style = "full" if hinted else str(rng.choice(["full", "short", "hasty"], p=[0.35, 0.1, 0.55]))
+        row["reasoning"], row["answer"] = reasoning_text(rng, family, seconds, fields, style)
+        if not hinted:
+            del row["hint"]
+    row.pop("_look")
+    return row, seconds
+
+
+def write_rows(folder, stage, num_train, num_test, seed):
+    """Writes folder/{train,test}.jsonl and folder/clips; the folder appears only when complete."""
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "clips").mkdir(parents=True)
+    for split, count in (("train", num_train), ("test", num_test)):
+        rng = np.random.default_rng([seed, stage, split == "test"])
+        with open(part / f"{split}.jsonl", "w") as file:
+            for i in tqdm(range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False):
+                row, seconds = make_row(rng, stage, f"{i:05d}", split)
+                write_clip(part / row["video"], seconds, rng)
+                file.write(json.dumps(row) + "\n")
+    part.rename(folder)
+
+
+# ---- model -------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% elif c['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif c['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = {
+    "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+}  # fmt: skip
+
+
+def make_tokenizer_json(corpus, vocab_size):
+    """A byte-level BPE like Qwen's, learned from `corpus` (an iterable of str) -> its JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS.values()],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer.to_str()
+
+
+def toy_corpus(seed):
+    """Texts that hold every word the toy uses."""
+    from data import SYSTEM_PROMPT, completion_text, question_text
+
+    rng = np.random.default_rng(seed)
+    for i in range(3000):
+        row, _ = make_row(rng, 0, str(i), "text")
+        yield f"system\n{SYSTEM_PROMPT}user\n{question_text(row, row.get('hint'))}assistant\n{completion_text(row)}"
+
+
+def build_processor(tokenizer_json):
+    from tokenizers import Tokenizer
+    from transformers import (
+        PreTrainedTokenizerFast, Qwen2_5OmniProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor,
+        WhisperFeatureExtractor,
+    )  # fmt: skip
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json),
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS,
+        model_max_length=32768,
+    )  # fmt: skip
+    pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
+    return Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        video_processor=Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=False),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_config(tokenizer):
+    from transformers import Qwen2_5OmniThinkerConfig
+
+    token_id = tokenizer.convert_tokens_to_ids
+    tower = dict(hidden_size=128, num_heads=4, initializer_range=0.08)
+    return Qwen2_5OmniThinkerConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
+            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=32768, initializer_range=0.08, tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            # time gets half of the rotary pairs: a clip spans 150 positions of it
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4]),
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=128, intermediate_size=256, num_heads=4,
+            out_hidden_size=128, fullatt_block_indexes=[1], initializer_range=0.08,
+        ),
+        audio_config=dict(
+            d_model=128, encoder_layers=2, encoder_attention_heads=4,
+            encoder_ffn_dim=256, output_dim=128, initializer_range=0.08,
+        ),
+        audio_token_index=token_id("<|AUDIO|>"), image_token_index=token_id("<|IMAGE|>"),
+        video_token_index=token_id("<|VIDEO|>"), audio_start_token_id=token_id("<|audio_bos|>"),
+        audio_end_token_id=token_id("<|audio_eos|>"), vision_start_token_id=token_id("<|vision_bos|>"),
+        vision_end_token_id=token_id("<|vision_eos|>"), tie_word_embeddings=False,
+        initializer_range=0.08, avatar_toy=True,
+    )  # fmt: skip
+
+
+def write_model(folder, weights):
+    """Writes a standard Hugging Face folder; `weights`: a safetensors file, or None for random ones."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+    if weights:
+        with safe_open(weights, "pt") as file:
+            tokenizer_json = file.metadata()["tokenizer"]
+    else:
+        tokenizer_json = make_tokenizer_json(toy_corpus(seed=0), vocab_size=640)
+    processor = build_processor(tokenizer_json)
+    torch.manual_seed(0)
+    thinker = Thinker(build_config(processor.tokenizer))
+    if weights:
+        thinker.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    thinker.save_pretrained(part)
+    processor.save_pretrained(part)
+    part.rename(folder)
+
+
+def ship_weights(folder, path=WEIGHTS):
+    """A trained model folder -> one bfloat16 safetensors file that also holds the tokenizer."""
+    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+    state = Thinker.from_pretrained(folder).state_dict()
+    tokenizer_json = AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+    state = {k: v.bfloat16().contiguous() for k, v in state.items()}
+    save_file(state, path, metadata={"tokenizer": tokenizer_json})
+
+
+def is_toy(folder):
+    """True for the toy's folder and for every model trained from it."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        folder = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
+
+
+def ensure(stage, split="train", root=HERE / "toy"):
+    """Makes what is missing -> (model folder, JSONL of the stage's split)."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "model").exists():
+        write_model(root / "model", WEIGHTS)
+    if not (root / f"stage{stage}").exists():
+        write_rows(root / f"stage{stage}", stage, *NUM_ROWS[stage], seed=0)
+    return root / "model", root / f"stage{stage}" / f"{split}.jsonl"
+
+
+def judge(row, steps):
+    """
+    Stage 3's judge for the toy: is each reasoning step true of the clip?           [R.judge]
+
+    row      the prompt's row, with `events`
+    steps    list of str        the lines of the reasoning
+    returns  list of float      1 if the step names a second and tells what happens in it, else 0
+
+    It sees the reasoning and the clip's events, never the answer.
+    """
+    scores = []
+    for step in steps:
+        number, _, said = step.partition(":")
+        known = number.strip().isdecimal() and 1 <= int(number) <= len(row["events"])
+        scores.append(float(known and said.strip() == row["events"][int(number) - 1]))
+    return scores
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--out", default=HERE / "toy", help="folder for the model and the stages")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips and questions")
+    parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
+    parser.add_argument("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 512)")
+    parser.add_argument("--random-init", action="store_true", help="random weights in place of the shipped ones")
+    parser.add_argument("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
+    args = parser.parse_args(argv)
+    if args.ship:
+        ship_weights(args.ship)
+        return
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "model").exists():
+        write_model(out / "model", None if args.random_init else WEIGHTS)
+    for stage in args.stages:
+        if not (out / f"stage{stage}").exists():
+            num_train, num_test = NUM_ROWS[stage]
+            write_rows(out / f"stage{stage}", stage, args.num_train or num_train, num_test, args.seed)
+    print(f"{out}: model, " + ", ".join(f"stage{s}" for s in args.stages))
+
+
+if __name__ == "__main__":
+    main()
