@@ -172,9 +172,11 @@ def _option_texts(row):
     return list(options.values()) if isinstance(options, dict) else [str(o) for o in options]
 
 
-def question_text(row, hint=None):
-    """The user's turn: hint, audio caption, question, options, and how to answer."""
+def question_text(row, hint, audio_captions):
+    """The user's turn: hint, audio caption if asked for, question, options, and how to answer."""
     lines = [f"Hint: {hint}."] if hint else []  # [HINT] before the question
+    if audio_captions and row.get("audio_caption"):
+        lines.append(f"Sound: {row['audio_caption']}.")
     lines.append(row["question"])
     if options := _option_texts(row):
         letters = list(row["options"]) if isinstance(row["options"], dict) else "ABCDEFGHIJ"
@@ -438,7 +440,7 @@ def main(argv=None):
     if args.model:
         from model import InputBuilder
 
-        build = InputBuilder(args.model, recipe)
+        build = InputBuilder(args.model, recipe, Path(args.file).parent, False)
         count_tokens = lambda row, clip: build.from_clip(row, clip, None)  # noqa: E731
     num_rows, problems = check(args.file, recipe, count_tokens)
     print("\n".join([*problems, f"{num_rows} rows, {len(problems)} would not train"]))

@@ -14,8 +14,10 @@ L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V
 H heads, K key/value heads, E head width.
 """
 
+import copy
 import json
 import re
+import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,11 @@ from transformers import AttentionInterface, AutoConfig, Qwen2_5OmniProcessor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
+from transformers.utils.logging import disable_progress_bar
+
 import data
 
+disable_progress_bar()
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
@@ -71,12 +76,13 @@ class InputBuilder:
     raises  data.BadRow     the row's media cannot be used, or the prompt is too long
     """
 
-    def __init__(self, folder, recipe, root="."):
+    def __init__(self, folder, recipe, root, audio_captions):
         self.processor = Qwen2_5OmniProcessor.from_pretrained(base_folder(folder))
+        self.in_thread = threading.local()  # a fast tokenizer must not be called by two threads at once
         config = AutoConfig.from_pretrained(base_folder(folder))
         self.config = getattr(config, "thinker_config", config)
         self.position_index = PositionIndex(self.config)
-        self.recipe, self.root = recipe, Path(root)
+        self.recipe, self.root, self.audio_captions = recipe, Path(root), audio_captions
         self.tokenizer = self.processor.tokenizer
         ends = [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])]
         self.eos_ids = sorted({e for e in ends if e is not None})
@@ -84,16 +90,25 @@ class InputBuilder:
     def __call__(self, row, hint=None):
         return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)
 
+    def at(self, root):
+        """The same builder for rows whose media lie under another folder."""
+        other = copy.copy(self)
+        other.root = Path(root)
+        return other
+
     def from_clip(self, row, clip, hint=None):
+        if not hasattr(self.in_thread, "processor"):
+            self.in_thread.processor = copy.deepcopy(self.processor)
+        processor = self.in_thread.processor
         content = [{"type": "image"}] * len(clip.images)  # media first: it moves scores by points
         content += [{"type": "video"}] * (clip.frames is not None)
         content += [{"type": "audio"}] * (clip.audio is not None and not clip.use_audio)
-        content += [{"type": "text", "text": data.question_text(row, hint)}]
+        content += [{"type": "text", "text": data.question_text(row, hint, self.audio_captions)}]
         messages = [
             {"role": "system", "content": [{"type": "text", "text": data.SYSTEM_PROMPT}]},
             {"role": "user", "content": content},
         ]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
         kwargs["videos_kwargs"] = dict(do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False)
         if clip.images:
@@ -107,7 +122,7 @@ class InputBuilder:
             kwargs["audio_kwargs"] = dict(max_length=-(-len(clip.audio) // 160) * 160, truncation=False)
             if clip.use_audio:
                 kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
-        batch = self.processor(**kwargs)
+        batch = processor(**kwargs)
         num_tokens = batch["input_ids"].shape[1]
         if num_tokens > self.recipe.max_prompt_tokens:
             raise data.BadRow(

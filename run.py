@@ -130,9 +130,8 @@ def open_folder(args, source, is_main):
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
     if not is_main:
         return out
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     about = dict(
-        script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit.stdout.strip() or None,
+        script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit(),
         versions={p: version(p) for p in ("torch", "transformers", "av", "torchaudio", "numpy")},
         python=platform.python_version(), world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )  # fmt: skip
@@ -146,6 +145,15 @@ def open_folder(args, source, is_main):
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
     return out
+
+
+def commit():
+    """The short git commit of this code, or None outside git."""
+    try:
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
 
 
 def write_text(path, text):

@@ -43,7 +43,7 @@ OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
         lr=3e-4, steps=100, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=50, hint_patience=2,
+        eval_every=50, audio_captions=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
@@ -269,7 +269,7 @@ def toy_corpus(seed):
     rng = np.random.default_rng(seed)
     for i in range(3000):
         row, _ = make_row(rng, 0, str(i), "text")
-        yield f"system\n{SYSTEM_PROMPT}user\n{question_text(row, row.get('hint'))}assistant\n{completion_text(row)}"
+        yield f"system\n{SYSTEM_PROMPT}user\n{question_text(row, row.get('hint'), False)}assistant\n{completion_text(row)}"
 
 
 def build_processor(tokenizer_json):

@@ -62,7 +62,7 @@ def main():
     rows = data.Rows(args.data or toy_rows)
     folder = str(args.model or toy_model)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    build = model.InputBuilder(folder, data.recipe_from(args), rows.path.parent)
+    build = model.InputBuilder(folder, data.recipe_from(args), rows.path.parent, audio_captions=False)
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
     policy = run.place(policy, device, dtype)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)  # fmt: skip
