@@ -1,0 +1,28 @@
+"""What the tests share: the repository on the path, and one small toy for the whole session."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import run  # noqa: E402, F401  before torch: it sets how torch's threads wait
+
+import pytest  # noqa: E402
+
+import data  # noqa: E402
+import toy  # noqa: E402
+
+RECIPE = data.Recipe(fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048)
+
+
+@pytest.fixture(scope="session")
+def toy_dir(tmp_path_factory):
+    """A folder with model/ and stage0..3/, real mp4 clips, few rows."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.write_model(folder / "model", toy.WEIGHTS if toy.WEIGHTS.exists() else None)
+    for stage in range(4):
+        toy.write_rows(folder / f"stage{stage}", stage, num_train=16, num_test=8, seed=0)
+    return folder

@@ -1,0 +1,267 @@
+"""
+The policy: packed log-probs, shared prompts, rollouts, gradients, LoRA, loading and saving.
+
+    python -m pytest tests/test_model.py
+
+The oracle is transformers' own forward, one completion at a time, with full logits. The model is the
+toy's; the clips are real mp4 files.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECIPE
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+import data
+import model
+
+
+@pytest.fixture(scope="module")
+def setup(toy_dir):
+    """Policy, the plain HF model, and prompts with audio, without, and of different lengths."""
+    policy = model.load(toy_dir / "model", lora_rank=0, train_towers=True, gradient_checkpointing=False)
+    prompts = []
+    for stage, i in ((3, 0), (1, 0), (2, 1)):
+        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
+        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
+        prompts.append(build(rows[i]))
+    assert "audio" in prompts[0].media and "audio" not in prompts[1].media
+    return policy, Thinker.from_pretrained(toy_dir / "model"), prompts, build
+
+
+def random_completions(sizes, seed=0):
+    """Ragged completions of ordinary tokens (ids from 10 on: none is a special token)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randint(10, 250, (n,), generator=generator) for n in group] for group in sizes]
+
+
+def oracle_logprobs(hf, prompt, completion, temperature):
+    """transformers' own forward on one whole sequence."""
+    ids = torch.cat([prompt.input_ids, completion])[None]
+    kwargs = {}
+    if video := prompt.media.get("video"):
+        kwargs.update(pixel_values_videos=video["pixels"], video_grid_thw=video["grid"], video_second_per_grid=torch.tensor([1.0]))
+    if audio := prompt.media.get("audio"):
+        mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
+        kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
+    logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
+    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[:, 0]
+
+
+SIZES = ([5, 1, 9], [7], [2, 12])  # ragged, one of a single token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logprobs_equal_hf(setup, temperature):
+    policy, hf, prompts, _ = setup
+    completions = random_completions(SIZES)
+    logprobs, mask, entropy = model.completion_logprobs(policy, prompts, completions, temperature)
+    flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
+    assert mask.sum(1).tolist() == [len(c) for _, c in flat]
+    for i, (prompt, completion) in enumerate(flat):
+        expected = oracle_logprobs(hf, prompt, completion, temperature)
+        torch.testing.assert_close(logprobs[i, : len(completion)], expected, atol=1e-5, rtol=0)
+    assert (logprobs[~mask] == 0).all() and (entropy[mask] > 0).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_copies(setup, toy_dir, checkpointing):
+    """One packed row against G whole copies, for every parameter of text model and towers."""
+    _, hf, prompts, _ = setup
+    policy = model.load(toy_dir / "model", 0, True, checkpointing)
+    hf = copy.deepcopy(hf)
+    completions = random_completions(SIZES)
+    weights = torch.randn(sum(map(len, SIZES)), generator=torch.Generator().manual_seed(1))
+    logprobs, _, _ = policy(prompts, completions, 1.0)
+    (logprobs.sum(1) * weights).sum().backward()
+    flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
+    sum(oracle_logprobs(hf, p, c, 1.0).sum() * w for (p, c), w in zip(flat, weights)).backward()
+    expected = dict(hf.named_parameters())
+    compared = 0
+    for name, parameter in policy.model.named_parameters():
+        other = expected[name].grad
+        if other is None:  # audio_bos_eos_token is used by nobody
+            assert parameter.grad is None, name
+            continue
+        compared += 1
+        scale = other.norm().clamp(min=1e-6)
+        assert (parameter.grad - other).norm() / scale < 1e-4, name
+    assert compared > 100
+
+
+def test_one_prompt_does_not_change_another(setup):
+    """Neither the neighbours in the packed row, nor their order, nor the micro-batch."""
+    policy, _, prompts, _ = setup
+    completions = random_completions(SIZES)
+    with torch.no_grad():
+        together = policy(prompts, completions, 1.0)[0]
+        reverse = policy(prompts[::-1], completions[::-1], 1.0)[0]
+        alone = [policy([p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
+    rows = together.split([len(s) for s in SIZES])
+    for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
+        torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
+        torch.testing.assert_close(row[:, : single.shape[1]], single, atol=1e-5, rtol=0)
+
+
+def test_rollout_logprobs_are_the_recomputed_ones(setup):
+    policy, _, prompts, build = setup
+    groups = model.rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
+    assert [len(g) for g in groups] == [4, 2, 3]
+    with torch.no_grad():
+        logprobs, mask, _ = policy(prompts, [[c.ids for c in g] for g in groups], 1.0)
+    recorded = pad_sequence([c.logprobs for g in groups for c in g], batch_first=True)
+    assert (logprobs - recorded).abs().max() < 1e-4
+    for c in (c for g in groups for c in g):
+        ends = torch.isin(c.ids, torch.tensor(build.eos_ids))
+        assert not ends[:-1].any() and bool(ends[-1]) != c.truncated  # EOS is inside, and nothing after it
+
+
+def test_rollout_does_not_depend_on_the_batch(setup):
+    """The same seed gives a prompt the same completions alone and among others, however many."""
+    policy, _, prompts, build = setup
+    together = model.rollout(policy, prompts, [4, 4, 4], 1.0, 25, build.eos_ids, seeds=[1, 2, 3])
+    for i in range(3):
+        (alone,) = model.rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
+        assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
+
+
+def test_greedy_rollout_equals_hf_generate(setup):
+    policy, hf, prompts, build = setup
+    for prompt in prompts:
+        ((ours,),) = model.rollout(policy, [prompt], [1], 0.0, 12, build.eos_ids, seeds=[0])
+        kwargs = dict(
+            pixel_values_videos=prompt.media["video"]["pixels"], video_grid_thw=prompt.media["video"]["grid"],
+            video_second_per_grid=torch.tensor([1.0]),
+        )  # fmt: skip
+        if audio := prompt.media.get("audio"):
+            mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
+            kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
+        ids = prompt.input_ids[None]
+        theirs = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                             eos_token_id=build.eos_ids, **kwargs)[0, ids.shape[1] :]  # fmt: skip
+        assert ours.ids.tolist() == theirs.tolist()
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).repeat(20000, 1)
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    token, logprob = model.sample(logits, 0.5, noise)
+    expected = (logits[0] / 0.5).softmax(-1)
+    torch.testing.assert_close(token.bincount(minlength=4) / 20000, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(logprob, expected.log()[token])
+    assert model.sample(logits[:1], 1.0, torch.tensor([1 - 1e-12], dtype=torch.float64))[0] == 3
+
+
+def test_head_in_chunks_is_the_head(monkeypatch):
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(8, 50, bias=False), torch.randn(37, 8, requires_grad=True), torch.randint(50, (37,))
+    whole, entropy = model.head_logprobs(head, hidden, targets, 0.9)
+    (grad,) = torch.autograd.grad(whole.sum(), hidden)
+    monkeypatch.setattr(model, "HEAD_CHUNK", 10)
+    chunked, chunked_entropy = model.head_logprobs(head, hidden, targets, 0.9)
+    (chunked_grad,) = torch.autograd.grad(chunked.sum(), hidden)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(chunked_entropy, entropy)
+    torch.testing.assert_close(chunked_grad, grad)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy())
+
+
+def test_a_sampled_media_token_is_an_ordinary_token(setup):
+    """The policy may sample <|AUDIO|>: it must not swallow a feature of the prompt."""
+    policy, _, prompts, _ = setup
+    media_token = policy.thinker.config.audio_token_id
+    odd = [[torch.tensor([20, media_token, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
+    plain = [[torch.tensor([20, 30, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
+    with torch.no_grad():
+        a, b = policy(prompts, odd, 1.0)[0], policy(prompts, plain, 1.0)[0]
+    torch.testing.assert_close(a[:, 0], b[:, 0])
+    torch.testing.assert_close(a[1:], b[1:])
+
+
+def test_missing_placeholder_is_an_error(setup):
+    policy, _, prompts, _ = setup
+    p = prompts[0]
+    keep = torch.arange(len(p.input_ids)) != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
+    broken = p._replace(input_ids=p.input_ids[keep], position_ids=p.position_ids[:, keep])
+    with pytest.raises(AssertionError, match="audio: .* placeholders"):
+        policy([broken], [[torch.tensor([20, 21])]], 1.0)
+
+
+def test_encoded_media_stand_in_for_the_towers(setup):
+    policy, _, prompts, _ = setup
+    completions = random_completions(SIZES)
+    with torch.no_grad():
+        encoded = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
+        torch.testing.assert_close(policy(encoded, completions, 1.0)[0], policy(prompts, completions, 1.0)[0])
+
+
+def test_encoders_run_once_a_rollout(setup):
+    policy, _, prompts, build = setup
+    calls = []
+    hooks = [tower.register_forward_hook(lambda *_: calls.append(1)) for tower in policy.towers]
+    model.rollout(policy, prompts, [8, 8, 8], 1.0, 20, build.eos_ids, seeds=[1, 2, 3])
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 2  # one for all videos, one for all sounds
+
+
+def test_time_positions_of_an_aligned_clip(setup):
+    """Golden values: one video token row a second, 25 ids a second, audio interleaved by 2 s."""
+    _, hf, prompts, build = setup
+    prompt, config = prompts[0], hf.config
+    video = prompt.position_ids[0][prompt.input_ids == config.video_token_id]
+    audio = prompt.position_ids[0][prompt.input_ids == config.audio_token_id]
+    begin, seconds = video[0], len(video) // 4
+    assert ((video - begin) == torch.arange(seconds).repeat_interleave(4) * 25).all()
+    assert ((audio - begin) == torch.arange(25 * seconds)).all()
+    order = (prompt.input_ids == config.audio_token_id).nonzero()[:, 0]
+    assert (order[1:50] - order[:49] == 1).all() and (seconds <= 2 or order[50] - order[49] == 1 + 4 * min(2, seconds - 2))
+
+
+def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
+    from peft import PeftModel
+
+    _, _, prompts, build = setup
+    policy = model.load(toy_dir / "model", lora_rank=4, train_towers=False, gradient_checkpointing=False)
+    completions = random_completions(SIZES)
+    base = policy(prompts, completions, 1.0)[0].detach()
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        (-policy(prompts, completions, 1.0)[0].sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        after = policy(prompts, completions, 1.0)[0]
+        with policy.reference():
+            torch.testing.assert_close(policy(prompts, completions, 1.0)[0], base)
+    assert (after - base).abs().max() > 1e-2
+    assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
+    model.save(policy, tmp_path / "final", build.processor, is_main=True)
+    PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
+    again = model.load(tmp_path / "final", 0, False, False)  # merged
+    with torch.no_grad():
+        torch.testing.assert_close(again(prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0)
+
+
+def test_saved_folder_is_standard(setup, tmp_path):
+    policy, _, prompts, build = setup
+    model.save(policy, tmp_path / "final", build.processor, is_main=True)
+    loaded = Thinker.from_pretrained(tmp_path / "final").state_dict()
+    for name, value in policy.model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+    model.InputBuilder(tmp_path / "final", RECIPE, ".", False)
+
+
+def test_no_such_model():
+    with pytest.raises(FileNotFoundError, match="no Qwen2.5-Omni model at nowhere/model"):
+        model.load("nowhere/model", 0, False, False)
+
+
+def test_micro_batches():
+    assert model.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert model.micro_batches([3], 1) == [[0]]
+    assert np.concatenate(model.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
