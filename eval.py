@@ -153,7 +153,8 @@ def main():
             text = build.tokenizer.decode(completion.ids, skip_special_tokens=True)
             answer = rewards.parse_answer(text)
             record.update(completion=text, parsed=answer)
-            record["score"] = rewards.accuracy_reward(answer, row["answer"], row["answer_type"], row.get("options"))
+            reward = rewards.accuracy_reward(answer, row["answer"], row["answer_type"], row.get("options"))
+            record["score"] = float(reward == 1)  # right or wrong: partial credit is for training
             if answer is None:
                 record["failure"] = "cut off by --max-new-tokens" if completion.truncated else "no answer found"
         bar.update(len(batch))

@@ -319,13 +319,17 @@ def main():
         rollout_s = time.perf_counter() - began - data_s
 
         # ---- reward; every rank learns what every rank made
-        made = []
+        made, unjudged = [], 0
         for row, group in zip(my_rows, fresh):
             texts = [build.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
             likelihoods = [c.logprobs.mean().item() for c in group]
             scored = reward_completions(row, texts, likelihoods, reward_weights, judge)
-            made.append([(row["prompt_id"], hint[row["prompt_id"]] is not None, *score, completion) for score, completion in zip(scored, group)])
-        all_made = [group for part in run.gather(made) for group in part]
+            about = (row["prompt_id"], hint[row["prompt_id"]] is not None)
+            # what the judge could not judge has no reward: it leaves the group, it does not count as 0
+            made.append([(*about, *score, c) for score, c in zip(scored, group) if score[0] is not None])
+            unjudged += len(group) - len(made[-1])
+        gathered = run.gather((made, unjudged))
+        all_made, unjudged = [g for part, _ in gathered for g in part], sum(n for _, n in gathered)
 
         # ---- advantages
         fresh_advantages = [group_advantages(torch.tensor([reward for _, _, reward, _, _ in group])) for group in all_made]
@@ -355,13 +359,13 @@ def main():
         update_s = time.perf_counter() - began_update
 
         # ---- remember
-        for group in all_made:
+        for group in filter(None, all_made):
             prompt_id, hinted = group[0][:2]
             if not hinted:  # R̄(q) is what the policy earns by itself
                 replay.observe(prompt_id, [reward for _, _, reward, _, _ in group])
             if args.num_off:
                 replay.add([buffer.Entry(prompt_id, c.ids, c.logprobs, r, parts, step, hinted) for _, _, r, parts, c in group])
-        num_generated += num_on
+        num_generated += num_on + unjudged
 
         # ---- report
         info = {k: torch.cat([part[k] for part in run.gather(info)]) for k in info}
@@ -373,7 +377,7 @@ def main():
             metrics |= {
                 "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **replay.stats(step),
                 "hints/frac": sum(h is not None for h in hint.values()) / len(hint),
-                "hints/entered": schedule.entered, "hints/withdrawn": schedule.withdrawn,
+                "rewards/unjudged_frac": unjudged / (num_on + unjudged), "hints/entered": schedule.entered, "hints/withdrawn": schedule.withdrawn,
                 "tokens_per_s": metrics["num_valid_tokens"] / (time.perf_counter() - began),
                 "time/data_s": data_s, "time/rollout_s": rollout_s, "time/update_s": update_s,
             }  # fmt: skip
@@ -463,7 +467,7 @@ def step_metrics(info, all_made, fresh_advantages, off_advantages):
         "reward": step_rewards.mean().item(),
         "reward_std": step_rewards.std().item(),
         **{f"rewards/{k}": sum(parts[k] for _, _, _, parts, _ in made) / len(made) for k in made[0][3]},
-        "frac_reward_zero_std": sum(len({r for _, _, r, _, _ in g}) == 1 for g in all_made) / len(all_made),
+        "frac_reward_zero_std": sum(len({r for _, _, r, _, _ in g}) <= 1 for g in all_made) / len(all_made),
         "advantage_std": advantages.std().item(),
         "advantage_zero_frac": (advantages == 0).float().mean().item(),
         "kl": info["kl"].mean().item(),
@@ -500,7 +504,7 @@ def log_samples(out, step, group, advantages, replay, tokenizer):
 
 
 def held_out_accuracy(policy, load, rows, build, args, rank, world_size):
-    """Mean accuracy of --eval-samples completions on held-out rows, sampled like the training ones."""
+    """Share of right answers among --eval-samples completions on held-out rows, sampled as in training."""
     per_row = max(1, round(args.eval_samples / len(rows)))
     mine, scores = range(len(rows))[: args.eval_samples][rank::world_size], []
     for first in range(0, len(mine), EVAL_BATCH):
@@ -512,7 +516,8 @@ def held_out_accuracy(policy, load, rows, build, args, rank, world_size):
         for row, group in zip(batch, groups):
             for c in group:
                 answer = rewards.parse_answer(build.tokenizer.decode(c.ids, skip_special_tokens=True))
-                scores.append(rewards.accuracy_reward(answer, row["answer"], row["answer_type"], row.get("options")))
+                right = rewards.accuracy_reward(answer, row["answer"], row["answer_type"], row.get("options")) == 1
+                scores.append(float(right))  # no partial credit here
     scores = [s for part in run.gather(scores) for s in part]
     return sum(scores) / len(scores)
 
