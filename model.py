@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
@@ -259,9 +260,9 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
 class Policy(nn.Module):
     """
-    The thinker behind one forward that gives log-probs, so that FSDP's hooks see every use.
+    The thinker behind one forward, so that FSDP's hooks see every use of it.
 
-    `model` is the thinker, or PEFT's wrapper around it; the other properties look inside.
+    `model` is the thinker, or PEFT's wrapper around it; the properties look inside.
     """
 
     def __init__(self, model, train_towers):
@@ -291,6 +292,9 @@ class Policy(nn.Module):
         returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
         """
         core, out = self.thinker.model, [dict(p.media) for p in prompts]
+        if self.train_towers and dist.is_initialized():
+            # sharded towers: a rank that skips one would leave the others waiting in its collectives
+            out.append(dict(video=dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]])), audio=dict(mel=torch.zeros(128, 200))))  # fmt: skip
         seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
         heard = [o for o in out if isinstance(o.get("audio"), dict)]
         if seen:
@@ -314,8 +318,10 @@ class Policy(nn.Module):
         ids = torch.cat([p.input_ids for p in prompts]).to(self.device)
         embeds = self.thinker.get_input_embeddings()(ids)
         features = self.encode(prompts)
+        for unused in features[len(prompts) :]:
+            embeds = embeds + 0 * sum(f.sum() for f in unused.values())  # into the backward pass, without effect
         for modality in ("image", "video", "audio"):
-            found = [f[modality] for f in features if modality in f]
+            found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds) for f in found])
@@ -324,43 +330,9 @@ class Policy(nn.Module):
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 
-    def forward(self, prompts, completions, temperature):
-        """
-        log pi(c_t | prompt, c_<t) at the sampling temperature, over the whole vocabulary.
-
-        prompts      list of Prompt
-        completions  list, a prompt each, of lists of (T,) int64
-        temperature  float > 0
-        returns      logprobs (N, T) float32, 0 off the mask; completion_mask (N, T) bool;
-                     entropy (N, T) float32 without gradient; completions in reading order
-        """
-        device = self.device
-        embeds, positions, groups, gather, row = [], [], [], [], 0
-        flat = [c for group in completions for c in group]
-        # the last token of a completion predicts nothing, so it is not read
-        tails = self.thinker.get_input_embeddings()(torch.cat([c[:-1] for c in flat]).to(device))
-        tails = iter(tails.split([len(c) - 1 for c in flat]))
-        for prompt, embed, group in zip(prompts, self.embed(prompts), completions):
-            num_prompt, last = len(prompt.input_ids), prompt.position_ids.max()
-            groups.append((row, num_prompt, [len(c) - 1 for c in group]))
-            embeds.append(embed)
-            positions.append(prompt.position_ids)
-            end = row + num_prompt
-            for completion in group:
-                steps = len(completion) - 1
-                # the prompt's last token predicts the first token of every completion
-                gather.append(torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)]))
-                embeds.append(next(tails))
-                positions.append((last + 1 + torch.arange(steps)).expand(3, -1))
-                end += steps
-            row = end
-        hidden = self.read(torch.cat(embeds), torch.cat(positions, dim=1), PackedAttention(groups, device))
-        hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
-        logprobs, entropy = head_logprobs(self.thinker.lm_head, hidden, torch.cat(flat).to(device), temperature)
-        sizes = [len(c) for c in flat]
-        mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in sizes], batch_first=True).to(device)
-        logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in (logprobs, entropy))
-        return logprobs, mask, entropy
+    def forward(self, task, *args):
+        """task(policy, *args), with the parameters in place."""
+        return task(self, *args)
 
     def read(self, embeds, position_ids, shared):
         """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
@@ -393,8 +365,46 @@ def head_logprobs(lm_head, hidden, targets, temperature):
 
 
 def completion_logprobs(policy, prompts, completions, temperature):
-    """`Policy.forward`, by the name under which people look for it."""
-    return policy(prompts, completions, temperature)
+    """
+    log pi(c_t | prompt, c_<t) at the sampling temperature, over the whole vocabulary.
+
+    prompts      list of Prompt
+    completions  list, a prompt each, of lists of (T,) int64
+    temperature  float > 0
+    returns      logprobs (N, T) float32, 0 off the mask; completion_mask (N, T) bool;
+                 entropy (N, T) float32 without gradient; completions in reading order
+    """
+    return policy(_packed_logprobs, prompts, completions, temperature)
+
+
+def _packed_logprobs(policy, prompts, completions, temperature):
+    device = policy.device
+    embeds, positions, groups, gather, row = [], [], [], [], 0
+    flat = [c for group in completions for c in group]
+    # the last token of a completion predicts nothing, so it is not read
+    tails = policy.thinker.get_input_embeddings()(torch.cat([c[:-1] for c in flat]).to(device))
+    tails = iter(tails.split([len(c) - 1 for c in flat]))
+    for prompt, embed, group in zip(prompts, policy.embed(prompts), completions):
+        num_prompt, last = len(prompt.input_ids), prompt.position_ids.max()
+        groups.append((row, num_prompt, [len(c) - 1 for c in group]))
+        embeds.append(embed)
+        positions.append(prompt.position_ids)
+        end = row + num_prompt
+        for completion in group:
+            steps = len(completion) - 1
+            # the prompt's last token predicts the first token of every completion
+            gather.append(torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)]))
+            embeds.append(next(tails))
+            positions.append((last + 1 + torch.arange(steps)).expand(3, -1))
+            end += steps
+        row = end
+    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), PackedAttention(groups, device))
+    hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
+    logprobs, entropy = head_logprobs(policy.thinker.lm_head, hidden, torch.cat(flat).to(device), temperature)
+    sizes = [len(c) for c in flat]
+    mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in sizes], batch_first=True).to(device)
+    logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in (logprobs, entropy))
+    return logprobs, mask, entropy
 
 
 def micro_batches(sizes, max_tokens):
@@ -428,6 +438,10 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
     Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
+    return policy(_rollout, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds)
+
+
+def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
     device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
     lengths = [len(p.input_ids) for p in prompts]
     with gathered(policy):
@@ -568,17 +582,21 @@ def shard(policy, mesh, param_dtype):
 
 @contextmanager
 def gathered(policy):
-    """Under FSDP, every parameter whole from here to the end: gathered once a rollout, not a token."""
-    modules = [m for m in policy.modules() if hasattr(m, "unshard")]
-    for module in modules:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
+    """
+    Under FSDP, the layers whole from here to the end: gathered once a rollout, not once a token.
+    To be used inside the policy's forward, which does the same for the root unit. Nothing else
+    in a rollout talks to other ranks, so each ends in its own time.
+    """
+    units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
     try:
         yield
     finally:
-        for module in modules:
-            module.set_reshard_after_forward(module is not policy, recurse=False)
-            module.reshard()
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 def save(policy, folder, processor, is_main):

@@ -410,7 +410,7 @@ def hash_seed(*numbers):
 def stored_kl(policy, prompt, entries, temperature):
     """KL of the present policy to the one that sampled the stored completions, nats/token [HINT.KL]."""
     with torch.no_grad():
-        logprobs, mask, _ = policy([prompt], [[e.completion_ids.long() for e in entries]], temperature)
+        logprobs, mask, _ = model.completion_logprobs(policy, [prompt], [[e.completion_ids.long() for e in entries]], temperature)
     old = pad_sequence([e.old_logprobs for e in entries], batch_first=True).to(logprobs)
     return hints.behavior_kl(logprobs, old, mask)
 
@@ -431,12 +431,12 @@ def update(policy, reference, groups, args, device):
         prompts, ids = [p for p, _ in part], [columns[0] for _, columns in part]
         old, advantages, weights, fresh = (sum((list(columns[j]) for _, columns in part), []) for j in range(1, 5))
         advantages, weights = torch.tensor(advantages, device=device), torch.tensor(weights, device=device)
-        logprobs, mask, entropy = policy(prompts, ids, args.temperature)
+        logprobs, mask, entropy = model.completion_logprobs(policy, prompts, ids, args.temperature)
         old_logprobs = pad_sequence(old, batch_first=True).to(logprobs)
         ref_logprobs = None
         if args.kl_coef:
             with torch.no_grad(), policy.reference():
-                ref_logprobs = (reference or policy)(prompts, ids, args.temperature)[0]
+                ref_logprobs = model.completion_logprobs(reference or policy, prompts, ids, args.temperature)[0]
         token_advantages = tas.shape_advantages(advantages, mask, args.tas_shape, args.tas_lambda, args.tas_equal_mean)
         repeat = float(k < len(packs))
         loss, info = grpo_loss(

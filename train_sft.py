@@ -96,7 +96,7 @@ def main():
         loss_sum = torch.zeros((), device=device)
         for i in range(num_micro):  # every rank the same number, or FSDP would wait for ever
             part, weight = (micro[i], 1.0) if i < len(micro) else (micro[0][:1], 0.0)
-            logprobs, mask, _ = policy([prompts[j] for j in part], [[completions[j]] for j in part], 1.0)
+            logprobs, mask, _ = model.completion_logprobs(policy, [prompts[j] for j in part], [[completions[j]] for j in part], 1.0)
             # the step's tokens over all ranks, so that no split changes the gradient; FSDP averages
             # over ranks, hence world_size
             loss = -weight * (logprobs * mask).sum() / num_valid_tokens

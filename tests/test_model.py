@@ -76,7 +76,7 @@ def test_gradients_equal_copies(setup, toy_dir, checkpointing):
     hf = copy.deepcopy(hf)
     completions = random_completions(SIZES)
     weights = torch.randn(sum(map(len, SIZES)), generator=torch.Generator().manual_seed(1))
-    logprobs, _, _ = policy(prompts, completions, 1.0)
+    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
     (logprobs.sum(1) * weights).sum().backward()
     flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
     sum(oracle_logprobs(hf, p, c, 1.0).sum() * w for (p, c), w in zip(flat, weights)).backward()
@@ -98,9 +98,9 @@ def test_one_prompt_does_not_change_another(setup):
     policy, _, prompts, _ = setup
     completions = random_completions(SIZES)
     with torch.no_grad():
-        together = policy(prompts, completions, 1.0)[0]
-        reverse = policy(prompts[::-1], completions[::-1], 1.0)[0]
-        alone = [policy([p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
+        together = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
+        reverse = model.completion_logprobs(policy, prompts[::-1], completions[::-1], 1.0)[0]
+        alone = [model.completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
     rows = together.split([len(s) for s in SIZES])
     for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
         torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
@@ -112,7 +112,7 @@ def test_rollout_logprobs_are_the_recomputed_ones(setup):
     groups = model.rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
     assert [len(g) for g in groups] == [4, 2, 3]
     with torch.no_grad():
-        logprobs, mask, _ = policy(prompts, [[c.ids for c in g] for g in groups], 1.0)
+        logprobs, mask, _ = model.completion_logprobs(policy, prompts, [[c.ids for c in g] for g in groups], 1.0)
     recorded = pad_sequence([c.logprobs for g in groups for c in g], batch_first=True)
     assert (logprobs - recorded).abs().max() < 1e-4
     for c in (c for g in groups for c in g):
@@ -177,7 +177,7 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
     odd = [[torch.tensor([20, media_token, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
     plain = [[torch.tensor([20, 30, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
     with torch.no_grad():
-        a, b = policy(prompts, odd, 1.0)[0], policy(prompts, plain, 1.0)[0]
+        a, b = model.completion_logprobs(policy, prompts, odd, 1.0)[0], model.completion_logprobs(policy, prompts, plain, 1.0)[0]
     torch.testing.assert_close(a[:, 0], b[:, 0])
     torch.testing.assert_close(a[1:], b[1:])
 
@@ -188,7 +188,7 @@ def test_missing_placeholder_is_an_error(setup):
     keep = torch.arange(len(p.input_ids)) != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
     broken = p._replace(input_ids=p.input_ids[keep], position_ids=p.position_ids[:, keep])
     with pytest.raises(AssertionError, match="audio: .* placeholders"):
-        policy([broken], [[torch.tensor([20, 21])]], 1.0)
+        model.completion_logprobs(policy, [broken], [[torch.tensor([20, 21])]], 1.0)
 
 
 def test_encoded_media_stand_in_for_the_towers(setup):
@@ -196,7 +196,7 @@ def test_encoded_media_stand_in_for_the_towers(setup):
     completions = random_completions(SIZES)
     with torch.no_grad():
         encoded = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
-        torch.testing.assert_close(policy(encoded, completions, 1.0)[0], policy(prompts, completions, 1.0)[0])
+        torch.testing.assert_close(model.completion_logprobs(policy, encoded, completions, 1.0)[0], model.completion_logprobs(policy, prompts, completions, 1.0)[0])
 
 
 def test_encoders_run_once_a_rollout(setup):
@@ -228,23 +228,23 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     _, _, prompts, build = setup
     policy = model.load(toy_dir / "model", lora_rank=4, train_towers=False, gradient_checkpointing=False)
     completions = random_completions(SIZES)
-    base = policy(prompts, completions, 1.0)[0].detach()
+    base = model.completion_logprobs(policy, prompts, completions, 1.0)[0].detach()
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
-        (-policy(prompts, completions, 1.0)[0].sum()).backward()
+        (-model.completion_logprobs(policy, prompts, completions, 1.0)[0].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        after = policy(prompts, completions, 1.0)[0]
+        after = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
         with policy.reference():
-            torch.testing.assert_close(policy(prompts, completions, 1.0)[0], base)
+            torch.testing.assert_close(model.completion_logprobs(policy, prompts, completions, 1.0)[0], base)
     assert (after - base).abs().max() > 1e-2
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
     model.save(policy, tmp_path / "final", build.processor, is_main=True)
     PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
     again = model.load(tmp_path / "final", 0, False, False)  # merged
     with torch.no_grad():
-        torch.testing.assert_close(again(prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0)
 
 
 def test_saved_folder_is_standard(setup, tmp_path):
