@@ -28,7 +28,7 @@ from tqdm import tqdm
 SYSTEM_PROMPT = "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
 ANSWER_TYPES = ("choice", "multi", "yesno", "number", "text", "location")
 INSTRUCTIONS = {
-    "choice": "Answer with the letter.",
+    "choice": "Answer with one option.",
     "multi": "Answer with all the letters that apply.",
     "yesno": "Answer yes or no.",
     "number": "Answer with a number.",

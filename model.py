@@ -3,29 +3,20 @@ The only file that knows the backbone, Qwen2.5-Omni's thinker: load, shard, roll
 
 A group is one prompt and its completions. Nothing about a prompt is done twice: its clip is encoded
 once, it is read once for all its completions, in the rollout and in the update, and many groups
-stand in one packed row without padding:
+stand in one packed row without padding (attention.py).
 
-    [ prompt 1 | c11 | c12 | ... | prompt 2 | c21 | ... ]
-
-Every prompt token sees its prompt causally; every completion token sees its prompt and its own
-completion; positions go on from the prompt's largest one, in each completion alike.
-
-L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V vocabulary,
-H heads, K key/value heads, E head width.
+L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V vocabulary.
 """
 
 import copy
 import json
-import re
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -36,11 +27,16 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 from transformers.utils.logging import disable_progress_bar
 
 import data
+from attention import PackedAttention, shared_prefix_attention
+from rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-TOWER_LAYERS = r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
+TOWER_LAYERS = (
+    r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
+)
 
 
 class Prompt(NamedTuple):
@@ -50,13 +46,9 @@ class Prompt(NamedTuple):
     position_ids: torch.Tensor  # (3, P) int64: TMRoPE time, height, width
     media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
 
-
-class Completion(NamedTuple):
-    """One sampled completion; the length is the mask, EOS included."""
-
-    ids: torch.Tensor  # (T,) int64
-    logprobs: torch.Tensor  # (T,) float32, nats, of the policy that sampled it, at its temperature
-    truncated: bool  # max_new_tokens came before EOS
+    @property
+    def encoded(self):
+        return not any(isinstance(m, dict) for m in self.media.values())
 
 
 # ---- inputs ------------------------------------------------------------------------------------
@@ -78,18 +70,27 @@ class InputBuilder:
     """
 
     def __init__(self, folder, recipe, root, audio_captions):
-        self.processor = Qwen2_5OmniProcessor.from_pretrained(base_folder(folder))
-        self.in_thread = threading.local()  # a fast tokenizer must not be called by two threads at once
-        config = AutoConfig.from_pretrained(base_folder(folder))
+        self.processor = from_pretrained(Qwen2_5OmniProcessor, folder)
+        self.in_thread = (
+            threading.local()
+        )  # a fast tokenizer must not be called by two threads at once
+        config = from_pretrained(AutoConfig, folder)
         self.config = getattr(config, "thinker_config", config)
         self.position_index = PositionIndex(self.config)
         self.recipe, self.root, self.audio_captions = recipe, Path(root), audio_captions
         self.tokenizer = self.processor.tokenizer
-        ends = [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])]
+        ends = [
+            self.tokenizer.eos_token_id,
+            *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
+        ]
         self.eos_ids = sorted({e for e in ends if e is not None})
 
     def __call__(self, row, hint=None):
         return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)
+
+    def texts(self, completions):
+        """What a group of completions says, without special tokens."""
+        return [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
 
     def at(self, root):
         """The same builder for rows whose media lie under another folder."""
@@ -111,16 +112,22 @@ class InputBuilder:
         ]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
-        kwargs["videos_kwargs"] = dict(do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False)
+        kwargs["videos_kwargs"] = dict(
+            do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
+        )
         if clip.images:
             kwargs["images"] = clip.images
         if clip.frames is not None:
             kwargs["videos"] = [clip.frames]
-            kwargs["videos_kwargs"]["fps"] = clip.fps  # of the frames taken: positions tell real time
+            kwargs["videos_kwargs"]["fps"] = (
+                clip.fps
+            )  # of the frames taken: positions tell real time
         if clip.audio is not None:
             # without max_length the extractor pads every clip to 300 s
             kwargs["audio"] = [clip.audio]
-            kwargs["audio_kwargs"] = dict(max_length=-(-len(clip.audio) // 160) * 160, truncation=False)
+            kwargs["audio_kwargs"] = dict(
+                max_length=-(-len(clip.audio) // 160) * 160, truncation=False
+            )
             if clip.use_audio:
                 kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
         batch = processor(**kwargs)
@@ -140,7 +147,9 @@ class InputBuilder:
             media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
         if "input_features" in batch:
             mel_lengths = batch["feature_attention_mask"].sum(1)
-            media["audio"] = dict(mel=batch["input_features"][0, :, : mel_lengths[0]].clone())  # trim the padding
+            media["audio"] = dict(
+                mel=batch["input_features"][0, :, : mel_lengths[0]].clone()
+            )  # trim the padding
         seconds = batch.get("video_second_per_grid")
         position_ids, _ = self.position_index.get_rope_index(
             input_ids,
@@ -154,105 +163,20 @@ class InputBuilder:
         return Prompt(input_ids[0], position_ids[:, 0].clone(), media)
 
 
+def from_pretrained(kind, folder, **kwargs):
+    try:
+        return kind.from_pretrained(base_folder(folder), **kwargs)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
+
+
 def base_folder(folder):
     """The folder with the processor and full weights: an adapter's base, or the folder itself."""
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file() and not (Path(folder) / "preprocessor_config.json").is_file():
         return json.loads(adapter.read_text())["base_model_name_or_path"]
     return str(folder)
-
-
-# ---- attention ---------------------------------------------------------------------------------
-
-
-class PackedAttention:
-    """
-    Attention of a packed row. With `record`, the prompts' keys and values of every layer are kept.
-
-    groups   list of (start of the prompt in the row, P, lengths of the completions behind it)
-    """
-
-    def __init__(self, groups, device, record=False):
-        self.groups, self.kept, self.masks, self.record = groups, {}, [], record
-        for _, num_prompt, lengths in groups:
-            # (sum of lengths, P + sum of lengths): the prompt, and its own completion up to itself
-            owner = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=device))  # fmt: skip
-            own = (owner[:, None] == owner[None, :]).tril()
-            self.masks.append(F.pad(own, (num_prompt, 0), value=True))
-
-    def attend(self, layer, q, k, v, scaling):
-        """q (1, H, L, E), k and v (1, K, L, E) -> (1, L, H, E)"""
-        if self.record:
-            self.kept[layer] = (k, v)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (1, H, L, E)
-        pieces = []
-        sizes = [num_prompt + sum(lengths) for _, num_prompt, lengths in self.groups]
-        # split, not slices: the backward of a slice is as long as the whole row
-        for group, q, k, v, mask in zip(self.groups, *(x.split(sizes, dim=2) for x in (q, k, v)), self.masks):
-            (q, q_own), (k_prompt, _), (v_prompt, _) = (x.split([group[1], x.shape[2] - group[1]], dim=2) for x in (q, k, v))
-            pieces.append(F.scaled_dot_product_attention(q, k_prompt, v_prompt, is_causal=True, scale=scaling))
-            if q_own.shape[2]:
-                pieces.append(F.scaled_dot_product_attention(q_own, k, v, attn_mask=mask, scale=scaling))
-        return torch.cat(pieces, dim=2).transpose(1, 2)
-
-
-class DecodeAttention:
-    """
-    Attention of one new token for G completions of each of B prompts. The prompt's keys are read
-    where they are, by all its completions at once: no copy per completion.
-
-    prompt_kv   layer -> (k, v), each (B, K, P, E), padded; prompt_mask (B, P) says what is real
-    own_kv      layer -> (k, v), each (B * G, K, room, E), filled up to `length`
-    """
-
-    def __init__(self, prompt_kv, prompt_mask, group_size):
-        self.prompt_kv, self.group_size, self.own_kv, self.length = prompt_kv, group_size, {}, 0
-        self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, -torch.inf)
-
-    def attend(self, layer, q, k, v, scaling):
-        """q (B * G, H, 1, E), k and v (B * G, K, 1, E) -> (B * G, 1, H, E)"""
-        rows, num_heads, _, width = q.shape
-        own_k, own_v = self._append(layer, k, v)  # (B * G, K, length + 1, E)
-        prompt_k, prompt_v = self.prompt_kv[layer]  # (B, K, P, E)
-        num_prompts, num_kv, num_prompt_tokens, _ = prompt_k.shape
-        share = num_heads // num_kv  # heads that share one key: with G, the rows of one matrix product
-        q_own = q.view(rows, num_kv, share, width)
-        q_prompt = q_own.view(num_prompts, -1, num_kv, share, width).transpose(1, 2).reshape(num_prompts, num_kv, -1, width)
-        to_prompt = (q_prompt @ prompt_k.transpose(2, 3)).float() * scaling + self.bias[:, None, None]
-        to_own = (q_own @ own_k.transpose(2, 3)).float() * scaling  # (B * G, K, share, length + 1)
-
-        def by_row(x):  # (B, K, G * share, X) -> (B * G, K, share, X)
-            return x.view(num_prompts, num_kv, -1, share, x.shape[-1]).transpose(1, 2).reshape(rows, num_kv, share, -1)
-
-        def by_prompt(x):
-            return x.view(num_prompts, -1, num_kv, share, x.shape[-1]).transpose(1, 2).reshape(num_prompts, num_kv, -1, x.shape[-1])
-
-        weights = torch.cat([by_row(to_prompt), to_own], dim=-1).softmax(-1).to(q.dtype)
-        out = weights[..., num_prompt_tokens:] @ own_v
-        out = out + by_row(by_prompt(weights[..., :num_prompt_tokens]) @ prompt_v)
-        return out.reshape(rows, 1, num_heads, width)
-
-    def _append(self, layer, k, v):
-        if layer not in self.own_kv or self.own_kv[layer][0].shape[2] == self.length:
-            room = [F.pad(x, (0, 0, 0, max(64, self.length))) for x in self.own_kv.get(layer, (k[:, :, :0], v[:, :, :0]))]
-            self.own_kv[layer] = tuple(room)
-        for store, new in zip(self.own_kv[layer], (k, v)):
-            store[:, :, self.length] = new[:, :, 0]
-        return (store[:, :, : self.length + 1] for store in self.own_kv[layer])
-
-    def keep(self, prompts, rows, group_size):
-        """Only these prompts (index tensor) and rows (index tensor, group_size a prompt) go on."""
-        self.prompt_kv = {i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()}
-        self.own_kv = {i: (k[rows], v[rows]) for i, (k, v) in self.own_kv.items()}
-        self.bias, self.group_size = self.bias[prompts], group_size
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):
-    """What the text layers call: `shared` is a PackedAttention or a DecodeAttention."""
-    return shared.attend(module.layer_idx, query, key, value, scaling), None
-
-
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
 
 # ---- policy ------------------------------------------------------------------------------------
@@ -283,7 +207,11 @@ class Policy(nn.Module):
 
     def reference(self):
         """A context in which a LoRA policy is its frozen base."""
-        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        return (
+            self.model.disable_adapter()
+            if hasattr(self.model, "disable_adapter")
+            else nullcontext()
+        )
 
     def encode(self, prompts):
         """
@@ -305,9 +233,13 @@ class Policy(nn.Module):
                 o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
         if heard:
             lengths = torch.tensor([o["audio"]["mel"].shape[1] for o in heard])
-            mels = pad_sequence([o["audio"]["mel"].T for o in heard], batch_first=True).transpose(1, 2)
+            mels = pad_sequence([o["audio"]["mel"].T for o in heard], batch_first=True).transpose(
+                1, 2
+            )
             mask = (torch.arange(mels.shape[2]) < lengths[:, None]).long()
-            sound = core.get_audio_features(mels.to(self.device), mask.to(self.device), return_dict=True).last_hidden_state
+            sound = core.get_audio_features(
+                mels.to(self.device), mask.to(self.device), return_dict=True
+            ).last_hidden_state
             sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
             for o, piece in zip(heard, sound.split(sizes)):
                 o["audio"] = piece
@@ -319,14 +251,18 @@ class Policy(nn.Module):
         embeds = self.thinker.get_input_embeddings()(ids)
         features = self.encode(prompts)
         for unused in features[len(prompts) :]:
-            embeds = embeds + 0 * sum(f.sum() for f in unused.values())  # into the backward pass, without effect
+            embeds = embeds + 0 * sum(
+                f.sum() for f in unused.values()
+            )  # into the backward pass, without effect
         for modality in ("image", "video", "audio"):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
-                assert where.sum() == len(found), f"{modality}: {where.sum()} placeholders, {len(found)} features"
+                assert where.sum() == len(found), (
+                    f"{modality}: {where.sum()} placeholders, {len(found)} features"
+                )
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 
@@ -337,7 +273,12 @@ class Policy(nn.Module):
     def read(self, embeds, position_ids, shared):
         """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
         text = self.thinker.model.language_model
-        out = text(inputs_embeds=embeds[None], position_ids=position_ids[:, None].to(embeds.device), use_cache=False, shared=shared)
+        out = text(
+            inputs_embeds=embeds[None],
+            position_ids=position_ids[:, None].to(embeds.device),
+            use_cache=False,
+            shared=shared,
+        )
         return out.last_hidden_state[0]
 
 
@@ -393,17 +334,27 @@ def _packed_logprobs(policy, prompts, completions, temperature):
         for completion in group:
             steps = len(completion) - 1
             # the prompt's last token predicts the first token of every completion
-            gather.append(torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)]))
+            gather.append(
+                torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)])
+            )
             embeds.append(next(tails))
             positions.append((last + 1 + torch.arange(steps)).expand(3, -1))
             end += steps
         row = end
-    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), PackedAttention(groups, device))
+    hidden = policy.read(
+        torch.cat(embeds), torch.cat(positions, dim=1), PackedAttention(groups, device)
+    )
     hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
-    logprobs, entropy = head_logprobs(policy.thinker.lm_head, hidden, torch.cat(flat).to(device), temperature)
+    logprobs, entropy = head_logprobs(
+        policy.thinker.lm_head, hidden, torch.cat(flat).to(device), temperature
+    )
     sizes = [len(c) for c in flat]
-    mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in sizes], batch_first=True).to(device)
-    logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in (logprobs, entropy))
+    mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in sizes], batch_first=True).to(
+        device
+    )
+    logprobs, entropy = (
+        pad_sequence(x.split(sizes), batch_first=True) for x in (logprobs, entropy)
+    )
     return logprobs, mask, entropy
 
 
@@ -419,108 +370,6 @@ def micro_batches(sizes, max_tokens):
     return packs
 
 
-# ---- rollout -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
-    """
-    Samples completions of all prompts together and records their log-probs.
-
-    prompts          list of B Prompt
-    num_completions  list of B int
-    temperature      float      0 = greedy (log-probs are then those at temperature 1)
-    max_new_tokens   int
-    eos_ids          list of int    any of them ends a completion and belongs to it
-    seeds            list of B int  one a prompt: what a prompt gets does not depend on its neighbours
-    returns          list of B lists of Completion
-
-    Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
-    distribution that was sampled, which is what `completion_logprobs` recomputes.
-    """
-    return policy(_rollout, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds)
-
-
-def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
-    device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
-    lengths = [len(p.input_ids) for p in prompts]
-    with gathered(policy):
-        starts = np.cumsum([0, *lengths[:-1]]).tolist()
-        packed = PackedAttention([(s, n, []) for s, n in zip(starts, lengths)], device, record=True)
-        hidden = policy.read(
-            torch.cat(policy.embed(prompts)), torch.cat([p.position_ids for p in prompts], dim=1), packed
-        )
-        logits = policy.thinker.lm_head(hidden[torch.tensor(lengths).cumsum(0).to(device) - 1]).float()  # (B, V)
-        split = lambda x: pad_sequence(x[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)  # noqa: E731
-        cache = {i: tuple(split(x).contiguous() for x in kv) for i, kv in packed.kept.items()}  # (B, K, P, E)
-        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        attention = DecodeAttention(cache, mask, group_size)
-
-        noise = torch.stack([  # (B, G, T): all randomness of the rollout, drawn before it
-            torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-            for s in seeds
-        ]).to(device)  # fmt: skip
-        position = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (B * G, V)
-        ends = torch.tensor(eos_ids, device=device)
-        wanted = torch.arange(group_size) < torch.tensor(num_completions)[:, None]  # (B, G)
-        # slot[r] = which of the B * G completions row r is making, -1 for a row kept only to fill up
-        slot = torch.arange(num_prompts * group_size).view(num_prompts, group_size).masked_fill(~wanted, -1).flatten().to(device)
-        ids = torch.zeros(num_prompts * group_size, max_new_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(ids.shape, device=device)
-        length = torch.zeros(len(ids), dtype=torch.long, device=device)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        noise = noise.view(-1, max_new_tokens)
-        prompt_of = torch.arange(num_prompts, device=device)
-        for step in range(max_new_tokens):
-            token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
-            alive = slot >= 0
-            live = slot[alive]
-            ids[live, step], logprobs[live, step], length[live] = token[alive], logprob[alive], step + 1
-            done = alive & torch.isin(token, ends)
-            ended[slot[done]] = True
-            slot = slot.masked_fill(done, -1)
-            num_alive = int((slot >= 0).sum())
-            if num_alive == 0 or step + 1 == max_new_tokens:
-                break
-            rows = torch.arange(len(slot), device=device)
-            if num_alive <= 0.75 * len(slot):  # finished rows leave
-                by_prompt = (slot >= 0).view(-1, attention.group_size)
-                prompts_left = by_prompt.any(1).nonzero()[:, 0]
-                new_size = int(by_prompt.sum(1).max())
-                if len(prompts_left) * new_size < len(slot):
-                    first = by_prompt[prompts_left].int().argsort(dim=1, descending=True, stable=True)[:, :new_size]
-                    rows = (prompts_left[:, None] * attention.group_size + first).flatten()
-                    attention.keep(prompts_left, rows, new_size)
-                    slot, token, prompt_of = slot[rows], token[rows], prompt_of[prompts_left]
-            embeds = policy.thinker.get_input_embeddings()(token[:, None])  # (rows, 1, D)
-            place = (position[prompt_of] + step).repeat_interleave(attention.group_size)
-            out = policy.thinker.model.language_model(
-                inputs_embeds=embeds, position_ids=place[None, :, None].expand(3, -1, 1), use_cache=False, shared=attention
-            )
-            attention.length += 1
-            logits = policy.thinker.lm_head(out.last_hidden_state[:, -1]).float()
-    ids, logprobs, length, ended = ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist()
-    return [
-        [
-            Completion(ids[r, : length[r]].clone(), logprobs[r, : length[r]].clone(), not ended[r])
-            for r in range(b * group_size, b * group_size + num_completions[b])
-        ]
-        for b in range(num_prompts)
-    ]
-
-
-def sample(logits, temperature, noise):
-    """logits (n, V), noise (n,) in [0, 1) -> token (n,), its log-prob (n,), by the inverse of the CDF."""
-    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cdf = logprobs.double().exp().cumsum(-1)  # float32 would lose the tail of a large vocabulary
-        token = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
 # ---- load, shard, save -------------------------------------------------------------------------
 
 
@@ -533,10 +382,7 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
     adapter = (Path(folder) / "adapter_config.json").is_file()
-    try:
-        thinker = Thinker.from_pretrained(base_folder(folder), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {str(error).splitlines()[0]}") from None
+    thinker = from_pretrained(Thinker, folder, dtype=torch.float32)
     thinker.model.language_model.set_attn_implementation("shared_prefix")
     model = thinker
     if adapter:  # a trained adapter becomes part of the weights; what trains now is new
@@ -551,7 +397,9 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
         target = rf".*language_model\.layers\.\d+\..*\.({TEXT_LAYERS})"
         if train_towers:
             target += rf"|.*(visual|audio_tower)\..*\.({TOWER_LAYERS})"
-        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, lora_dropout=0.0)
+        config = LoraConfig(
+            r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, lora_dropout=0.0
+        )
         model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if gradient_checkpointing:
         thinker.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -573,38 +421,22 @@ def shard(policy, mesh, param_dtype):
         units += [omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer]
     else:
         ignored = {p for tower in policy.towers for p in tower.parameters()}
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in policy.modules():
         if isinstance(module, tuple(units)):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=ignored)
 
 
-@contextmanager
-def gathered(policy):
-    """
-    Under FSDP, the layers whole from here to the end: gathered once a rollout, not once a token.
-    To be used inside the policy's forward, which does the same for the root unit. Nothing else
-    in a rollout talks to other ranks, so each ends in its own time.
-    """
-    units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.reshard()
-
-
-def save(policy, folder, processor, is_main):
+def save(policy, folder, processor):
     """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if is_main:
-        state = {re.sub(r"^model\.", "", k, count=1): v for k, v in state.items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        state = {name.removeprefix("model."): value for name, value in state.items()}
         policy.model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)

@@ -11,6 +11,7 @@ No generator needs saving: every draw is seeded by (seed, step, ...), so a step 
 the run was interrupted before it or not, and whatever the number of processes.
 """
 
+import argparse
 import json
 import math
 import os
@@ -24,22 +25,24 @@ from pathlib import Path
 # With the default, waiting threads spin: on a busy laptop that makes small models 50 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
-    """A mistake of the user's: shown as one line, exit code 2."""
+    """A mistake of the user's: shown as one line."""
 
 
 def main_guard(main):
@@ -58,18 +61,31 @@ def main_guard(main):
 # ---- processes ---------------------------------------------------------------------------------
 
 
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def init_processes(device):
-    """-> rank, world_size, torch.device. One process without torchrun, several with it."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> torch.device. One process without torchrun, several with it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1:
+    if world_size() > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    elif device == "cuda":  # FSDP keeps the fp32 master weights on one GPU too
+    elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return rank, world_size, torch.device(device)
+    return torch.device(device)
+
+
+def compute_dtype(device, dtype):
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
 
 
 def place(policy, device, dtype):
@@ -78,82 +94,133 @@ def place(policy, device, dtype):
     if dist.is_initialized():
         from model import shard
 
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        shard(policy, mesh, getattr(torch, dtype))
+        mesh = dist.init_device_mesh(device.type, (world_size(),))
+        shard(policy, mesh, compute_dtype(device, dtype))
     return policy
 
 
 def gather(item):
     """-> list of every rank's item, in the order of the ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [item]
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    items = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(items, item)
     return items
+
+
+def share(count):
+    """The slice of `count` things that is this rank's."""
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def seed(*numbers):
+    """A 63-bit seed that depends on every number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_multiple(flag, value):
+    if value % world_size():
+        raise UserError(f"{flag} {value} must be a multiple of the {world_size()} processes")
+
+
+def print0(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def progress(start, steps, title):
+    """A bar on rank 0; without a terminal only what is written through it appears."""
+    if rank():
+        return tqdm(disable=True, file=open(os.devnull, "w"))
+    bar = tqdm(total=steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
+    bar.write = print0 if bar.disable else bar.write
+    return bar
 
 
 # ---- arguments and folder ----------------------------------------------------------------------
 
 
-def add_flags(parser, out):
-    parser.add_argument("--model", help="folder or hub id (default: the toy, written to toy/model)")
-    parser.add_argument("--data", help="JSONL of rows (default: the toy's for this stage)")
-    parser.add_argument("--out", default=out, help="folder of the run; must be new, or --resume")
-    parser.add_argument("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order and every draw")
-    parser.add_argument("--resume", action="store_true", help="continue --out where it stopped")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the computation; weights are kept in float32 (auto: bfloat16 on a GPU)")  # fmt: skip
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
-    parser.add_argument("--keep", type=int, default=2, help="checkpoints kept")
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is written, and every default."""
+
+
+PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
+    flag("--data", help="JSONL of rows (default: the toy's for this stage)")
+    flag("--out", help="folder of the run; must be new, or --resume")
+    flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
+    flag("--seed", type=int, default=0, help="of the data order and every draw")
+    flag("--resume", action="store_true", help="continue --out where it stopped")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    dtypes = ["auto", "float32", "bfloat16"]
+    flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
+    flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
+    flag("--keep", type=int, default=2, help="checkpoints kept")
 
 
 def parse(parser, argv, overrides):
-    """Parses twice, so that defaults which depend on other flags still lose to a typed flag."""
-    first = parser.parse_known_args(argv)[0]
+    """
+    Parses twice, so that defaults which depend on other flags still lose to a typed one.
+
+    overrides   callable(args of the first pass) -> pairs of (name, {flag: value}), later ones win
+    returns     args, {flag: name of the override its value comes from}
+    """
     source = {}
-    for name, values in overrides(first):
+    for name, values in overrides(parser.parse_known_args(argv)[0]):
         parser.set_defaults(**values)
-        source.update({key: name for key in values})
+        source |= {key: name for key in values}
     args = parser.parse_args(argv)
-    typed = {key for key in source if getattr(args, key) != parser.get_default(key)}
-    return args, {key: name for key, name in source.items() if key not in typed}
+    return args, {
+        k: name for k, name in source.items() if getattr(args, k) == parser.get_default(k)
+    }
 
 
-def open_folder(args, source, is_main):
-    """Checks and makes the run's folder, writes run.json and prints what will run."""
+def open_folder(args, source):
+    """Checks the run's folder and prints what will run; nothing is written before `begin`."""
     out = Path(args.out)
     started = (out / "run.json").exists()
+    gather(None)  # every rank has looked before one writes
     if started and not args.resume:
-        raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        raise UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
     if args.resume and not started:
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
-    if not is_main:
-        return out
-    about = dict(
-        script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit(),
-        versions={p: version(p) for p in ("torch", "transformers", "av", "torchaudio", "numpy")},
-        python=platform.python_version(), world_size=int(os.environ.get("WORLD_SIZE", 1)),
-    )  # fmt: skip
-    print(f"{about['script']}  commit {about['commit']}  torch {about['versions']['torch']}")
+    print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}")
     for key, value in sorted(vars(args).items()):
-        print(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))
-    if not started:
+        print0(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))
+    return out
+
+
+def begin(out, args, step):
+    """Writes run.json, or on resuming drops what was logged after `step`: those steps run again."""
+    if rank():
+        return
+    if not args.resume:
+        about = dict(script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit())
+        packages = ("torch", "transformers", "av", "torchaudio", "numpy")
+        about |= dict(versions={p: version(p) for p in packages}, python=platform.python_version())
+        about |= dict(world_size=world_size())
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "run.json", json.dumps(about, indent=1, default=str))
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
-    return out
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+            write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def commit():
     """The short git commit of this code, or None outside git."""
     try:
-        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         return None
-    return told.stdout.strip() or None
 
 
 def write_text(path, text):
@@ -164,30 +231,32 @@ def write_text(path, text):
 
 
 def log(path, item):
-    with open(path, "a") as file:
-        file.write(json.dumps(item) + "\n")
-
-
-def cut_log(path, step):
-    """Drops what was logged after `step`: those steps run again."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+    if rank() == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(item) + "\n")
 
 
 # ---- optimisation ------------------------------------------------------------------------------
 
 
 def lr_scale(step, steps, warmup, cosine):
-    """Learning-rate factor of `step` (from 1): linear warm-up, then cosine to 10 % or constant."""
+    """Factor of `step` (from 1): linear warm-up, then constant, or a cosine down to 10 %."""
     if step <= warmup:
         return step / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)) if cosine else 1.0
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 0.55 + 0.45 * math.cos(math.pi * done) if cosine else 1.0
+
+
+def set_lr(optimizer, lr, step, steps, warmup_frac, cosine):
+    scale = lr_scale(step, steps, max(1, round(warmup_frac * steps)), cosine)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * scale
 
 
 def clip_grad_norm(policy, max_norm):
     """-> the gradient's norm over all ranks and parameters, before clipping (float)."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm)
+    params = [p for p in policy.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
@@ -196,7 +265,7 @@ def clip_grad_norm(policy, max_norm):
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save_checkpoint(out, step, policy, optimizer, state, keep, is_main):
+def save_checkpoint(out, step, policy, optimizer, state, keep):
     """
     Writes OUT/checkpoints/step-NNNNNN, all of it or nothing.
 
@@ -204,7 +273,7 @@ def save_checkpoint(out, step, policy, optimizer, state, keep, is_main):
     """
     model_state = get_model_state_dict(policy, options=WHOLE)
     optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    if not is_main:
+    if rank():
         return
     folder = out / "checkpoints" / f"step-{step:06d}"
     part = folder.with_suffix(".part")
@@ -222,10 +291,10 @@ def save_checkpoint(out, step, policy, optimizer, state, keep, is_main):
         shutil.rmtree(old)
 
 
-def load_checkpoint(out, policy, optimizer, map_location="cpu"):
+def load_checkpoint(out, policy, optimizer):
     """Loads the newest whole checkpoint into policy and optimizer -> its state, or None."""
     for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
-        state = torch.load(folder / "state.pt", map_location=map_location, weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(policy, load_file(folder / "model.safetensors"), options=options)
         set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=options)

@@ -20,6 +20,8 @@ import json
 import shutil
 from pathlib import Path
 
+from run import PARSER, gather, rank  # before torch: it sets how torch's threads wait
+
 import av
 import numpy as np
 import torch
@@ -27,7 +29,12 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from tqdm import tqdm
 
-COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 40),
+}
 SHAPES = ("circle", "square", "triangle")
 PLACES = {"left": 10, "center": 28, "right": 46}  # x of the shape's centre, pixels of 56
 TONES = {"low": 300.0, "high": 1500.0}  # Hz
@@ -77,10 +84,14 @@ def write_clip(path, seconds, rng):
             fade = np.minimum(1, np.minimum(t, 1 - t) * 20)  # 50 ms, no clicks
             second += 0.3 * fade * np.sin(2 * np.pi * TONES[tone] * rng.uniform(0.95, 1.05) * t)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
+        video = container.add_stream(
+            "libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": "20", "threads": "1"}
+        )
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
-        sound = container.add_stream("aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"})
+        sound = container.add_stream(
+            "aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"}
+        )
         for shapes, _ in seconds:
             for _ in range(VIDEO_FPS):
                 frame = av.VideoFrame.from_ndarray(draw_frame(shapes, rng), format="rgb24")
@@ -99,7 +110,8 @@ def random_seconds(rng, num_seconds, max_shapes):
         count = 0 if rng.random() < 0.2 else int(rng.integers(1, max_shapes + 1))
         places = sorted(rng.choice(3, count, replace=False))  # left to right
         shapes = [
-            (list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))) for p in places
+            (list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
+            for p in places
         ]
         seconds.append((shapes, [None, "low", "high"][rng.integers(3)]))
     return seconds
@@ -119,15 +131,24 @@ def make_question(rng, stage, kind, num_seconds):
     """Draws clips until the question has exactly one answer -> (seconds, fields of the row)."""
     while True:
         seconds = random_seconds(rng, num_seconds, max_shapes=2 if stage == 3 else 1)
-        shown = [shapes[0][1] if shapes else None for shapes, _ in seconds]  # color of the first shape
+        shown = [
+            shapes[0][1] if shapes else None for shapes, _ in seconds
+        ]  # color of the first shape
         if kind == "color at":
             k = int(rng.integers(num_seconds))
             if shown[k]:
                 hint = f"watch only the {ORDINALS[k]} second"
-                return seconds, _choice(rng, f"Which color is shown in the {ORDINALS[k]} second?", shown[k], hint, [k])
+                return seconds, _choice(
+                    rng, f"Which color is shown in the {ORDINALS[k]} second?", shown[k], hint, [k]
+                )
         elif kind == "color after":
             k = int(rng.integers(num_seconds - 1))
-            if shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]:
+            if (
+                shown[k]
+                and shown[k + 1]
+                and shown.count(shown[k]) == 1
+                and shown[k] != shown[k + 1]
+            ):
                 hint = f"find the {shown[k]} shape, then look one second later"
                 question = f"Which color comes right after {shown[k]}?"
                 return seconds, _choice(rng, question, shown[k + 1], hint, [k, k + 1])
@@ -155,13 +176,21 @@ def make_question(rng, stage, kind, num_seconds):
                 answer = " | ".join(f"{p}: {c} {s}" for p, c, s in seconds[k[0]][0])
                 hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
                 question = f"What is where while the {tone} tone sounds?"
-                return seconds, dict(question=question, answer=answer, answer_type="location", hint=hint, _look=k)
+                return seconds, dict(
+                    question=question, answer=answer, answer_type="location", hint=hint, _look=k
+                )
 
 
 def _choice(rng, question, color, hint, look):
     options = [str(c) for c in rng.permutation(list(COLORS))]
-    letter = "ABCD"[options.index(color)]
-    return dict(question=question, options=options, answer=letter, answer_type="choice", hint=hint, _look=look)  # fmt: skip
+    return dict(
+        question=question,
+        options=options,
+        answer=color,
+        answer_type="choice",
+        hint=hint,
+        _look=look,
+    )
 
 
 KINDS = {
@@ -179,7 +208,7 @@ def reasoning_text(rng, stage, seconds, fields, style):
     answer, options = fields["answer"], fields.get("options")
     if style == "hasty":  # a plausible answer, found without looking
         if options:
-            answer = "ABCD"[rng.integers(4)]
+            answer = str(rng.choice(options))
         elif fields["answer_type"] == "number":
             answer = str(rng.integers(0, len(seconds) + 1))
         else:
@@ -187,8 +216,7 @@ def reasoning_text(rng, stage, seconds, fields, style):
         steps = []
     elif style == "short" and fields["_look"]:
         steps = [steps[k] for k in fields["_look"]]
-    said = options["ABCD".index(answer)] if options else answer
-    return "\n".join([*steps, f"so {said}" if steps else f"it seems {said}"]), answer
+    return "\n".join([*steps, f"so {answer}" if steps else f"it seems {answer}"]), answer
 
 
 def make_row(rng, stage, name, split):
@@ -203,7 +231,9 @@ def make_row(rng, stage, name, split):
     row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
     if stage == 0:
         hinted = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
-        style = "full" if hinted else str(rng.choice(["full", "short", "hasty"], p=[0.35, 0.1, 0.55]))
+        style = (
+            "full" if hinted else str(rng.choice(["full", "short", "hasty"], p=[0.35, 0.1, 0.55]))
+        )
         row["reasoning"], row["answer"] = reasoning_text(rng, family, seconds, fields, style)
         if not hinted:
             del row["hint"]
@@ -220,7 +250,9 @@ def write_rows(folder, stage, num_train, num_test, seed):
     for split, count in (("train", num_train), ("test", num_test)):
         rng = np.random.default_rng([seed, stage, split == "test"])
         with open(part / f"{split}.jsonl", "w") as file:
-            for i in tqdm(range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False):
+            for i in tqdm(
+                range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False
+            ):
                 row, seconds = make_row(rng, stage, f"{i:05d}", split)
                 write_clip(part / row["video"], seconds, rng)
                 file.write(json.dumps(row) + "\n")
@@ -298,7 +330,6 @@ def build_config(tokenizer):
     from transformers import Qwen2_5OmniThinkerConfig
 
     token_id = tokenizer.convert_tokens_to_ids
-    tower = dict(hidden_size=128, num_heads=4, initializer_range=0.08)
     return Qwen2_5OmniThinkerConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
@@ -357,23 +388,33 @@ def ship_weights(folder, path=WEIGHTS):
 
 
 def is_toy(folder):
-    """True for the toy's folder and for every model trained from it."""
+    """True for None (the default), the toy's folder, and every model trained from it."""
+    if folder is None:
+        return True
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
-        folder = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        folder = Path(
+            json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        )
     config = folder / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
 
 
-def ensure(stage, split="train", root=HERE / "toy"):
-    """Makes what is missing -> (model folder, JSONL of the stage's split)."""
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    if not (root / "model").exists():
+def defaults(args, stage, root=HERE / "toy"):
+    """
+    Makes what --model and --data leave to the toy (rank 0; the others wait).
+
+    returns  (model folder, training rows, held-out rows)
+    """
+    if rank() == 0 and not args.model and not (root / "model").exists():
+        root.mkdir(exist_ok=True)
         write_model(root / "model", WEIGHTS)
-    if not (root / f"stage{stage}").exists():
-        write_rows(root / f"stage{stage}", stage, *NUM_ROWS[stage], seed=0)
-    return root / "model", root / f"stage{stage}" / f"{split}.jsonl"
+    folder = root / f"stage{stage}"
+    if rank() == 0 and not args.data and not folder.exists():
+        root.mkdir(exist_ok=True)
+        write_rows(folder, stage, *NUM_ROWS[stage], seed=0)
+    gather(None)  # a barrier
+    return root / "model", folder / "train.jsonl", folder / "test.jsonl"
 
 
 def judge(row, steps):
@@ -395,13 +436,14 @@ def judge(row, steps):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    parser.add_argument("--out", default=HERE / "toy", help="folder for the model and the stages")
-    parser.add_argument("--seed", type=int, default=0, help="of the clips and questions")
-    parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
-    parser.add_argument("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 512)")
-    parser.add_argument("--random-init", action="store_true", help="random weights in place of the shipped ones")
-    parser.add_argument("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
+    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
+    flag = parser.add_argument
+    flag("--out", default=str(HERE / "toy"), help="folder for the model and the stages")
+    flag("--seed", type=int, default=0, help="of the clips and questions")
+    flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
+    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 512)")
+    flag("--random-init", action="store_true", help="random weights, not the shipped ones")
+    flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)
     if args.ship:
         ship_weights(args.ship)
@@ -413,7 +455,9 @@ def main(argv=None):
     for stage in args.stages:
         if not (out / f"stage{stage}").exists():
             num_train, num_test = NUM_ROWS[stage]
-            write_rows(out / f"stage{stage}", stage, args.num_train or num_train, num_test, args.seed)
+            write_rows(
+                out / f"stage{stage}", stage, args.num_train or num_train, num_test, args.seed
+            )
     print(f"{out}: model, " + ", ".join(f"stage{s}" for s in args.stages))
 
 

@@ -1,10 +1,10 @@
 """
 Stage 0, cold-start SFT: teach the format and the habit of reasoning before RL, on rows with a
-`reasoning`. Loss on completion tokens only, each token of the step weighing the same.
+`reasoning`. The loss is on completion tokens only; every token of the step weighs the same.
 
-    python train_sft.py                                                   # the toy, CPU
-    torchrun train_sft.py --model Qwen/Qwen2.5-Omni-7B --data sft.jsonl --out runs/sft          # 1 GPU
-    torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-Omni-7B --data sft.jsonl ...  # 8 GPUs
+    python train_sft.py                                                             # the toy, CPU
+    torchrun train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl --out runs/sft     # 1 GPU
+    torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl
 
 The towers train along by default: this is the stage in which the model may still learn to see.
 """
@@ -17,7 +17,6 @@ import run  # before torch: it sets how torch's threads wait
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import model
@@ -25,21 +24,25 @@ import toy
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("F", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False)  # fmt: skip
-    run.add_flags(parser, out="runs/sft")
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    run.add_flags(parser)
     data.add_flags(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="rows a step, over all ranks [U]")
-    parser.add_argument("--micro-tokens", type=int, default=8192, help="prompt and completion tokens read at one time")
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate [U]")
-    parser.add_argument("--warmup-frac", type=float, default=0.05, help="share of the steps with rising lr (authors' script)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="AdamW [U]")
-    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U]")
-    parser.add_argument("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
-    parser.add_argument("--train-towers", action=argparse.BooleanOptionalAction, default=True, help="train the vision and audio towers")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, a third more time")
+    flag("--batch-size", type=int, default=64, help="rows a step, over all ranks [U]")
+    flag(
+        "--micro-tokens", type=int, default=8192, help="tokens read at one time; less = less memory"
+    )
+    flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine [U]")
+    flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
+    flag("--weight-decay", type=float, default=0.0, help="of AdamW [U]")
+    flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U]")
+    flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
+    flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
+    flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
 
     def overrides(first):
-        if first.model is None or toy.is_toy(first.model):
+        yield "stage 0", dict(out="runs/sft", steps=0)
+        if toy.is_toy(first.model):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
     return run.parse(parser, argv, overrides)
@@ -47,99 +50,94 @@ def parse_args(argv=None):
 
 def main():
     args, source = parse_args()
-    rank, world_size, device = run.init_processes(args.device)
-    is_main = rank == 0
-    out = run.open_folder(args, source, is_main)
-    if args.batch_size % world_size:
-        raise run.UserError(f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes")
+    device = run.init_processes(args.device)
+    out = run.open_folder(args, source)
+    run.check_multiple("--batch-size", args.batch_size)
+    toy_model, toy_train, _ = toy.defaults(args, stage=0)
 
-    # ---- data and model
-    if is_main and not (args.model and args.data):
-        toy.ensure(stage=0)
-    if dist.is_initialized():
-        dist.barrier()
-    toy_model, toy_rows = (toy.HERE / "toy" / "model", toy.HERE / "toy" / "stage0" / "train.jsonl")
-    rows = data.Rows(args.data or toy_rows)
-    folder = str(args.model or toy_model)
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    build = model.InputBuilder(folder, data.recipe_from(args), rows.path.parent, audio_captions=False)
+    rows = data.Rows(args.data or toy_train)
+    folder = args.model or toy_model
+    build = model.InputBuilder(
+        folder, data.recipe_from(args), rows.path.parent, audio_captions=False
+    )
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
-    policy = run.place(policy, device, dtype)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)  # fmt: skip
-    steps = args.steps or -(-len(rows) // args.batch_size)
-    warmup = max(1, round(args.warmup_frac * steps))
+    policy = run.place(policy, device, args.dtype)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     start = 0
     if args.resume and (state := run.load_checkpoint(out, policy, optimizer)):
         start = state["step"]
-    if is_main:
-        run.cut_log(out / "metrics.jsonl", start)
-        print(f"  {len(rows)} rows, {steps} steps of {args.batch_size}, from step {start}")
+    run.begin(out, args, start)
+    steps = args.steps or -(-len(rows) // args.batch_size)
+    run.print0(f"  {len(rows)} rows, {steps} steps of {args.batch_size}, from step {start}")
 
     reader = data.Reader(build, args.workers, int(args.cache_gb * 1e9))
     order = data.shuffled(len(rows), args.seed, skip=start * args.batch_size)
-    batches = (list(itertools.islice(order, args.batch_size))[rank::world_size] for _ in range(start, steps))
-    batches = read_ahead(batches, rows, reader)
+    mine = run.share(args.batch_size)
 
-    # ---- loop
-    bar = tqdm(total=steps, initial=start, desc="SFT", disable=None if is_main else True)
-    for step in range(start + 1, steps + 1):
-        began = time.perf_counter()
-        batch = next(batches)
-        prompts = [reader.get(row, row.get("hint")) for row in batch]
-        data_s = time.perf_counter() - began
-        completions = [encode_completion(build.tokenizer, row) for row in batch]
-        micro = model.micro_batches([len(p.input_ids) + len(c) for p, c in zip(prompts, completions)], args.micro_tokens)
-        num_valid_tokens, num_micro = sum(map(len, completions)), len(micro)
-        if world_size > 1:
-            counts = run.gather((num_valid_tokens, num_micro))
-            num_valid_tokens, num_micro = sum(c[0] for c in counts), max(c[1] for c in counts)
-        loss_sum = torch.zeros((), device=device)
-        for i in range(num_micro):  # every rank the same number, or FSDP would wait for ever
-            part, weight = (micro[i], 1.0) if i < len(micro) else (micro[0][:1], 0.0)
-            logprobs, mask, _ = model.completion_logprobs(policy, [prompts[j] for j in part], [[completions[j]] for j in part], 1.0)
-            # the step's tokens over all ranks, so that no split changes the gradient; FSDP averages
-            # over ranks, hence world_size
-            loss = -weight * (logprobs * mask).sum() / num_valid_tokens
-            (loss * world_size).backward()
-            loss_sum += loss.detach()
-        if world_size > 1:
-            dist.all_reduce(loss_sum)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * run.lr_scale(step, steps, warmup, cosine=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        step_s = time.perf_counter() - began
-        metrics = dict(step=step, loss=loss_sum.item(), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
-                       tokens_per_s=num_valid_tokens / step_s, **{"time/data_s": data_s, "time/step_s": step_s})  # fmt: skip
-        if is_main:
-            run.log(out / "metrics.jsonl", metrics)
-            bar.update()
-            bar.write(f"step {step:4d}/{steps}  loss {metrics['loss']:.4f}  grad {grad_norm:.2f}  lr {metrics['lr']:.1e}  {step_s:.2f} s (data {data_s:.2f})")  # fmt: skip
-        if args.save_every and step % args.save_every == 0:
-            run.save_checkpoint(out, step, policy, optimizer, {}, args.keep, is_main)
-    bar.close()
-    model.save(policy, out / "final", build.processor, is_main)
-    if is_main:
-        print(f"saved {out / 'final'}: next, python train_rl.py --stage 1 --model {out / 'final'}")
-
-
-def read_ahead(batches, rows, reader):
-    """Yields batches of rows; the one after each is already being decoded."""
-    ahead = None
-    for batch in itertools.chain(batches, [None]):
-        batch = batch and [rows[i] for i in batch]
-        for row in batch or ():
+    def read_ahead():
+        """The next step's rows of this rank; threads begin to decode them."""
+        batch = [rows[i] for i in list(itertools.islice(order, args.batch_size))[mine]]
+        for row in batch:
             if not row.get("reasoning"):
                 raise data.BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
             reader.prefetch(row, row.get("hint"))
-        if ahead:
-            yield ahead
-        ahead = batch
+        return batch
+
+    # ---- loop
+    bar = run.progress(start, steps, "stage 0")
+    batch = read_ahead()
+    for step in range(start + 1, steps + 1):
+        began = time.perf_counter()
+        prompts = [reader.get(row, row.get("hint")) for row in batch]
+        completions = [encode_completion(build.tokenizer, row) for row in batch]
+        batch = read_ahead()
+        data_s = time.perf_counter() - began
+
+        sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
+        packs = model.micro_batches(sizes, args.micro_tokens)
+        counts = run.gather((sum(map(len, completions)), len(packs)))
+        # of the whole step on all ranks, so that no split of it changes the gradient
+        num_valid_tokens, num_packs = sum(n for n, _ in counts), max(n for _, n in counts)
+        loss_sum = torch.zeros((), device=device)
+        for k in range(num_packs):  # as many on every rank, or FSDP would wait for ever
+            pack = packs[min(k, len(packs) - 1)]
+            logprobs, _, _ = model.completion_logprobs(
+                policy,
+                [prompts[i] for i in pack],
+                [[completions[i]] for i in pack],
+                temperature=1.0,
+            )
+            loss = -float(k < len(packs)) * logprobs.sum() / num_valid_tokens
+            (loss * run.world_size()).backward()  # FSDP takes the mean over ranks
+            loss_sum += loss.detach()
+        if run.world_size() > 1:
+            dist.all_reduce(loss_sum)
+        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
+        run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step_s = time.perf_counter() - began
+        loss, lr = loss_sum.item(), optimizer.param_groups[0]["lr"]
+        report = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr)
+        report |= {
+            "tokens_per_s": num_valid_tokens / step_s,
+            "time/data_s": data_s,
+            "time/step_s": step_s,
+        }
+        run.log(out / "metrics.jsonl", report)
+        bar.write(f"step {step:4d}/{steps}  loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
+        bar.update()
+        if args.save_every and step % args.save_every == 0:
+            run.save_checkpoint(out, step, policy, optimizer, {}, args.keep)
+    bar.close()
+    model.save(policy, out / "final", build.processor)
+    run.print0(f"saved {out / 'final'}")
 
 
 def encode_completion(tokenizer, row):
-    """The reasoning and answer as tokens, with the end token that the rollout stops at."""
+    """The reasoning and the answer as tokens, with the end token that a rollout stops at."""
     return torch.tensor([*tokenizer(data.completion_text(row)).input_ids, tokenizer.eos_token_id])
 
 

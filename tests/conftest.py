@@ -1,6 +1,10 @@
 """What the tests share: the repository on the path, and one small toy for the whole session."""
 
+import contextlib
+import importlib
+import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +19,9 @@ import pytest  # noqa: E402
 import data  # noqa: E402
 import toy  # noqa: E402
 
-RECIPE = data.Recipe(fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048)
+RECIPE = data.Recipe(
+    fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048
+)
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,34 @@ def toy_dir(tmp_path_factory):
     for stage in range(4):
         toy.write_rows(folder / f"stage{stage}", stage, num_train=16, num_test=8, seed=0)
     return folder
+
+
+def launch(script, *flags, code=0, processes=1):
+    """
+    Runs a script as `python script flags` does -> what it printed. One process runs in this one,
+    which saves the seconds of importing; several run under torchrun.
+    """
+    argv = [str(word) for word in (script, *flags)]
+    if processes > 1:
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        done = subprocess.run([*torchrun, *argv], cwd=ROOT, capture_output=True, text=True)
+        printed, status = done.stdout + done.stderr, done.returncode
+    else:
+        out, status = io.StringIO(), 0
+        with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            try:
+                run.main_guard(importlib.import_module(script.removesuffix(".py")).main)
+            except SystemExit as end:
+                status = end.code
+        printed = out.getvalue()
+        if isinstance(status, str):  # sys.exit(text) prints it and exits with 1
+            printed, status = printed + status + "\n", 1
+    assert bool(status) == bool(code), printed
+    return printed

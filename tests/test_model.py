@@ -18,12 +18,15 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 import data
 import model
+import rollout
 
 
 @pytest.fixture(scope="module")
 def setup(toy_dir):
     """Policy, the plain HF model, and prompts with audio, without, and of different lengths."""
-    policy = model.load(toy_dir / "model", lora_rank=0, train_towers=True, gradient_checkpointing=False)
+    policy = model.load(
+        toy_dir / "model", lora_rank=0, train_towers=True, gradient_checkpointing=False
+    )
     prompts = []
     for stage, i in ((3, 0), (1, 0), (2, 1)):
         rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
@@ -44,12 +47,22 @@ def oracle_logprobs(hf, prompt, completion, temperature):
     ids = torch.cat([prompt.input_ids, completion])[None]
     kwargs = {}
     if video := prompt.media.get("video"):
-        kwargs.update(pixel_values_videos=video["pixels"], video_grid_thw=video["grid"], video_second_per_grid=torch.tensor([1.0]))
+        kwargs.update(
+            pixel_values_videos=video["pixels"],
+            video_grid_thw=video["grid"],
+            video_second_per_grid=torch.tensor([1.0]),
+        )
     if audio := prompt.media.get("audio"):
         mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
-        kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
-    logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
-    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[:, 0]
+        kwargs.update(
+            input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True
+        )
+    logits = (
+        hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
+    )
+    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[
+        :, 0
+    ]
 
 
 SIZES = ([5, 1, 9], [7], [2, 12])  # ragged, one of a single token
@@ -100,7 +113,10 @@ def test_one_prompt_does_not_change_another(setup):
     with torch.no_grad():
         together = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
         reverse = model.completion_logprobs(policy, prompts[::-1], completions[::-1], 1.0)[0]
-        alone = [model.completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
+        alone = [
+            model.completion_logprobs(policy, [p], [c], 1.0)[0]
+            for p, c in zip(prompts, completions)
+        ]
     rows = together.split([len(s) for s in SIZES])
     for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
         torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
@@ -112,12 +128,16 @@ def test_rollout_logprobs_are_the_recomputed_ones(setup):
     groups = model.rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
     assert [len(g) for g in groups] == [4, 2, 3]
     with torch.no_grad():
-        logprobs, mask, _ = model.completion_logprobs(policy, prompts, [[c.ids for c in g] for g in groups], 1.0)
+        logprobs, mask, _ = model.completion_logprobs(
+            policy, prompts, [[c.ids for c in g] for g in groups], 1.0
+        )
     recorded = pad_sequence([c.logprobs for g in groups for c in g], batch_first=True)
     assert (logprobs - recorded).abs().max() < 1e-4
     for c in (c for g in groups for c in g):
         ends = torch.isin(c.ids, torch.tensor(build.eos_ids))
-        assert not ends[:-1].any() and bool(ends[-1]) != c.truncated  # EOS is inside, and nothing after it
+        assert (
+            not ends[:-1].any() and bool(ends[-1]) != c.truncated
+        )  # EOS is inside, and nothing after it
 
 
 def test_rollout_does_not_depend_on_the_batch(setup):
@@ -139,7 +159,11 @@ def test_greedy_rollout_equals_hf_generate(setup):
         )  # fmt: skip
         if audio := prompt.media.get("audio"):
             mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
-            kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
+            kwargs.update(
+                input_features=audio["mel"][None],
+                feature_attention_mask=mask,
+                use_audio_in_video=True,
+            )
         ids = prompt.input_ids[None]
         theirs = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
                              eos_token_id=build.eos_ids, **kwargs)[0, ids.shape[1] :]  # fmt: skip
@@ -149,16 +173,20 @@ def test_greedy_rollout_equals_hf_generate(setup):
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).repeat(20000, 1)
     noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    token, logprob = model.sample(logits, 0.5, noise)
+    token, logprob = rollout.sample(logits, 0.5, noise)
     expected = (logits[0] / 0.5).softmax(-1)
     torch.testing.assert_close(token.bincount(minlength=4) / 20000, expected, atol=0.01, rtol=0)
     torch.testing.assert_close(logprob, expected.log()[token])
-    assert model.sample(logits[:1], 1.0, torch.tensor([1 - 1e-12], dtype=torch.float64))[0] == 3
+    assert rollout.sample(logits[:1], 1.0, torch.tensor([1 - 1e-12], dtype=torch.float64))[0] == 3
 
 
 def test_head_in_chunks_is_the_head(monkeypatch):
     torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(8, 50, bias=False), torch.randn(37, 8, requires_grad=True), torch.randint(50, (37,))
+    head, hidden, targets = (
+        torch.nn.Linear(8, 50, bias=False),
+        torch.randn(37, 8, requires_grad=True),
+        torch.randint(50, (37,)),
+    )
     whole, entropy = model.head_logprobs(head, hidden, targets, 0.9)
     (grad,) = torch.autograd.grad(whole.sum(), hidden)
     monkeypatch.setattr(model, "HEAD_CHUNK", 10)
@@ -167,7 +195,9 @@ def test_head_in_chunks_is_the_head(monkeypatch):
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(chunked_entropy, entropy)
     torch.testing.assert_close(chunked_grad, grad)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy())
+    torch.testing.assert_close(
+        entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy()
+    )
 
 
 def test_a_sampled_media_token_is_an_ordinary_token(setup):
@@ -177,7 +207,10 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
     odd = [[torch.tensor([20, media_token, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
     plain = [[torch.tensor([20, 30, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
     with torch.no_grad():
-        a, b = model.completion_logprobs(policy, prompts, odd, 1.0)[0], model.completion_logprobs(policy, prompts, plain, 1.0)[0]
+        a, b = (
+            model.completion_logprobs(policy, prompts, odd, 1.0)[0],
+            model.completion_logprobs(policy, prompts, plain, 1.0)[0],
+        )
     torch.testing.assert_close(a[:, 0], b[:, 0])
     torch.testing.assert_close(a[1:], b[1:])
 
@@ -185,7 +218,10 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
 def test_missing_placeholder_is_an_error(setup):
     policy, _, prompts, _ = setup
     p = prompts[0]
-    keep = torch.arange(len(p.input_ids)) != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
+    keep = (
+        torch.arange(len(p.input_ids))
+        != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
+    )
     broken = p._replace(input_ids=p.input_ids[keep], position_ids=p.position_ids[:, keep])
     with pytest.raises(AssertionError, match="audio: .* placeholders"):
         model.completion_logprobs(policy, [broken], [[torch.tensor([20, 21])]], 1.0)
@@ -196,7 +232,10 @@ def test_encoded_media_stand_in_for_the_towers(setup):
     completions = random_completions(SIZES)
     with torch.no_grad():
         encoded = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
-        torch.testing.assert_close(model.completion_logprobs(policy, encoded, completions, 1.0)[0], model.completion_logprobs(policy, prompts, completions, 1.0)[0])
+        torch.testing.assert_close(
+            model.completion_logprobs(policy, encoded, completions, 1.0)[0],
+            model.completion_logprobs(policy, prompts, completions, 1.0)[0],
+        )
 
 
 def test_encoders_run_once_a_rollout(setup):
@@ -219,14 +258,18 @@ def test_time_positions_of_an_aligned_clip(setup):
     assert ((video - begin) == torch.arange(seconds).repeat_interleave(4) * 25).all()
     assert ((audio - begin) == torch.arange(25 * seconds)).all()
     order = (prompt.input_ids == config.audio_token_id).nonzero()[:, 0]
-    assert (order[1:50] - order[:49] == 1).all() and (seconds <= 2 or order[50] - order[49] == 1 + 4 * min(2, seconds - 2))
+    assert (order[1:50] - order[:49] == 1).all() and (
+        seconds <= 2 or order[50] - order[49] == 1 + 4 * min(2, seconds - 2)
+    )
 
 
 def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     from peft import PeftModel
 
     _, _, prompts, build = setup
-    policy = model.load(toy_dir / "model", lora_rank=4, train_towers=False, gradient_checkpointing=False)
+    policy = model.load(
+        toy_dir / "model", lora_rank=4, train_towers=False, gradient_checkpointing=False
+    )
     completions = random_completions(SIZES)
     base = model.completion_logprobs(policy, prompts, completions, 1.0)[0].detach()
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
@@ -237,19 +280,23 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     with torch.no_grad():
         after = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
         with policy.reference():
-            torch.testing.assert_close(model.completion_logprobs(policy, prompts, completions, 1.0)[0], base)
+            torch.testing.assert_close(
+                model.completion_logprobs(policy, prompts, completions, 1.0)[0], base
+            )
     assert (after - base).abs().max() > 1e-2
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
-    model.save(policy, tmp_path / "final", build.processor, is_main=True)
+    model.save(policy, tmp_path / "final", build.processor)
     PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
     again = model.load(tmp_path / "final", 0, False, False)  # merged
     with torch.no_grad():
-        torch.testing.assert_close(model.completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model.completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0
+        )
 
 
 def test_saved_folder_is_standard(setup, tmp_path):
     policy, _, prompts, build = setup
-    model.save(policy, tmp_path / "final", build.processor, is_main=True)
+    model.save(policy, tmp_path / "final", build.processor)
     loaded = Thinker.from_pretrained(tmp_path / "final").state_dict()
     for name, value in policy.model.state_dict().items():
         assert torch.equal(loaded[name], value), name

@@ -6,11 +6,13 @@ Runs as people start them: stage 0, resuming, two processes, evaluation, and mis
 
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from test_train_rl import launch, read_metrics, rl_flags
+from conftest import launch
+from test_train_rl import read_metrics, rl_flags
 
 import eval as evaluation
 import run
@@ -22,12 +24,18 @@ def sft_flags(toy_dir, out, *more):
 
 
 def same_weights(a, b):
-    a, b = load_file(a / "final" / "model.safetensors"), load_file(b / "final" / "model.safetensors")
+    a, b = (
+        load_file(a / "final" / "model.safetensors"),
+        load_file(b / "final" / "model.safetensors"),
+    )
     return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 
 
 def without_times(metrics):
-    return [{k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"} for m in metrics]
+    return [
+        {k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"}
+        for m in metrics
+    ]
 
 
 def stopped_copy(source, target, step):
@@ -64,7 +72,18 @@ def test_micro_batches_and_processes_do_not_change_sft(toy_dir, tmp_path):
 
 def test_rl_resumes_bit_for_bit(toy_dir, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    flags = ("--steps", 4, "--save-every", 2, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10)
+    flags = (
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--prompts-per-step",
+        8,
+        "--hint-patience",
+        1,
+        "--hint-kl",
+        10,
+    )
     launch(*rl_flags(toy_dir, 2, straight, *flags))
     stopped_copy(straight, resumed, 2)
     launch(*rl_flags(toy_dir, 2, resumed, *flags, "--resume"))
@@ -80,17 +99,36 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     launch(*rl_flags(toy_dir, 2, tmp_path / "one"))
     launch(*rl_flags(toy_dir, 2, tmp_path / "two"), processes=2)
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
-    exact = ("step", "completions_generated", "buffer/size", "num_valid_tokens", "completions/mean_length")
-    close = ("reward", "reward_std", "advantage_std", "kl", "grad_norm", "off/ratio_max", "off/ess_frac", "loss")
+    exact = (
+        "step",
+        "completions_generated",
+        "buffer/size",
+        "num_valid_tokens",
+        "completions/mean_length",
+    )
+    close = (
+        "reward",
+        "reward_std",
+        "advantage_std",
+        "kl",
+        "grad_norm",
+        "off/ratio_max",
+        "off/ess_frac",
+        "loss",
+    )
     for a, b in zip(one, two, strict=True):
         assert [a[k] for k in exact] == [b[k] for k in exact]
-        np.testing.assert_allclose([a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            [a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5
+        )
 
 
 def test_lora_run_and_its_next_stage(toy_dir, tmp_path):
     launch(*rl_flags(toy_dir, 1, tmp_path / "a", "--lora-rank", 2))
     assert (tmp_path / "a" / "final" / "adapter_model.safetensors").exists()
-    assert read_metrics(tmp_path / "a")[-1]["kl"] > 0  # the reference is the policy without its adapter
+    assert (
+        read_metrics(tmp_path / "a")[-1]["kl"] > 0
+    )  # the reference is the policy without its adapter
     flags = list(rl_flags(toy_dir, 2, tmp_path / "b"))
     flags[flags.index("--model") + 1] = tmp_path / "a" / "final"
     launch(*flags)
@@ -115,7 +153,11 @@ def test_evaluation(toy_dir, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b" / "records.jsonl").write_text("".join(lines[:5]))
-    printed = launch(*eval_flags(toy_dir, tmp_path / "b", "--resume", "--batch-size", 3, "--against", tmp_path / "a"))
+    printed = launch(
+        *eval_flags(
+            toy_dir, tmp_path / "b", "--resume", "--batch-size", 3, "--against", tmp_path / "a"
+        )
+    )
     by_id = lambda rs: sorted(rs, key=lambda r: (r["file"], r["prompt_id"]))  # noqa: E731
     assert by_id(evaluation.read_records(tmp_path / "b")) == by_id(records)
     assert "+0.000" in printed and "†" in printed
@@ -130,11 +172,23 @@ def test_failures_count_as_wrong_and_are_named(toy_dir, tmp_path):
     clips = sorted((folder / "clips").glob("test-*.mp4"))
     clips[0].unlink()
     clips[1].write_bytes(clips[1].read_bytes()[:900])
-    printed = launch("eval.py", "--model", toy_dir / "model", "--data", folder / "test.jsonl", "--out", tmp_path / "s", "--max-new-tokens", 24)
+    printed = launch(
+        "eval.py",
+        "--model",
+        toy_dir / "model",
+        "--data",
+        folder / "test.jsonl",
+        "--out",
+        tmp_path / "s",
+        "--max-new-tokens",
+        24,
+    )
     scores = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["all"]
     assert scores["n"] == 8 and scores["failures"] >= 2
     assert "row toy-2-test-00000: no file at" in printed and "row toy-2-test-00001" in printed
-    audio_after = [r for r in evaluation.read_records(tmp_path / "s") if r["completion"] is not None]
+    audio_after = [
+        r for r in evaluation.read_records(tmp_path / "s") if r["completion"] is not None
+    ]
     assert len(audio_after) == 6  # one bad clip does not change how the others are read
 
 
@@ -142,7 +196,9 @@ def test_bootstrap_against_the_normal_interval():
     scores = np.random.default_rng(0).random(400)
     low, high = evaluation.bootstrap(scores, range(400), seed=0)
     half = 1.96 * scores.std() / 20
-    assert low == pytest.approx(scores.mean() - half, abs=0.004) and high == pytest.approx(scores.mean() + half, abs=0.004)
+    assert low == pytest.approx(scores.mean() - half, abs=0.004) and high == pytest.approx(
+        scores.mean() + half, abs=0.004
+    )
     # ten questions a clip that stand or fall together are worth one
     tenfold = evaluation.bootstrap(np.repeat(scores[:40], 10), np.repeat(np.arange(40), 10), seed=0)
     assert tenfold[1] - tenfold[0] > 2.5 * (high - low)
@@ -161,18 +217,32 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     rows = toy_dir / "stage2" / "train.jsonl"
     out = ("--out", tmp_path / "x", "--steps", 1)
     model = ("--model", toy_dir / "model")
-    assert "no Qwen2.5-Omni model at no/such/model" in mistake("train_rl.py", "--model", "no/such/model", "--data", rows, "--judge", "toy", *out)
-    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert "no Qwen2.5-Omni model at no/such/model" in mistake(
+        "train_rl.py", "--model", "no/such/model", "--data", rows, "--judge", "toy", *out
+    )
     assert "no data file at no.jsonl" in mistake("train_rl.py", *model, "--data", "no.jsonl", *out)
-    shutil.rmtree(tmp_path / "x", ignore_errors=True)
-    assert "the judge part of the reward needs --judge" in mistake("train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out)
-    assert "no reasoning: stage 0 learns from it" in mistake("train_sft.py", *model, "--data", rows, *out)
-    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert "the judge part of the reward needs --judge" in mistake(
+        "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
+    )
+    assert "no reasoning: stage 0 learns from it" in mistake(
+        "train_sft.py", *model, "--data", rows, *out
+    )
     assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "run.json").write_text("{}")
-    assert "already holds a run" in mistake("train_rl.py", *model, "--data", rows, "--out", tmp_path / "held")
-    assert "no records in" in mistake("eval.py", *model, "--data", rows, "--out", tmp_path / "y", "--against", tmp_path / "nowhere")
+    assert "already holds a run" in mistake(
+        "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
+    )
+    assert "no records in" in mistake(
+        "eval.py",
+        *model,
+        "--data",
+        rows,
+        "--out",
+        tmp_path / "y",
+        "--against",
+        tmp_path / "nowhere",
+    )
 
 
 def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
@@ -189,11 +259,12 @@ def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
 
 def test_lr_scale():
     assert [run.lr_scale(s, 10, 4, cosine=False) for s in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert run.lr_scale(4, 10, 4, cosine=True) == 1.0 and run.lr_scale(10, 10, 4, cosine=True) == pytest.approx(0.1)
+    assert run.lr_scale(4, 10, 4, cosine=True) == 1.0 and run.lr_scale(
+        10, 10, 4, cosine=True
+    ) == pytest.approx(0.1)
 
 
-def test_cut_log(tmp_path):
-    for step in (1, 2, 3):
-        run.log(tmp_path / "m.jsonl", dict(step=step))
-    run.cut_log(tmp_path / "m.jsonl", 2)
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+def test_resuming_cuts_the_logs(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    run.begin(tmp_path, Namespace(resume=True), step=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,121 @@
+"""
+What a step of RL reports: every metric with its formula, the printed line, the samples.
+
+Names follow TRL where TRL has the quantity. Each number is computed once, over all completions of
+the step on all ranks: no mean of means.
+"""
+
+from statistics import fmean as mean
+
+import torch
+
+METRICS = {  # name -> formula or meaning; the README's table is this one
+    "step": "optimizer steps so far",
+    "completions_generated": "fresh completions so far: hinted, unjudged and warm-up ones too",
+    "loss": "-J, see [J]",
+    "reward": "mean of R over fresh completions, R = sum_k w_k r_k [R.stage]",
+    "reward_std": "std of R over fresh completions",
+    "rewards/format": "mean of r_format, -1 or 1 [R.format]",
+    "rewards/acc": "mean of r_acc in 0..1, whatever its weight [R.acc]",
+    "rewards/self": "mean of r_self, 0 or 1 [R.self]",
+    "rewards/judge": "mean of r_judge in 0..1, where it counts [R.judge]",
+    "rewards/unjudged_frac": "fresh completions the judge gave no score, left out of everything else",
+    "frac_reward_zero_std": "share of fresh groups in which all R are equal: no signal [GRPO.A]",
+    "advantage_std": "std of A over fresh and replayed completions",
+    "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
+    "kl": "mean over completions of mean_t k3 to the reference, nats [KL]",
+    "entropy": "mean over fresh completions of mean_t entropy, nats",
+    "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
+    "logprob_gap": "max over fresh tokens of |log-prob in the rollout - recomputed|, nats",
+    "off/ratio_mean": "mean over replayed completions of prod_t r_t; 1 without replay [RATIO]",
+    "off/ratio_max": "max over replayed tokens of r_t; 1 without replay",
+    "off/clip_frac": "clip_frac over replayed completions",
+    "off/ess_frac": "(sum w)^2 / (M sum w^2), w = prod_t r_t of the M replayed; 1 = all alike",
+    "tas/weight_mean": "mean over completions of mean_t w_t; about 1 + lambda / 3 [TAS.w]",
+    "completions/mean_length": "tokens of a fresh completion, EOS included",
+    "completions/clipped_ratio": "share of fresh completions cut off by --max-new-tokens",
+    "num_valid_tokens": "completion tokens in the update, fresh and replayed",
+    "grad_norm": "L2 norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "buffer/size": "completions stored",
+    "buffer/prompts": "prompts with stored completions",
+    "buffer/frac_easy": "share of the stored completions whose prompt is Easy now [TIER]",
+    "buffer/frac_medium": "same, Medium",
+    "buffer/frac_hard": "same, Hard",
+    "buffer/staleness_mean": "mean of step - birth step over stored completions",
+    "buffer/mean_reward": "mean of R(q) over prompts seen [R.mean]",
+    "hints/frac": "share of the step's prompts that carried their hint [HINT]",
+    "hints/entered": "hints that entered so far",
+    "hints/withdrawn": "hints withdrawn so far",
+    "tokens_per_s": "num_valid_tokens / seconds of the whole step",
+    "time/data_s": "seconds before the rollout: waiting for clips, encoding new ones, hints",
+    "time/rollout_s": "seconds of sampling",
+    "time/update_s": "seconds of log-probs, backward passes and the optimizer",
+    "eval/acc": "share of right answers on held-out rows, at --temperature",
+}
+
+
+def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
+    """
+    info              dict of (N,) tensors from the update, all ranks
+    groups            list of lists of Entry, the fresh ones
+    fresh_advantages  list of (G,) tensors; off_advantages list of (M,) tensors
+    returns           dict: the part of METRICS that comes from the completions
+    """
+    fresh, off = info["fresh"], ~info["fresh"]
+    made = [entry for group in groups for entry in group]
+    rewards = torch.tensor([e.reward for e in made])
+    advantages = torch.cat([*fresh_advantages, *off_advantages])
+    ratio = info["log_ratio"][off].exp() if off.any() else torch.ones(1)
+    return {
+        "loss": info["loss"].sum().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        **{
+            f"rewards/{part}": mean(e.reward_parts[part] for e in made)
+            for part in made[0].reward_parts
+        },
+        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups),
+        "advantage_std": advantages.std().item(),
+        "advantage_zero_frac": (advantages == 0).float().mean().item(),
+        "kl": info["kl"].mean().item(),
+        "entropy": info["entropy"][fresh].mean().item(),
+        "clip_frac": info["clip_frac"].mean().item(),
+        "logprob_gap": info["gap"][fresh].max().item(),
+        "off/ratio_mean": ratio.mean().item(),
+        "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
+        "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
+        "off/ess_frac": (ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)).item(),
+        "tas/weight_mean": info["tas_weight"].mean().item(),
+        "completions/mean_length": mean(len(e.completion_ids) for e in made),
+        "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),
+        "num_valid_tokens": int(info["num_tokens"].sum()),
+    }
+
+
+def step_line(m, steps):
+    """The line printed for a step."""
+    seconds = m["time/data_s"] + m["time/rollout_s"] + m["time/update_s"]
+    line = (
+        f"step {m['step']:4d}/{steps}  reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  "
+        f"kl {m['kl']:.4f}  "
+        f"zero-std {m['frac_reward_zero_std']:.2f}  grad {m['grad_norm']:.2f}  "
+        f"len {m['completions/mean_length']:.0f}  buffer {m['buffer/size']}  "
+        f"made {m['completions_generated']}  {seconds:.1f} s"
+    )
+    return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
+
+
+def samples(step, group, advantages, replay, tokenizer):
+    """One group for samples.jsonl: what was written, what it earned, and why."""
+    for e, advantage in zip(group, advantages.tolist()):
+        yield dict(
+            step=step,
+            prompt_id=e.prompt_id,
+            completion=tokenizer.decode(e.completion_ids),
+            reward=e.reward,
+            reward_parts=e.reward_parts,
+            advantage=advantage,
+            tier=replay.tier(e.prompt_id),
+            hinted=e.hinted,
+        )
