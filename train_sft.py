@@ -67,7 +67,6 @@ def main():
     start = 0
     if args.resume and (state := run.load_checkpoint(out, policy, optimizer)):
         start = state["step"]
-    run.begin(out, args, start)
     steps = args.steps or -(-len(rows) // args.batch_size)
     run.print0(f"  {len(rows)} rows, {steps} steps of {args.batch_size}, from step {start}")
 
@@ -87,6 +86,7 @@ def main():
     # ---- loop
     bar = run.progress(start, steps, "stage 0")
     batch = read_ahead()
+    run.begin(out, args, start)
     for step in range(start + 1, steps + 1):
         began = time.perf_counter()
         prompts = [reader.get(row, row.get("hint")) for row in batch]
