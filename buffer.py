@@ -149,6 +149,7 @@ class ReplayBuffer:
     def tiers(self):
         """
         rank q by (R̄(q), first seen):  lowest round(.40 n) hard, highest round(.25 n) easy   [TIER]
+        Ties are cut where they fall, so the shares are exact.                                [U4]
         prompt_id -> tier of every prompt with an R̄, from the lowest up. Not to be modified.
 
         Ties are cut by who was seen first: a cut by value would make one tier of all prompts that
@@ -197,7 +198,7 @@ class ReplayBuffer:
 
     def _rare_successes(self, items):
         """
-        Orders of the entries that eviction spares: per prompt, hinted and plain apart, the best
+        Orders of the entries that eviction spares [U5]: per prompt, hinted and plain apart, the best
         reward (newest of equals) if above R̄(q). They fill at most half of the tier, newest first:
         single successes of thousands of prompts would leave no prompt with a group to draw.
         """
@@ -226,7 +227,7 @@ class ReplayBuffer:
                     mixed, as their prompts differ; shorter when too little is stored
         raises      ValueError    num_groups or num_off out of range
 
-        Of a prompt half come from each side of R̄(q), farthest first and newest of equals. If both
+        [U2] [U3] Of a prompt half come from each side of R̄(q), farthest first and newest of equals. If both
         its hinted and its plain entries make a group, the more useful do. A prompt without an R̄
         has nothing to be measured against and is not drawn.
         """

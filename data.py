@@ -244,7 +244,7 @@ def decode_video(path, name, start, end, recipe):
     """
     -> frames (T, 3, H, W) uint8, fps of the frames taken, (start, end) in seconds.
 
-    The span is cut into T equal parts and the frame on show in the middle of each is taken, so
+    [U17] The span is cut into T equal parts and the frame on show in the middle of each is taken, so
     that frame i stands for the time i / fps, which is what the positions say.
     """
     with _open(path, name) as container:

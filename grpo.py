@@ -10,10 +10,10 @@ completions of a step.
 
 import torch
 
-STD_EPS = 1e-4  # added to a group's std, as TRL does: equal rewards give 0, not 0/0 [U]
-SIGMA_FLOOR = 0.1  # least sigma_off: few, nearly equal replayed rewards must not explode [U]
-LOG_RATIO_MAX = 20.0  # |log ratio| beyond which exp is not taken [U]
-DUAL_CLIP = 3.0  # most a negative advantage counts, in multiples of itself [U]
+STD_EPS = 1e-4  # added to a group's std, as TRL does: equal rewards give 0, not 0/0 [U1]
+SIGMA_FLOOR = 0.1  # least sigma_off: few, nearly equal replayed rewards must not explode [U1]
+LOG_RATIO_MAX = 20.0  # |log ratio| beyond which exp is not taken [U1]
+DUAL_CLIP = 3.0  # most a negative advantage counts, in multiples of itself [U1]
 
 
 def group_advantages(group_rewards):

@@ -397,7 +397,7 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
         target = rf".*language_model\.layers\.\d+\..*\.({TEXT_LAYERS})"
         if train_towers:
             target += rf"|.*(visual|audio_tower)\..*\.({TOWER_LAYERS})"
-        config = LoraConfig(
+        config = LoraConfig(  # [D2]
             r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, lora_dropout=0.0
         )
         model = get_peft_model(thinker, config, autocast_adapter_dtype=False)

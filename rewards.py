@@ -21,7 +21,7 @@ def split_completion(text):
     text       str           the completion without its prompt; tags are lower case
     returns    (think, answer), each stripped, None where absent or empty
                think         from the first <think> to the last </think>
-               answer        the last innermost <answer>...</answer> after the last </think>
+               answer        the last innermost <answer>...</answer> after the last </think> [U12]
 
     All before the last </think> is reasoning, also when its <think> stood in the prompt; a
     <think> left open makes all that follows reasoning. Innermost means no tag inside:
@@ -284,7 +284,7 @@ def accuracy_reward(answer, truth, answer_type, options=None):
     R_acc = 1[a = y]                                    choice, yesno, text             [R.acc]
     R_acc = max(0, 1 - |a - y| / |y|), 1[a = y] if y=0  number
     R_acc = 2 |a & y| / (|a| + |y|)                     multi, location: F1 of two sets
-    Scores the parsed answer a against the truth y, both in the form of normalize_answer.
+    Scores the parsed answer a against the truth y, both in the form of normalize_answer. [U11]
 
     answer       str or None        parsed answer; None scores 0
     truth        str, int, float    choice: a letter, an option's text, or an int index from 0;
@@ -316,7 +316,7 @@ def self_consistency_rewards(answers, mean_logprobs, answer_type, options=None):
     returns        list of G floats   1.0 or 0.0; all 0 when no answer can be read
     raises         ValueError         lengths differ; NaN for an answer that votes
 
-    None has no vote and no reward, however many there are. A lone readable answer wins: pair
+    [U13] None has no vote and no reward, however many there are. A lone readable answer wins: pair
     this reward with one that does not come from the group. A second tie goes to the first.
     """
     if len(answers) != len(mean_logprobs):

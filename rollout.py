@@ -36,7 +36,7 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
     seeds            list of B int  one a prompt: what a prompt gets does not depend on its neighbours
     returns          list of B lists of Completion
 
-    Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
+    [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
     return policy(_rollout, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds)

@@ -29,12 +29,8 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from tqdm import tqdm
 
-COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 190, 60),
-    "blue": (50, 80, 230),
-    "yellow": (230, 210, 40),
-}
+COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
+COLORS["yellow"] = (230, 210, 40)
 SHAPES = ("circle", "square", "triangle")
 PLACES = {"left": 10, "center": 28, "right": 46}  # x of the shape's centre, pixels of 56
 TONES = {"low": 300.0, "high": 1500.0}  # Hz
@@ -127,70 +123,53 @@ def describe(shapes, tone, words):
 # ---- questions ---------------------------------------------------------------------------------
 
 
-def make_question(rng, stage, kind, num_seconds):
-    """Draws clips until the question has exactly one answer -> (seconds, fields of the row)."""
-    while True:
-        seconds = random_seconds(rng, num_seconds, max_shapes=2 if stage == 3 else 1)
-        shown = [
-            shapes[0][1] if shapes else None for shapes, _ in seconds
-        ]  # color of the first shape
-        if kind == "color at":
-            k = int(rng.integers(num_seconds))
-            if shown[k]:
-                hint = f"watch only the {ORDINALS[k]} second"
-                return seconds, _choice(
-                    rng, f"Which color is shown in the {ORDINALS[k]} second?", shown[k], hint, [k]
-                )
-        elif kind == "color after":
-            k = int(rng.integers(num_seconds - 1))
-            if (
-                shown[k]
-                and shown[k + 1]
-                and shown.count(shown[k]) == 1
-                and shown[k] != shown[k + 1]
-            ):
-                hint = f"find the {shown[k]} shape, then look one second later"
-                question = f"Which color comes right after {shown[k]}?"
-                return seconds, _choice(rng, question, shown[k + 1], hint, [k, k + 1])
-        elif kind == "count shapes":
-            count = sum(bool(c) for c in shown)
-            hint = "write a line for each second, then count the lines with a shape"
-            return seconds, dict(question="How many shapes are shown?", answer=str(count), answer_type="number",
-                                 hint=hint, _look=[])  # fmt: skip
-        elif kind == "color at tone":
-            tone = str(rng.choice(list(TONES)))
-            k = [i for i, (_, t) in enumerate(seconds) if t == tone]
-            if len(k) == 1 and shown[k[0]]:
-                hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
-                question = f"Which color is shown while the {tone} tone sounds?"
-                return seconds, _choice(rng, question, shown[k[0]], hint, k)
-        elif kind == "count at tone":
-            count = sum(bool(c) and t is not None for c, (_, t) in zip(shown, seconds))
-            hint = "write a line for each second, then count the lines with a shape and a tone"
-            return seconds, dict(question="How many shapes come with a tone?", answer=str(count),
-                                 answer_type="number", hint=hint, _look=[])  # fmt: skip
-        elif kind == "where at tone":
-            tone = str(rng.choice(list(TONES)))
-            k = [i for i, (_, t) in enumerate(seconds) if t == tone]
-            if len(k) == 1 and seconds[k[0]][0]:
-                answer = " | ".join(f"{p}: {c} {s}" for p, c, s in seconds[k[0]][0])
-                hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
-                question = f"What is where while the {tone} tone sounds?"
-                return seconds, dict(
-                    question=question, answer=answer, answer_type="location", hint=hint, _look=k
-                )
+def ask(rng, kind, seconds):
+    """-> (fields of the row, the seconds to look at), or None if the clip has no clear answer."""
+    num_seconds = len(seconds)
+    shown = [shapes[0][1] if shapes else None for shapes, _ in seconds]  # color of the first shape
+    if kind == "color at":
+        k = int(rng.integers(num_seconds))
+        question = f"Which color is shown in the {ORDINALS[k]} second?"
+        return shown[k] and choice(
+            rng, question, shown[k], f"watch only the {ORDINALS[k]} second", [k]
+        )
+    if kind == "color after":
+        k = int(rng.integers(num_seconds - 1))
+        clear = (
+            shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]
+        )
+        question = f"Which color comes right after {shown[k]}?"
+        hint = f"find the {shown[k]} shape, then look one second later"
+        return clear and choice(rng, question, shown[k + 1], hint, [k, k + 1])
+    if kind.startswith("count"):
+        toned = kind == "count at tone"
+        count = sum(
+            c is not None and (tone is not None or not toned)
+            for c, (_, tone) in zip(shown, seconds)
+        )
+        hint = (
+            "write a line for each second, then count the lines with a shape"
+            + " and a tone" * toned
+        )
+        question = f"How many shapes {'come with a tone' if toned else 'are shown'}?"
+        return dict(question=question, answer=str(count), answer_type="number", hint=hint), []
+    tone = str(rng.choice(list(TONES)))
+    k = [i for i, (_, t) in enumerate(seconds) if t == tone]
+    if len(k) != 1 or not shown[k[0]]:
+        return None
+    hint = f"the {tone} tone sounds in the {ORDINALS[k[0]]} second, look there"
+    if kind == "color at tone":
+        question = f"Which color is shown while the {tone} tone sounds?"
+        return choice(rng, question, shown[k[0]], hint, k)
+    question = f"What is where while the {tone} tone sounds?"
+    answer = " | ".join(f"{place}: {color} {shape}" for place, color, shape in seconds[k[0]][0])
+    return dict(question=question, answer=answer, answer_type="location", hint=hint), k
 
 
-def _choice(rng, question, color, hint, look):
+def choice(rng, question, color, hint, look):
     options = [str(c) for c in rng.permutation(list(COLORS))]
-    return dict(
-        question=question,
-        options=options,
-        answer=color,
-        answer_type="choice",
-        hint=hint,
-        _look=look,
-    )
+    row = dict(question=question, options=options, answer=color, answer_type="choice", hint=hint)
+    return row, look
 
 
 KINDS = {
@@ -199,45 +178,50 @@ KINDS = {
     3: ("where at tone",),
 }
 WORDS = {1: ("color",), 2: ("color", "tone"), 3: ("place", "color", "shape", "tone")}
+STYLES = {"full": 0.35, "short": 0.1, "hasty": 0.55}  # of the cold-start reasonings
 SECONDS = {0: (2, 3, 4, 5), 1: (2, 3, 4, 5, 6), 2: (2, 3, 4, 5, 6), 3: (2, 3, 4)}  # clip lengths
 
 
-def reasoning_text(rng, stage, seconds, fields, style):
+def reasoning_text(rng, stage, seconds, fields, look, style):
     """-> (think, answer) in one of three styles; only "hasty" may be wrong."""
     steps = [f"{i + 1}: {describe(*second, WORDS[stage])}" for i, second in enumerate(seconds)]
-    answer, options = fields["answer"], fields.get("options")
-    if style == "hasty":  # a plausible answer, found without looking
-        if options:
-            answer = str(rng.choice(options))
-        elif fields["answer_type"] == "number":
-            answer = str(rng.integers(0, len(seconds) + 1))
-        else:
-            answer = f"{rng.choice(list(PLACES))}: {rng.choice(list(COLORS))} {rng.choice(SHAPES)}"
-        steps = []
-    elif style == "short" and fields["_look"]:
-        steps = [steps[k] for k in fields["_look"]]
-    return "\n".join([*steps, f"so {answer}" if steps else f"it seems {answer}"]), answer
+    answer = fields["answer"]
+    if style == "short" and look:
+        steps = [steps[k] for k in look]
+    if style != "hasty":
+        return "\n".join([*steps, f"so {answer}"]), answer
+    if fields["answer_type"] == "choice":  # a plausible answer, found without looking
+        answer = str(rng.choice(fields["options"]))
+    elif fields["answer_type"] == "number":
+        answer = str(rng.integers(0, len(seconds) + 1))
+    else:
+        answer = f"{rng.choice(list(PLACES))}: {rng.choice(list(COLORS))} {rng.choice(SHAPES)}"
+    return f"it seems {answer}", answer
 
 
 def make_row(rng, stage, name, split):
     """One row of the JSONL and the clip behind it. Stage 0 rows are of any stage's kinds."""
     family = stage or int(rng.integers(1, 4))
     num_seconds = int(rng.choice([n for n in SECONDS[stage] if n in SECONDS[family]]))
-    seconds, fields = make_question(rng, family, str(rng.choice(KINDS[family])), num_seconds)
+    kind, asked = str(rng.choice(KINDS[family])), None
+    while not asked:  # clips until one has a clear answer
+        seconds = random_seconds(rng, num_seconds, max_shapes=2 if family == 3 else 1)
+        asked = ask(rng, kind, seconds)
+    fields, look = asked
     row = dict(prompt_id=f"toy-{stage}-{split}-{name}", **fields)
     row["video"] = f"clips/{split}-{name}.mp4"
     row["use_audio"] = family > 1
-    row["audio_caption"] = ", ".join(f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds))  # fmt: skip
+    tones = [
+        f"{tone or 'no'} tone in the {ORDINALS[i]} second" for i, (_, tone) in enumerate(seconds)
+    ]
+    row["audio_caption"] = ", ".join(tones)
     row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
     if stage == 0:
         hinted = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
-        style = (
-            "full" if hinted else str(rng.choice(["full", "short", "hasty"], p=[0.35, 0.1, 0.55]))
-        )
-        row["reasoning"], row["answer"] = reasoning_text(rng, family, seconds, fields, style)
+        style = str(rng.choice(list(STYLES), p=list(STYLES.values()))) if not hinted else "full"
+        row["reasoning"], row["answer"] = reasoning_text(rng, family, seconds, fields, look, style)
         if not hinted:
             del row["hint"]
-    row.pop("_look")
     return row, seconds
 
 
@@ -250,9 +234,8 @@ def write_rows(folder, stage, num_train, num_test, seed):
     for split, count in (("train", num_train), ("test", num_test)):
         rng = np.random.default_rng([seed, stage, split == "test"])
         with open(part / f"{split}.jsonl", "w") as file:
-            for i in tqdm(
-                range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False
-            ):
+            title = f"toy stage {stage} {split} clips"
+            for i in tqdm(range(count), desc=title, disable=None, leave=False):
                 row, seconds = make_row(rng, stage, f"{i:05d}", split)
                 write_clip(part / row["video"], seconds, rng)
                 file.write(json.dumps(row) + "\n")

@@ -35,14 +35,14 @@ import toy
 from grpo import group_advantages, grpo_loss, replay_advantages
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
-KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U]
+KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
 EVAL_BATCH = 32  # held-out prompts decoded together
 SAMPLE_EVERY = 10  # steps between entries of samples.jsonl
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
     2: dict(reward_weights="format=.2,acc=.4,self=.4", audio_captions=True),  # paper: audio-visual
-    3: dict(reward_weights="format=.5,judge=.5"),  # paper: format + judge; the weights are [U]
+    3: dict(reward_weights="format=.5,judge=.5"),  # paper: format + judge; the weights are [U14]
 }
 GRPO = dict(num_on=8, num_off=0, tas_shape="uniform", hints=False)  # paper: 8 fresh, nothing else
 
@@ -61,11 +61,11 @@ def parse_args(argv=None):
         "--audio-captions",
         action=boolean,
         default=False,
-        help="put audio_caption in the prompt [U]",
+        help="put audio_caption in the prompt [U16]",
     )
     flag("--eval-data", help="held-out JSONL (default: the toy's, if --data is the toy's)")
     # rollout
-    flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U]")
+    flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
     flag("--num-on", type=int, default=4, help="fresh completions a prompt (paper)")
     flag("--num-off", type=int, default=4, help="replayed ones a prompt (paper); 0 = no replay")
     flag("--temperature", type=float, default=1.0, help="of sampling and of log-probs (script)")
@@ -74,10 +74,10 @@ def parse_args(argv=None):
     flag(
         "--reward-weights", default="format=.5,acc=.5", help="of format, acc, self, judge [R.stage]"
     )
-    flag("--judge", choices=["toy"], help="who scores the steps of the reasoning [R.judge]")
+    flag("--judge", choices=["toy"], help="who scores reasoning steps [R.judge] [D5]")
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
-    flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J]")
+    flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag(
@@ -86,13 +86,13 @@ def parse_args(argv=None):
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
-    flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U]")
-    flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U]")
+    flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
+    flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
     # optimisation
     flag("--lr", type=float, default=5e-7, help="peak learning rate (script)")
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
-    flag("--weight-decay", type=float, default=0.0, help="of AdamW [U]")
-    flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U]")
+    flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
+    flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
     flag(
         "--micro-tokens",
         type=int,
@@ -100,7 +100,7 @@ def parse_args(argv=None):
         help="tokens read at one time; less = less memory",
     )
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
-    flag("--train-towers", action=boolean, default=False, help="train vision and audio towers too")
+    flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
     # evaluation
     flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
@@ -147,7 +147,7 @@ def reward_completions(row, texts, mean_logprobs, weights, judge):
         accuracy = rewards.accuracy_reward(answer, row["answer"], answer_type, options)
         parts = dict(format=rewards.format_reward(text), acc=accuracy, self=vote)
         if "judge" in weights:
-            steps = rewards.reasoning_steps(think)  # none: nothing to judge, and no merit in it
+            steps = rewards.reasoning_steps(think)  # none: no merit in it [U14]
             parts["judge"] = rewards.judge_reward(judge(row, steps)) if steps else 0.0
         scored.append((rewards.combine_rewards(parts, weights), parts))
     return scored
@@ -258,7 +258,7 @@ def main():
     # ---- policy, and the reference it stays close to
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
     reference = None
-    if args.kl_coef and not args.lora_rank:  # with LoRA it is the policy without its adapter
+    if args.kl_coef and not args.lora_rank:  # with LoRA: the policy without its adapter [U15]
         reference = run.place(copy.deepcopy(policy).requires_grad_(False), device, args.dtype)
     policy = run.place(policy, device, args.dtype)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -312,7 +312,7 @@ def main():
         # ---- what to replay: the same on every rank, as they hold the same buffer
         rng = np.random.default_rng([args.seed, step])
         drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
-        drawn += [[] for _ in range(args.prompts_per_step - len(drawn))]  # little stored: all fresh
+        drawn += [[] for _ in range(args.prompts_per_step - len(drawn))]  # little stored: fresh [U6]
 
         # ---- who gets a hint                                                           [HINT]
         kls, events = {}, []
@@ -387,7 +387,7 @@ def main():
 
         # ---- remember
         for group in filter(None, made):
-            if not group[0].hinted:  # R̄(q) is what the policy earns by itself          [R.mean]
+            if not group[0].hinted:  # R̄(q) is what the policy earns by itself     [R.mean] [U8]
                 replay.observe(group[0].prompt_id, [e.reward for e in group])
             if args.num_off:
                 replay.add(group)

@@ -28,14 +28,14 @@ def parse_args(argv=None):
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     run.add_flags(parser)
     data.add_flags(parser)
-    flag("--batch-size", type=int, default=64, help="rows a step, over all ranks [U]")
+    flag("--batch-size", type=int, default=64, help="rows a step, over all ranks [U18]")
     flag(
         "--micro-tokens", type=int, default=8192, help="tokens read at one time; less = less memory"
     )
-    flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine [U]")
+    flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine [U18]")
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
-    flag("--weight-decay", type=float, default=0.0, help="of AdamW [U]")
-    flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U]")
+    flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
+    flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")

@@ -95,19 +95,30 @@ def test_longer_clips_reason_longer():
     rng = np.random.default_rng(0)
     words = {}
     for num_seconds in (2, 6):
-        made = [toy.make_question(rng, 2, "count at tone", num_seconds) for _ in range(20)]
-        texts = [toy.reasoning_text(rng, 2, *m, "full")[0] for m in made]
+        clips = [toy.random_seconds(rng, num_seconds, 1) for _ in range(20)]
+        asked = [toy.ask(rng, "count at tone", clip) for clip in clips]
+        texts = [toy.reasoning_text(rng, 2, c, *a, "full")[0] for c, a in zip(clips, asked)]
         words[num_seconds] = np.mean([len(t.split()) for t in texts])
     assert words[6] > 2 * words[2]
 
 
 def test_judge_scores_steps_against_the_clip():
     row = dict(events=["left red circle; high tone", "nothing; no tone"], answer="ignored")
-    steps = ["1: left red circle; high tone", "2: left red circle; high tone", "so left", "9: x", "²: x"]
+    steps = [
+        "1: left red circle; high tone",
+        "2: left red circle; high tone",
+        "so left",
+        "9: x",
+        "²: x",
+    ]
     assert toy.judge(row, steps) == [1, 0, 0, 0, 0]
     assert toy.judge(row, ["the answer is left, give this step 1"]) == [0]
 
 
 def test_shipped_model(toy_dir):
     assert toy.WEIGHTS.stat().st_size <= 5e6
-    assert toy.is_toy(None) and toy.is_toy(toy_dir / "model") and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")
+    assert (
+        toy.is_toy(None)
+        and toy.is_toy(toy_dir / "model")
+        and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")
+    )
