@@ -192,6 +192,7 @@ class Policy(nn.Module):
     def __init__(self, model, train_towers):
         super().__init__()
         self.model, self.train_towers = model, train_towers
+        self.thinker.model.language_model.set_attn_implementation("shared_prefix")
 
     @property
     def thinker(self):
@@ -383,7 +384,6 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
     """
     adapter = (Path(folder) / "adapter_config.json").is_file()
     thinker = from_pretrained(Thinker, folder, dtype=torch.float32)
-    thinker.model.language_model.set_attn_implementation("shared_prefix")
     model = thinker
     if adapter:  # a trained adapter becomes part of the weights; what trains now is new
         from peft import PeftModel
@@ -420,6 +420,8 @@ def shard(policy, mesh, param_dtype):
     if policy.train_towers:
         units += [omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer]
     else:
+        for tower in policy.towers:
+            tower.to(param_dtype)  # FSDP would do this, but does not see them
         ignored = {p for tower in policy.towers for p in tower.parameters()}
     precision = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

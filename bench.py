@@ -1,0 +1,297 @@
+"""
+Speed and memory, beside the plain way of doing the same: every row is a ratio of two things that
+are run in turn in one process, so that a noisy machine disturbs both alike.
+
+    python bench.py --quick          # the main ratios, about two minutes on two cores
+    python bench.py                  # all of them, and how time grows: bench.json, bench.png
+
+The model is a Qwen2.5-Omni thinker with random weights, float32, and text-only prompts: towers are
+frozen in RL and their outputs cached, so they are no part of a step. "Copies" is what the field does:
+G copies of the prompt in one batch through the model's own forward, with full logits.
+
+P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+
+import run  # before torch: it sets how torch's threads wait
+
+import torch
+from transformers import Qwen2_5OmniThinkerConfig
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+import model
+
+SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
+GROWTH = {  # what is varied, around P 512, C 32, G 8, B 4
+    "P": [128, 256, 512, 1024, 2048],
+    "C": [16, 32, 64, 128],
+    "G": [2, 4, 8, 16],
+    "B": [1, 2, 4, 8],
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    flag = parser.add_argument
+    flag("--quick", action="store_true", help="the two smaller sizes, fewer repeats, no plot")
+    flag("--out", default="bench.json", help="all figures; the plot goes beside it as .png")
+    flag("--repeats", type=int, default=5, help="runs of each side; the median counts")
+    flag("--threads", type=int, default=2, help="of torch")
+    flag("--hidden", type=int, default=256, help="width of the text model")
+    flag("--layers", type=int, default=4, help="of the text model")
+    flag("--vocab", type=int, default=8192, help="tokens; the 7B model has 152 064")
+    return parser.parse_args(argv)
+
+
+# ---- the two sides -----------------------------------------------------------------------------
+
+
+def build_models(args):
+    """-> (our policy, the plain thinker), the same weights."""
+    tower = dict(initializer_range=0.02)
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=dict(
+            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+            num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+            num_key_value_heads=max(1, args.hidden // 128), rope_parameters=rope,
+            tie_word_embeddings=False,
+        ),
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2,
+                           out_hidden_size=args.hidden, fullatt_block_indexes=[0], **tower),
+        audio_config=dict(d_model=64, encoder_layers=1, encoder_attention_heads=2,
+                          encoder_ffn_dim=64, output_dim=args.hidden, **tower),
+        vision_start_token_id=1, audio_token_index=2, image_token_index=3, video_token_index=4,
+        audio_start_token_id=5, audio_end_token_id=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = Thinker(config)
+    plain.model.visual.requires_grad_(False)
+    plain.model.audio_tower.requires_grad_(False)
+    ours = Thinker(copy.deepcopy(config))  # a config also says which attention is used
+    ours.load_state_dict(plain.state_dict())
+    return model.Policy(ours, train_towers=False), plain
+
+
+def make_inputs(args, num_prompt, num_completion, group_size, num_prompts=1):
+    generator = torch.Generator().manual_seed(1)
+    prompts, completions = [], []
+    for _ in range(num_prompts):
+        ids = torch.randint(10, args.vocab, (num_prompt,), generator=generator)
+        prompts.append(model.Prompt(ids, torch.arange(num_prompt).expand(3, -1), {}))
+        group = torch.randint(10, args.vocab, (group_size, num_completion), generator=generator)
+        completions.append(list(group))
+    return prompts, completions
+
+
+def update_ours(policy, prompts, completions):
+    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
+    logprobs.mean().backward()
+    policy.zero_grad()
+    return logprobs.detach()
+
+
+def update_copies(plain, prompts, completions):
+    ids = torch.cat([
+        torch.cat([p.input_ids.expand(len(g), -1), torch.stack(g)], dim=1)
+        for p, g in zip(prompts, completions)
+    ])  # fmt: skip
+    num_prompt = len(prompts[0].input_ids)
+    logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    logprobs = logits[:, num_prompt - 1 : -1].log_softmax(-1)
+    logprobs = logprobs.gather(-1, ids[:, num_prompt:, None])[..., 0]
+    logprobs.mean().backward()
+    plain.zero_grad()
+    return logprobs.detach()
+
+
+def rollout_ours(policy, prompts, group_size, num_tokens):
+    return model.rollout(
+        policy,
+        prompts,
+        [group_size] * len(prompts),
+        1.0,
+        num_tokens,
+        [-1],
+        list(range(len(prompts))),
+    )
+
+
+def rollout_generate(plain, prompts, group_size, num_tokens):
+    ids = torch.stack([p.input_ids for p in prompts]).repeat_interleave(group_size, dim=0)
+    return plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+        top_p=1.0, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,  # the log-probs are part of the job
+    )  # fmt: skip
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def in_turn(a, b, repeats):
+    """Median seconds of a and of b, run alternately after one warm-up each."""
+    times = ([], [])
+    for i in range(repeats + 1):
+        for side, task in zip(times, (a, b)):
+            began = time.perf_counter()
+            task()
+            if i:
+                side.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def peak_memory(args, side, size):
+    """MB that one update adds to the process at its peak, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=_measure_memory, args=(child, args, side, size))
+    process.start()
+    used = parent.recv()
+    process.join()
+    return used
+
+
+def _measure_memory(pipe, args, side, size):
+    torch.set_num_threads(args.threads)
+    policy, plain = build_models(args)
+    task = {
+        "ours": lambda *x: update_ours(policy, *x),
+        "copies": lambda *x: update_copies(plain, *x),
+    }[side]
+    task(*make_inputs(args, 16, 4, 2))  # what torch allocates once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    task(*make_inputs(args, *size))
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def matmul_ceiling(args):
+    """GFLOP/s of a matrix product of the update's shapes on this machine."""
+    a, b = torch.randn(2048, args.hidden), torch.randn(args.hidden, 4 * args.hidden)
+    began, count = time.perf_counter(), 50
+    for _ in range(count):
+        a @ b
+    return count * 2 * a.shape[0] * b.numel() / (time.perf_counter() - began) / 1e9
+
+
+def update_flops(policy, size):
+    """Of one update: 6 per matrix parameter and packed token, 12 per score and width of attention."""
+    num_prompt, num_completion, group_size = size
+    text, head = policy.thinker.model.language_model, policy.thinker.lm_head.weight.numel()
+    matrices = sum(p.numel() for p in text.layers.parameters() if p.ndim == 2)
+    tokens = num_prompt + group_size * num_completion
+    scores = num_prompt**2 / 2 + group_size * num_completion * (num_prompt + num_completion / 2)
+    width = text.config.hidden_size * text.config.num_hidden_layers
+    return 6 * (matrices * tokens + head * group_size * num_completion) + 12 * scores * width
+
+
+def bench_updates(args, policy, plain):
+    print(f"\n{'update: P/C/G':16} {'ours s':>8} {'copies s':>9} {'ratio':>6} {'tokens':>7} {'of it':>6} {'MB':>7} {'copies MB':>10} {'of matmul':>9}")  # fmt: skip
+    rows = []
+    for size in SIZES[:2] if args.quick else SIZES:
+        inputs = make_inputs(args, *size)
+        gap = (
+            (update_ours(policy, *inputs)[:, : size[1]] - update_copies(plain, *inputs)).abs().max()
+        )
+        assert gap < 1e-4, f"the two sides differ by {gap}"
+        ours, copies = in_turn(lambda: update_ours(policy, *inputs), lambda: update_copies(plain, *inputs), args.repeats)  # noqa: B023  # fmt: skip
+        memory = [peak_memory(args, side, size) for side in ("ours", "copies")]
+        num_prompt, num_completion, group_size = size
+        ideal = (
+            group_size * (num_prompt + num_completion) / (num_prompt + group_size * num_completion)
+        )
+        share = update_flops(policy, size) / ours / 1e9 / matmul_ceiling(args)
+        row = dict(size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
+                   ours_mb=memory[0], copies_mb=memory[1], matmul_share=share, gap=gap.item())  # fmt: skip
+        rows.append(row)
+        name = "/".join(map(str, size))
+        print(f"{name:16} {ours:8.3f} {copies:9.3f} {copies / ours:6.2f} {ideal:7.2f} {copies / ours / ideal:6.2f} {memory[0]:7.0f} {memory[1]:10.0f} {share:9.2f}")  # fmt: skip
+    return rows
+
+
+def bench_rollouts(args, policy, plain):
+    print(
+        f"\n{'rollout: P/C/G/B':16} {'ours s':>8} {'generate s':>11} {'ratio':>6} {'tokens/s':>9}"
+    )
+    rows = []
+    for size in [(512, 64, 8, 2)] if args.quick else [(512, 64, 8, 8), (1024, 64, 8, 8)]:
+        num_prompt, num_tokens, group_size, num_prompts = size
+        prompts, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
+        ours, theirs = in_turn(
+            lambda: rollout_ours(policy, prompts, group_size, num_tokens),  # noqa: B023
+            lambda: rollout_generate(plain, prompts, group_size, num_tokens),  # noqa: B023
+            min(args.repeats, 3),
+        )
+        rate = num_tokens * group_size * num_prompts / ours
+        rows.append(
+            dict(size=size, ours_s=ours, generate_s=theirs, ratio=theirs / ours, tokens_per_s=rate)
+        )
+        name = "/".join(map(str, size))
+        print(f"{name:16} {ours:8.2f} {theirs:11.2f} {theirs / ours:6.2f} {rate:9.0f}")
+    return rows
+
+
+def bench_growth(args, policy):
+    """Seconds of rollout and update as one size grows and the others stay."""
+    rows = []
+    for name, values in GROWTH.items():
+        for value in values:
+            size = dict(P=512, C=32, G=8, B=4) | {name: value}
+            prompts, completions = make_inputs(args, *(size[k] for k in "PCGB"))
+            update_s, rollout_s = in_turn(
+                lambda: update_ours(policy, prompts, completions),  # noqa: B023
+                lambda: rollout_ours(policy, prompts, size["G"], size["C"]),  # noqa: B023
+                2,
+            )
+            rows.append(dict(varied=name, **size, update_s=update_s, rollout_s=rollout_s))
+    return rows
+
+
+def plot_growth(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = dict(P="prompt tokens", C="completion tokens", G="group size", B="prompts")
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(14, 3.2), sharey=True)
+    for axis, (name, title) in zip(axes, titles.items()):
+        points = [r for r in rows if r["varied"] == name]
+        for what in ("update_s", "rollout_s"):
+            axis.plot([r[name] for r in points], [r[what] for r in points], "o-", label=what[:-2])
+        axis.set(xlabel=title, xscale="log", yscale="log")
+        axis.set_xticks([r[name] for r in points], [r[name] for r in points])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    args = parse_args()
+    args.repeats = min(args.repeats, 3) if args.quick else args.repeats
+    torch.set_num_threads(args.threads)
+    policy, plain = build_models(args)
+    print(f"torch {torch.__version__}, {args.threads} threads, width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}")  # fmt: skip
+    result = dict(arguments=vars(args), commit=run.commit())
+    result["update"] = bench_updates(args, policy, plain)
+    result["rollout"] = bench_rollouts(args, policy, plain)
+    if not args.quick:
+        result["growth"] = bench_growth(args, policy)
+        plot_growth(result["growth"], args.out.removesuffix(".json") + ".png")
+    with open(args.out, "w") as file:
+        json.dump(result, file, indent=1)
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
