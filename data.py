@@ -1,32 +1,33 @@
 """
-A row -> a decoded clip -> text for the model. What is wrong with a row is said, never papered over.
+Rows: their format and what is wrong with them, their order, and reading their clips ahead.
 
 A row is one JSON object on a line (README, "Data format"); Video-R1 rows load as they are. Media
 paths are relative to the JSONL. `prompt_id` is the identity of a prompt everywhere, never its text.
+What is wrong with a row is said, never papered over:
 
     python data.py check FILE        # decode every row, report each one that would not train
-
-T frames, H height, W width, S audio samples.
 """
 
 import argparse
+import ast
 import json
 import re
 import sys
-from collections import OrderedDict
+from array import array
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
-import torchaudio.functional
 from tqdm import tqdm
 
-SYSTEM_PROMPT = "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
-ANSWER_TYPES = ("choice", "multi", "yesno", "number", "text", "location")
+import rewards
+from clips import BadRow, Clip, Recipe, decode_clip  # noqa: F401  all four are imported from here
+
+SYSTEM_PROMPT = (
+    "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
+)
 INSTRUCTIONS = {
     "choice": "Answer with one option.",
     "multi": "Answer with all the letters that apply.",
@@ -35,49 +36,39 @@ INSTRUCTIONS = {
     "text": "Answer in a few words.",
     "location": "Answer as place: object | place: object.",
 }
+PROBLEM_TYPES = {  # of Video-R1 and its kin -> ours
+    "multiple choice": "choice", "emer_ov_mc": "multi", "judge": "yesno", "numerical": "number",
+    "regression": "number", "free-form": "text", "OCR": "text",
+}  # fmt: skip
+LETTERS = "ABCDEFGHIJ"
 # A literal media token in a text would shift or swallow the media's features.
-RESERVED = re.compile(r"<\|[A-Za-z_]+\|>")
-AUDIO_RATE = 16000  # samples/s, what the audio tower hears
-SEEK_AHEAD = 8.0  # seconds; wanted frames further apart than this are reached by seeking
-
-
-class BadRow(ValueError):
-    """A row that cannot be used as it is; the message names the row and the remedy."""
-
-
-class Recipe(NamedTuple):
-    """How a clip becomes tensors; part of every cache key and of every score."""
-
-    fps: float  # frames/s wanted; fewer when max_frames binds
-    max_frames: int  # even: the tower merges frames in pairs
-    max_pixels: int  # per frame, after resizing to multiples of 28
-    max_audio_seconds: float
-    max_prompt_tokens: int
-
-
-class Clip(NamedTuple):
-    """A decoded row. Video and audio cover the same span of time."""
-
-    frames: torch.Tensor | None  # (T, 3, H, W) uint8
-    fps: float | None  # of the frames really taken: T / span
-    audio: np.ndarray | None  # (S,) float32 at 16 kHz
-    images: list  # of (3, H, W) uint8
-    use_audio: bool  # the audio is the video's own, interleaved with it in time
+RESERVED = re.compile(r"<\|\w+\|>")
+TAGS = re.compile(r"</?(?:think|answer)>")
 
 
 def add_flags(parser):
     """The media limits, the same for every entry point."""
-    parser.add_argument("--fps", type=float, default=2.0, help="video frames per second")
-    parser.add_argument("--max-frames", type=int, default=32, help="even; longer clips are sampled thinner (paper: 32)")
-    parser.add_argument("--max-pixels", type=int, default=128 * 28 * 28, help="pixels per frame [U]")
-    parser.add_argument("--max-audio-seconds", type=float, default=120.0, help="seconds of sound; longer is an error")
-    parser.add_argument("--max-prompt-tokens", type=int, default=16384, help="longer prompts are an error, never cut")
-    parser.add_argument("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips kept in memory")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
+    flag = parser.add_argument
+    flag("--fps", type=float, default=2.0, help="video frames per second")
+    flag("--max-frames", type=int, default=32, help="even; more are thinned out (paper: 32)")
+    flag("--max-pixels", type=int, default=128 * 28 * 28, help="pixels per frame [U]")
+    flag("--max-audio-seconds", type=float, default=120.0, help="of sound; longer is an error")
+    flag("--max-prompt-tokens", type=int, default=16384, help="longer is an error, never cut")
+    flag(
+        "--allow-outside",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="media may lie outside the JSONL's folder (absolute paths, .., links)",
+    )
+    flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
+    flag("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
 
 
 def recipe_from(args):
-    return Recipe(*(getattr(args, name) for name in Recipe._fields))
+    recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
+    if not (recipe.fps > 0 and recipe.max_frames >= 2 and recipe.max_pixels >= 28 * 28):
+        raise BadRow("--fps must be over 0, --max-frames at least 2, --max-pixels at least 784")
+    return recipe
 
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -85,7 +76,8 @@ def recipe_from(args):
 
 class Rows:
     """
-    The rows of a JSONL, parsed when asked for: only their byte offsets and ids stay in memory.
+    The rows of a JSONL, parsed when asked for: only their byte offsets and the 64-bit hashes of
+    their ids stay in memory. (That any two of 10^6 ids share a hash has a chance of 3e-8.)
 
     rows[i] -> dict; rows.index(prompt_id) -> i; len(rows)
     raises   BadRow    unreadable JSON, a duplicate id, or (on access) a row that breaks the format
@@ -95,81 +87,178 @@ class Rows:
         self.path = Path(path)
         if not self.path.is_file():
             raise BadRow(f"no data file at {path}: give a JSONL file to --data")
-        offsets, ids = [], {}
+        offsets, hashes, offset = array("q"), array("q"), 0
         with open(self.path, "rb") as file:
-            offset = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(tqdm(file, desc="rows", disable=None, leave=False), 1):
                 if line.strip():
-                    prompt_id = row_id(parse_line(line, f"{self.path}:{number}"), f"{self.path}:{number}")
-                    if prompt_id in ids:
-                        raise BadRow(f"{self.path}:{number}: prompt_id {prompt_id!r} occurs twice: make ids unique")
-                    ids[prompt_id] = len(offsets)
+                    where = f"{self.path}:{number}"
+                    hashes.append(hash(row_id(parse_line(line, where), where)))
                     offsets.append(offset)
                 offset += len(line)
         if not offsets:
-            raise BadRow(f"{path} has no rows")
-        self.offsets, self.ids = np.array(offsets), ids
+            raise BadRow(f"{path} has no rows: give a JSONL file with one object a line")
+        self.offsets, hashes = np.array(offsets), np.array(hashes)
+        self.order = np.argsort(hashes, kind="stable")
+        self.hashes = hashes[self.order]
+        twice = np.flatnonzero(self.hashes[1:] == self.hashes[:-1])
+        if len(twice):
+            prompt_id = row_id(self._parse(self.order[twice[0]]), "row")
+            raise BadRow(f"{path}: prompt_id {prompt_id!r} occurs twice: make ids unique")
 
     def __len__(self):
         return len(self.offsets)
 
     def __getitem__(self, i):
+        return normalize_row(self._parse(i))
+
+    def _parse(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
-            return normalize_row(parse_line(file.readline(), f"{self.path} row {i}"))
+            return parse_line(file.readline(), f"{self.path} row {i}")
 
     def index(self, prompt_id):
-        return self.ids[prompt_id]
+        at = np.searchsorted(self.hashes, wanted := hash(str(prompt_id)))
+        if at == len(self) or self.hashes[at] != wanted:
+            raise BadRow(f"{self.path} has no row {prompt_id!r}: give the file that it came from")
+        return int(self.order[at])
 
 
 def parse_line(line, where):
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise BadRow(f"{where}: not JSON ({error}): one object a line is expected") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: not JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
-        raise BadRow(f"{where}: a JSON object is expected, got {type(row).__name__}")
+        kind = type(row).__name__
+        raise BadRow(f"{where}: a {kind}, no object: write one a line, as jq -c '.[]' does")
     return row
 
 
 def row_id(row, where):
     prompt_id = row.get("prompt_id", row.get("problem_id"))
-    if prompt_id is None or str(prompt_id) == "":
-        raise BadRow(f"{where}: no prompt_id: give every row a unique one")
+    if prompt_id is None or len(str(prompt_id).splitlines()) != 1:
+        raise BadRow(f"{where}: prompt_id is {prompt_id!r:.40}: give every row a unique one")
     return str(prompt_id)
 
 
 def normalize_row(row):
-    """A row of ours or of Video-R1's schema -> a row of ours, checked without opening its media."""
+    """
+    A row of ours or of Video-R1's schema -> a row of ours, checked without opening its media.
+
+    `answer` becomes text, `options` a list or dict of text or None, `images` a list.
+    """
     row = dict(row, prompt_id=row_id(row, "row"))
     name = f"row {row['prompt_id']}"
-    if "problem" in row:  # Video-R1: problem, problem_type, data_type, options, solution, path
-        kinds = {"multiple choice": "choice", "numerical": "number", "regression": "number", "free-form": "text", "OCR": "text"}  # fmt: skip
-        row["question"] = row["problem"]
-        row["answer"] = re.sub(r"</?answer>", "", str(row.get("solution", ""))).strip()
-        row["answer_type"] = kinds.get(row.get("problem_type"), "text")
-        row["options"] = row.get("options") or None
-        if path := row.get("path"):
-            row["video" if row.get("data_type") == "video" else "images"] = path if row.get("data_type") == "video" else [path]  # fmt: skip
-        if row.get("process"):
-            row["reasoning"] = re.sub(r"</?think>", "", row["process"]).strip()
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise BadRow(f"{name}: empty {key}: give it as text")
-    if row.get("answer_type") not in ANSWER_TYPES:
-        raise BadRow(f"{name}: answer_type {row.get('answer_type')!r}: one of {', '.join(ANSWER_TYPES)}")
-    if not (row.get("video") or row.get("audio") or row.get("images")):
-        raise BadRow(f"{name}: no media: give video, audio or images")
-    texts = [row["question"], row.get("hint"), row.get("audio_caption"), row.get("reasoning"), *_option_texts(row)]
-    for text in filter(None, texts):
-        if found := RESERVED.search(text):
-            raise BadRow(f"{name}: the text holds the reserved token {found[0]}: remove it")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise BadRow(f"{name!a}: a text has half a character, {half}: mend it") from None
+    if "problem" in row and "question" not in row:
+        _from_video_r1(row, name)
+    if (kind := str(row.get("answer_type"))) not in INSTRUCTIONS:
+        raise BadRow(f"{name}: answer_type {kind:.40}: one of {', '.join(INSTRUCTIONS)}")
+    row["options"] = _read_options(row.get("options"), name)
+    row["answer"] = _read_answer(row.get("answer"), kind, row["options"], name)
+    keys = ("question", "hint", "audio_caption", "reasoning", "answer")
+    texts = {key: row.get(key) or "" for key in keys}
+    texts |= {f"option {letter}": text for letter, text in option_table(row["options"]).items()}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise BadRow(f"{name}: {key} is {text!r:.40}: give it as text")
+        if found := RESERVED.search(text) or (key in ("reasoning", "answer") and TAGS.search(text)):
+            raise BadRow(f"{name}: {key} holds the reserved {found[0]}: remove it")
+    if not texts["question"].strip():
+        raise BadRow(f"{name}: empty question: give it as text")
+    _check_media(row, name)
     return row
 
 
-def _option_texts(row):
-    options = row.get("options") or []
-    return list(options.values()) if isinstance(options, dict) else [str(o) for o in options]
+def _from_video_r1(row, name):
+    """In place: problem, problem_type, data_type, solution, path, process -> our fields."""
+    if (kind := str(row.get("problem_type"))) not in PROBLEM_TYPES:
+        raise BadRow(f"{name}: problem_type {kind:.40}: one of {', '.join(PROBLEM_TYPES)}")
+    answer, path = row.get("solution", row.get("answer")), row.get("path") or {}
+    row["question"], row["answer_type"] = row["problem"], PROBLEM_TYPES[kind]
+    row["answer"] = re.sub(r"</?answer>", "", answer) if isinstance(answer, str) else answer
+    if not isinstance(path, dict):  # AVQA-R1 has {"image": ..., "audio": ...}
+        path = {str(row.get("data_type")): path}
+    for kind, file in path.items():
+        if kind not in ("video", "audio", "image"):
+            raise BadRow(f"{name}: data_type {kind:.40}: one of video, audio, image")
+        row["images" if kind == "image" else kind] = file
+    if isinstance(row.get("process"), str):
+        row["reasoning"] = re.sub(r"</?think>", "", row["process"]).strip()
+
+
+def _read_options(options, name):
+    """-> list of str, dict of letter -> str, or None. IntentBench writes a list as its repr."""
+    try:
+        read = ast.literal_eval(options) if isinstance(options, str) and options else options
+        if not read:
+            return None
+        if not isinstance(read, (list, dict)):
+            raise TypeError
+        texts = list(read.values() if isinstance(read, dict) else read)
+        if not all(isinstance(text, (str, int, float)) for text in texts):
+            raise TypeError
+        texts = list(map(str, texts))
+        read = dict(zip(map(str, read), texts)) if isinstance(read, dict) else texts
+        rewards.normalize_answer("A", "choice", read)  # raises if they have no letters A..J
+        if not all(text.strip() for text in option_table(read).values()):
+            raise ValueError
+        return read
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        given = f"options {options!r:.60}"
+        raise BadRow(f"{name}: {given}: give a list or dict A..J of 1 to 10 texts") from None
+
+
+def _read_answer(answer, kind, options, name):
+    """-> str, as the row writes it; a number of an option becomes its letter. The scorer checks."""
+    if answer is None or answer == [] or str(answer).strip() == "":
+        raise BadRow(f"{name}: empty answer: give one")
+    try:
+        allowed = (str, int, float, list) if kind == "multi" else (str, int, float)
+        if not isinstance(answer, allowed):
+            raise ValueError(f"a {type(answer).__name__} is no {kind} answer")
+        rewards.accuracy_reward(None, answer, kind, options)
+    except (ValueError, TypeError) as error:
+        raise BadRow(f"{name}: {error}: mend answer, answer_type or options") from None
+    if isinstance(answer, str) or kind not in ("choice", "multi"):
+        return str(answer).strip()
+    right = [x for x in LETTERS if rewards.accuracy_reward(x, answer, kind, options) > 0]
+    if rewards.accuracy_reward(", ".join(right), answer, kind, options) != 1:  # options are letters
+        raise BadRow(f"{name}: answer {answer!r} has no letter of its own: give the option's text")
+    return ", ".join(right)
+
+
+def _check_media(row, name):
+    images = row.get("images") or []
+    row["images"] = images if isinstance(images, list) else [images]
+    paths = [row[key] for key in ("video", "audio") if row.get(key)] + row["images"]
+    if not paths:
+        raise BadRow(f"{name}: no media: give video, audio or images")
+    if not all(isinstance(path, str) and path and "\0" not in path for path in paths):
+        raise BadRow(f"{name}: media {paths!r:.60}: give paths as text")
+    if row.get("use_audio") not in (None, False, True):
+        raise BadRow(f"{name}: use_audio {row['use_audio']!r:.20}: give true or false")
+    if row.get("use_audio") and (row.get("audio") or not row.get("video")):
+        raise BadRow(f"{name}: use_audio is for sound in `video`: set it to false for `audio`")
+    start, end = row.get("start"), row.get("end")
+    numbers = all(isinstance(time, (int, float, type(None))) for time in (start, end))
+    if not (numbers and 0 <= (start or 0) < (1e9 if end is None else end)):
+        times = f"start {start!r:.20}, end {end!r:.20}"
+        raise BadRow(f"{name}: {times}: give seconds, start before end")
+
+
+def option_table(options):
+    """{letter: text}; a prefix ("A. red") goes if every option has its own, as in rewards.py."""
+    table = options if isinstance(options, dict) else dict(zip(LETTERS, options or []))
+    table = {letter.strip().upper(): text for letter, text in table.items()}
+    prefixes = {letter: rewards._OPTION_PREFIX.match(text) for letter, text in table.items()}
+    if all(prefix and prefix[1].upper() == letter for letter, prefix in prefixes.items()):
+        return {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
+    return table
 
 
 def question_text(row, hint, audio_captions):
@@ -178,10 +267,8 @@ def question_text(row, hint, audio_captions):
     if audio_captions and row.get("audio_caption"):
         lines.append(f"Sound: {row['audio_caption']}.")
     lines.append(row["question"])
-    if options := _option_texts(row):
-        letters = list(row["options"]) if isinstance(row["options"], dict) else "ABCDEFGHIJ"
-        bare = [re.sub(r"^\(?[A-J][.):]\s*", "", option) for option in options]
-        lines.append(" ".join(f"{letter}. {option}" for letter, option in zip(letters, bare)))
+    if options := option_table(row.get("options")):
+        lines.append(" ".join(f"{letter}. {text}" for letter, text in options.items()))
     return "\n".join([*lines, INSTRUCTIONS[row["answer_type"]]])
 
 
@@ -190,166 +277,14 @@ def completion_text(row):
     return f"<think>{row['reasoning']}</think><answer>{row['answer']}</answer>"
 
 
-# ---- decoding ----------------------------------------------------------------------------------
-
-
-def decode_clip(row, folder, recipe):
-    """
-    A row -> its Clip.
-
-    row      dict              as `normalize_row` returns it
-    folder   Path              that media paths are relative to
-    raises   BadRow            a file is missing, has no such stream, is cut off or cannot be read
-    """
-    name, use_audio = f"row {row['prompt_id']}", bool(row.get("use_audio"))
-    frames = fps = audio = None
-    images = [decode_image(_media(name, folder, path), name, recipe) for path in row.get("images") or []]
-    if row.get("video"):
-        path = _media(name, folder, row["video"])
-        frames, fps, span = decode_video(path, name, row.get("start"), row.get("end"), recipe)
-        if use_audio:
-            audio = decode_audio(path, name, *span, recipe)
-    if row.get("audio") and not use_audio:
-        path = _media(name, folder, row["audio"])
-        audio = decode_audio(path, name, row.get("start"), row.get("end"), recipe)
-    return Clip(frames, fps, audio, images, use_audio)
-
-
-def _media(name, folder, path):
-    path = Path(folder) / path
-    if not path.is_file():
-        raise BadRow(f"{name}: no file at {path}: paths are relative to the JSONL")
-    if path.stat().st_size == 0:
-        raise BadRow(f"{name}: {path} is empty: fetch it again")
-    return path
-
-
-def _open(path, name):
-    try:
-        return av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        raise BadRow(f"{name}: {path} cannot be opened ({error}): fetch or re-encode it") from None
-
-
-def frame_size(width, height, max_pixels):
-    """The nearest (width, height) in multiples of 28 within max_pixels, aspect kept."""
-    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
-    rounded = [max(28, round(side * scale / 28) * 28) for side in (width, height)]
-    while rounded[0] * rounded[1] > max_pixels and max(rounded) > 28:
-        rounded[rounded.index(max(rounded))] -= 28
-    return rounded
-
-
-def decode_video(path, name, start, end, recipe):
-    """
-    -> frames (T, 3, H, W) uint8, fps of the frames taken, (start, end) in seconds.
-
-    [U17] The span is cut into T equal parts and the frame on show in the middle of each is taken, so
-    that frame i stands for the time i / fps, which is what the positions say.
-    """
-    with _open(path, name) as container:
-        if not container.streams.video:
-            raise BadRow(f"{name}: {path} has no video stream: drop the row or give it as audio")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        first = float((stream.start_time or 0) * stream.time_base)  # a stream need not begin at 0
-        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, av.time_base)  # fmt: skip
-        if length <= 0:
-            raise BadRow(f"{name}: {path} does not tell its duration: re-encode it")
-        start, end = float(start or 0), min(float(end or length), float(length))
-        if end <= start:
-            raise BadRow(f"{name}: start {start} s lies behind the end {end} s of {path}: mend start and end")
-        count = min(max(round((end - start) * recipe.fps / 2) * 2, 2), recipe.max_frames // 2 * 2)
-        wanted = first + start + (np.arange(count) + 0.5) * (end - start) / count
-        width, height = frame_size(stream.width, stream.height, recipe.max_pixels)
-        try:
-            frames = _frames_at(container, stream, wanted, width, height)
-        except av.FFmpegError as error:
-            raise BadRow(f"{name}: {path} breaks off while decoding ({error}): fetch or re-encode it") from None
-    if len(frames) < count:
-        raise BadRow(
-            f"{name}: {path} ends {(count - len(frames)) * (end - start) / count:.1f} s early "
-            f"({len(frames)} of {count} frames): it is cut off, fetch it again"
-        )
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), count / (end - start), (start, end)
-
-
-def _frames_at(container, stream, wanted, width, height):
-    """The frames on show at the times `wanted` (ascending, seconds); fewer if the file ends early."""
-    frames, shown, decoder = [], None, None
-    half_frame = 0.5 / float(stream.average_rate or 25)
-    for time in wanted:
-        if decoder is None or shown is None or time - shown.time > SEEK_AHEAD:
-            container.seek(max(int(time / stream.time_base), 0), stream=stream)
-            decoder = container.decode(stream)
-            shown, ahead = None, next(decoder, None)
-        while ahead is not None and (shown is None or ahead.time <= time):
-            shown, ahead = ahead, next(decoder, None)
-        if shown is None or (ahead is None and time > shown.time + (shown.duration or 0) * float(stream.time_base) + half_frame):  # fmt: skip
-            break
-        frames.append(shown.to_ndarray(format="rgb24", width=width, height=height))
-    return frames
-
-
-def decode_audio(path, name, start, end, recipe):
-    """-> (S,) float32, mono, 16 kHz: exactly the span start..end, silence where the track is shorter."""
-    with _open(path, name) as container:
-        if not container.streams.audio:
-            raise BadRow(f"{name}: {path} has no audio stream: set use_audio to false or give a clip with sound")
-        stream = container.streams.audio[0]
-        rate, begin = stream.rate, float(start or 0)
-        limit = float(end) if end else None
-        if limit and limit - begin > recipe.max_audio_seconds:
-            raise BadRow(f"{name}: {limit - begin:.0f} s of sound: raise --max-audio-seconds or set start and end")
-        clock = (*container.streams.video, stream)[0]  # t = 0 is the first frame; codecs prime before it
-        first = float((clock.start_time or 0) * clock.time_base)
-        if begin > SEEK_AHEAD:
-            container.seek(int((first + begin) * av.time_base))
-        pieces = []  # (time of the first sample, (S,) float32 mono)
-        try:
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)  # mixes down only
-            for frame in container.decode(stream):
-                time = (frame.time or 0.0) - first
-                if limit and time >= limit:
-                    break
-                for mono in resampler.resample(frame):
-                    pieces.append((time, mono.to_ndarray()[0]))
-                if not limit and time - begin > recipe.max_audio_seconds:
-                    raise BadRow(f"{name}: over {recipe.max_audio_seconds:.0f} s of sound: raise --max-audio-seconds or set start and end")  # fmt: skip
-        except av.FFmpegError as error:
-            raise BadRow(f"{name}: the sound of {path} breaks off ({error}): fetch or re-encode it") from None
-    if not pieces:
-        raise BadRow(f"{name}: {path} has an audio stream without sound in it: set use_audio to false")
-    limit = limit or pieces[-1][0] + len(pieces[-1][1]) / rate
-    track = np.zeros(round((limit - begin) * rate), np.float32)
-    for time, samples in pieces:  # by their own time stamps: codecs prime, streams start late
-        at = round((time - begin) * rate)
-        samples = samples[max(-at, 0) : max(len(track) - at, 0)]
-        track[max(at, 0) : max(at, 0) + len(samples)] = samples
-    if rate == AUDIO_RATE:
-        return track
-    return torchaudio.functional.resample(torch.from_numpy(track), rate, AUDIO_RATE).numpy()
-
-
-def decode_image(path, name, recipe):
-    with _open(path, name) as container:
-        try:
-            frame = next(container.decode(video=0), None)
-        except av.FFmpegError as error:
-            raise BadRow(f"{name}: {path} is no image ({error})") from None
-        if frame is None:
-            raise BadRow(f"{name}: {path} holds no image")
-        width, height = frame_size(frame.width, frame.height, recipe.max_pixels)
-        return torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height)).permute(2, 0, 1)
-
-
 # ---- reading ahead -----------------------------------------------------------------------------
 
 
 class Reader:
     """
     Reads rows in threads ahead of the loop (PyAV and torch let other threads run while they work)
-    and keeps what it read, or what the towers made of it, up to a bound.
+    and keeps what it read, or what the towers made of it, up to a bound. Its methods are for one
+    thread. What was asked for ahead and not yet fetched does not count towards the bound.
 
     load          callable(row, hint) -> model inputs, run in a thread
     cache_bytes   int     of tensors kept, least recently used out first
@@ -371,7 +306,7 @@ class Reader:
         if key in self.kept:
             self.kept.move_to_end(key)
             return self.kept[key]
-        inputs = self.pending.pop(key).result()
+        inputs = self.pending.pop(key).result()  # an error is told once: the next call reads again
         self.put(row, hint, inputs)
         return inputs
 
@@ -385,15 +320,15 @@ class Reader:
 
 
 def tensor_bytes(tree):
-    """Bytes of all tensors in a nest of tuples and dicts."""
-    if isinstance(tree, torch.Tensor):
+    """Bytes of all tensors and arrays in a nest of tuples, lists and dicts."""
+    if isinstance(tree, (torch.Tensor, np.ndarray)):
         return tree.nbytes
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ()
-    return sum(map(tensor_bytes, parts))
+    parts = list(tree.values()) if isinstance(tree, dict) else tree
+    return sum(map(tensor_bytes, parts)) if isinstance(parts, (tuple, list)) else 0
 
 
 def shuffled(num_rows, seed, skip=0):
-    """Endless row indices: every epoch a new order, the same for every rank, from position `skip`."""
+    """Endless row indices from position `skip`: each epoch a new order, the same on every rank."""
     epoch, at = divmod(skip, num_rows)
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(num_rows)
@@ -404,48 +339,76 @@ def shuffled(num_rows, seed, skip=0):
 # ---- check -------------------------------------------------------------------------------------
 
 
+def examine(path, recipe, count_tokens, workers):
+    """For each row of a JSONL, in order: None, or one line that says why it would not train."""
+    path, seen, waiting = Path(path), set(), deque()
+
+    def look(row):
+        if isinstance(row, BadRow):
+            raise row
+        row = normalize_row(row)
+        clip = decode_clip(row, path.parent, recipe)
+        if count_tokens:
+            count_tokens(row, clip)
+
+    def told(where, looked):
+        if problem := looked.exception():
+            if not isinstance(problem, BadRow):
+                raise problem
+            return f"{where}: {str(problem).removeprefix(f'{where}: ')}"
+
+    with open(path, "rb") as file, ThreadPoolExecutor(workers) as pool:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path.name}:{number}"
+                try:
+                    row = parse_line(line, where)
+                    if (key := hash(prompt_id := row_id(row, where))) in seen:
+                        raise BadRow(f"row {prompt_id}: the id occurs twice: make ids unique")
+                    seen.add(key)
+                except BadRow as problem:
+                    row = problem
+                waiting.append((where, pool.submit(look, row)))
+            while len(waiting) > 4 * workers:
+                yield told(*waiting.popleft())
+        yield from (told(*item) for item in waiting)
+
+
 def check(path, recipe, count_tokens=None):
     """Every problem of a JSONL, one line each -> (number of rows, list of str)."""
-    path, problems, ids, num_rows = Path(path), [], set(), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(tqdm(file, desc="rows", disable=None, leave=False), 1):
-            if not line.strip():
-                continue
-            num_rows += 1
-            try:
-                row = parse_line(line, f"{path.name}:{number}")
-                prompt_id = row_id(row, f"{path.name}:{number}")
-                if prompt_id in ids:
-                    raise BadRow(f"row {prompt_id}: the id occurs twice: make ids unique")
-                ids.add(prompt_id)
-                row = normalize_row(row)
-                clip = decode_clip(row, path.parent, recipe)
-                if count_tokens:
-                    count_tokens(row, clip)
-            except BadRow as problem:
-                problems.append(f"{path.name}:{number}: {str(problem).removeprefix(f'{path.name}:{number}: ')}")
-    return num_rows, problems
+    found = list(examine(path, recipe, count_tokens, workers=1))
+    return len(found), [problem for problem in found if problem]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    from run import PARSER
+
+    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file", help="JSONL of rows")
     parser.add_argument("--model", help="also count prompt tokens with this model's processor")
     add_flags(parser)
     args = parser.parse_args(argv)
-    recipe, count_tokens = recipe_from(args), None
+    recipe, count_tokens, num_rows, num_bad = recipe_from(args), None, 0, 0
     if not Path(args.file).is_file():
-        sys.exit(f"data.py: no data file at {args.file}")
+        raise BadRow(f"no data file at {args.file}: give a JSONL file")
     if args.model:
         from model import InputBuilder
 
-        build = InputBuilder(args.model, recipe, Path(args.file).parent, False)
-        count_tokens = lambda row, clip: build.from_clip(row, clip, None)  # noqa: E731
-    num_rows, problems = check(args.file, recipe, count_tokens)
-    print("\n".join([*problems, f"{num_rows} rows, {len(problems)} would not train"]))
-    sys.exit(bool(problems))
+        build = InputBuilder(args.model, recipe, Path(args.file).parent, audio_captions=True)
+        count_tokens = lambda row, clip: build.from_clip(row, clip, row.get("hint"))  # noqa: E731
+    with open(args.file, "rb") as file:
+        total = sum(1 for line in file if line.strip())
+    told = examine(args.file, recipe, count_tokens, max(args.workers, 1))
+    for problem in (bar := tqdm(told, "rows", total, disable=None)):
+        num_rows, num_bad = num_rows + 1, num_bad + bool(problem)
+        if problem:
+            bar.write(problem)
+    print(f"{num_rows} rows, {num_bad} would not train")
+    sys.exit(1 if num_bad or not num_rows else 0)
 
 
 if __name__ == "__main__":
-    main()
+    from run import main_guard
+
+    main_guard(main)
