@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import hints
 import rewards
 from clips import BadRow, Clip, Recipe, decode_clip  # noqa: F401  all four are imported from here
 
@@ -51,7 +52,7 @@ def add_flags(parser):
     flag = parser.add_argument
     flag("--fps", type=float, default=2.0, help="video frames per second")
     flag("--max-frames", type=int, default=32, help="even; more are thinned out (paper: 32)")
-    flag("--max-pixels", type=int, default=128 * 28 * 28, help="pixels per frame [U]")
+    flag("--max-pixels", type=int, default=128 * 28 * 28, help="pixels per frame [U17]")
     flag("--max-audio-seconds", type=float, default=120.0, help="of sound; longer is an error")
     flag("--max-prompt-tokens", type=int, default=16384, help="longer is an error, never cut")
     flag(
@@ -255,7 +256,7 @@ def option_table(options):
     """{letter: text}; a prefix ("A. red") goes if every option has its own, as in rewards.py."""
     table = options if isinstance(options, dict) else dict(zip(LETTERS, options or []))
     table = {letter.strip().upper(): text for letter, text in table.items()}
-    prefixes = {letter: rewards._OPTION_PREFIX.match(text) for letter, text in table.items()}
+    prefixes = {letter: rewards.OPTION_PREFIX.match(text) for letter, text in table.items()}
     if all(prefix and prefix[1].upper() == letter for letter, prefix in prefixes.items()):
         return {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
     return table
@@ -263,13 +264,14 @@ def option_table(options):
 
 def question_text(row, hint, audio_captions):
     """The user's turn: hint, audio caption if asked for, question, options, and how to answer."""
-    lines = [f"Hint: {hint}."] if hint else []  # [HINT] before the question
+    lines = []
     if audio_captions and row.get("audio_caption"):
         lines.append(f"Sound: {row['audio_caption']}.")
     lines.append(row["question"])
     if options := option_table(row.get("options")):
         lines.append(" ".join(f"{letter}. {text}" for letter, text in options.items()))
-    return "\n".join([*lines, INSTRUCTIONS[row["answer_type"]]])
+    text = "\n".join([*lines, INSTRUCTIONS[row["answer_type"]]])
+    return hints.place_hint(text, hint) if hint else text
 
 
 def completion_text(row):

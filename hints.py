@@ -115,7 +115,7 @@ class HintSchedule:
 
 def place_hint(question, hint):
     """The text of the user turn: the hint stands before the question, which stays as it is."""
-    return f"Hint: {hint.strip()}\n\n{question}"
+    return f"Hint: {hint.strip().removesuffix('.')}.\n{question}"
 
 
 # ---- leaks: what an answer could look like inside a hint

@@ -77,7 +77,7 @@ def format_reward(text):
 
 _LETTERS = "ABCDEFGHIJ"
 _EDGES = ".,;:!?\"'()[]{}*_`“”‘’"  # not + - # %: "-5" is not "5" and "C#" is not "C"
-_OPTION_PREFIX = re.compile(r"\s*\(?([A-Ja-j])[).:]+\s*")
+OPTION_PREFIX = re.compile(r"\s*\(?([A-Ja-j])[).:]+\s*")
 _LEAD = re.compile(  # "B", "(B", "**B", "option B", "The correct answer is: B"
     r"(?:(?i:the|correct|right|best|final|answer|option|choice|letter|is)\b[\s:]*){0,6}"
     r"[(\[{*\"'`]*([A-Ja-j])(?!\w|['’]\w)"
@@ -104,7 +104,7 @@ def _option_table(options):
     table = {str(letter).strip().upper(): str(text) for letter, text in table.items()}
     if isinstance(options, str) or len(table) != len(options) or set(table) - set(_LETTERS):
         raise ValueError(f"options must be a list or dict of at most 10, A..J, got {options!r}")
-    prefixes = {letter: _OPTION_PREFIX.match(text) for letter, text in table.items()}
+    prefixes = {letter: OPTION_PREFIX.match(text) for letter, text in table.items()}
     if all(prefix and prefix[1].upper() == letter for letter, prefix in prefixes.items()):
         table = {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
     return {letter: _plain(text) for letter, text in table.items()}

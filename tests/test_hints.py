@@ -158,8 +158,8 @@ def test_an_unknown_tier_is_refused():
 
 
 def test_the_hint_stands_before_an_untouched_question():
-    text = place_hint("How many dogs bark?\nA. 1\nB. 2", "  listen first \n")
-    assert text == "Hint: listen first\n\nHow many dogs bark?\nA. 1\nB. 2"
+    text = place_hint("How many dogs bark?\nA. 1\nB. 2", "  listen first. \n")
+    assert text == "Hint: listen first.\nHow many dogs bark?\nA. 1\nB. 2"
 
 
 # --- KL to the behaviour policy -------------------------------------------------------------------
