@@ -45,8 +45,8 @@ NUM_ROWS = {0: (2048, 128), 1: (512, 128), 2: (512, 128), 3: (512, 128)}  # stag
 OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
-        lr=3e-4, steps=100, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=50, audio_captions=False,
+        lr=1e-4, steps=120, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
+        eval_every=40, audio_captions=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
