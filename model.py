@@ -223,24 +223,24 @@ class Policy(nn.Module):
         core, out = self.thinker.model, [dict(p.media) for p in prompts]
         if self.train_towers and dist.is_initialized():
             # sharded towers: a rank that skips one would leave the others waiting in its collectives
-            out.append(dict(video=dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]])), audio=dict(mel=torch.zeros(128, 200))))  # fmt: skip
+            video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
+            out.append(dict(video=video, audio=dict(mel=torch.zeros(128, 200))))
         seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
         heard = [o for o in out if isinstance(o.get("audio"), dict)]
         if seen:
-            pixels = torch.cat([o[m]["pixels"] for o, m in seen]).to(self.device)
-            grid = torch.cat([o[m]["grid"] for o, m in seen]).to(self.device)
+            pixels = torch.cat([o[m]["pixels"].to(self.device) for o, m in seen])
+            grid = torch.cat([o[m]["grid"].to(self.device) for o, m in seen])
             pieces = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
             for o, m in seen:
                 o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
         if heard:
             lengths = torch.tensor([o["audio"]["mel"].shape[1] for o in heard])
-            mels = pad_sequence([o["audio"]["mel"].T for o in heard], batch_first=True).transpose(
-                1, 2
+            mels = pad_sequence(
+                [o["audio"]["mel"].T.to(self.device) for o in heard], batch_first=True
             )
-            mask = (torch.arange(mels.shape[2]) < lengths[:, None]).long()
-            sound = core.get_audio_features(
-                mels.to(self.device), mask.to(self.device), return_dict=True
-            ).last_hidden_state
+            mask = (torch.arange(mels.shape[1]) < lengths[:, None]).long().to(self.device)
+            sound = core.get_audio_features(mels.transpose(1, 2), mask, return_dict=True)
+            sound = sound.last_hidden_state
             sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
             for o, piece in zip(heard, sound.split(sizes)):
                 o["audio"] = piece
@@ -252,9 +252,8 @@ class Policy(nn.Module):
         embeds = self.thinker.get_input_embeddings()(ids)
         features = self.encode(prompts)
         for unused in features[len(prompts) :]:
-            embeds = embeds + 0 * sum(
-                f.sum() for f in unused.values()
-            )  # into the backward pass, without effect
+            # into the backward pass, without effect
+            embeds = embeds + 0 * sum(f.sum() for f in unused.values())
         for modality in ("image", "video", "audio"):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
@@ -327,8 +326,8 @@ def _packed_logprobs(policy, prompts, completions, temperature):
     tails = policy.thinker.get_input_embeddings()(torch.cat([c[:-1] for c in flat]).to(device))
     tails = iter(tails.split([len(c) - 1 for c in flat]))
     for prompt, embed, group in zip(prompts, policy.embed(prompts), completions):
-        num_prompt, last = len(prompt.input_ids), prompt.position_ids.max()
-        groups.append((row, num_prompt, [len(c) - 1 for c in group]))
+        num_prompt, last = len(prompt.input_ids), int(prompt.position_ids.max())
+        groups.append((num_prompt, [len(c) - 1 for c in group]))
         embeds.append(embed)
         positions.append(prompt.position_ids)
         end = row + num_prompt
@@ -339,7 +338,8 @@ def _packed_logprobs(policy, prompts, completions, temperature):
                 torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)])
             )
             embeds.append(next(tails))
-            positions.append((last + 1 + torch.arange(steps)).expand(3, -1))
+            own = last + 1 + torch.arange(steps, device=prompt.position_ids.device)
+            positions.append(own.expand(3, -1))
             end += steps
         row = end
     hidden = policy.read(
@@ -396,14 +396,40 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
 
         target = rf".*language_model\.layers\.\d+\..*\.({TEXT_LAYERS})"
         if train_towers:
-            target += rf"|.*(visual|audio_tower)\..*\.({TOWER_LAYERS})"
+            target += rf"|.*(visual|audio_tower)\.(.*\.)?({TOWER_LAYERS})"
         config = LoraConfig(  # [D2]
             r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, lora_dropout=0.0
         )
         model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if gradient_checkpointing:
-        thinker.gradient_checkpointing_enable(dict(use_reentrant=False))
+        kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+        thinker.gradient_checkpointing_enable(kwargs)
     return Policy(model, train_towers).train()
+
+
+def cast(module, dtype):
+    """Parameters only: the rotary frequencies are buffers, and in bfloat16 they lose count."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def start_folder(folder, lora_rank, out):
+    """
+    Where a run starts. For a new adapter on top of an old one: OUT/base, the two merged, so that the
+    new adapter has a base that exists (PEFT would name the old base and lose a stage).
+    """
+    if not lora_rank or not (Path(folder) / "adapter_config.json").is_file():
+        return folder
+    base = Path(out) / "base"
+    if (not dist.is_initialized() or dist.get_rank() == 0) and not base.exists():
+        merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
+        part = base.with_suffix(".part")
+        merged.thinker.save_pretrained(part)
+        from_pretrained(Qwen2_5OmniProcessor, folder).save_pretrained(part)
+        part.rename(base)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(base)
 
 
 def shard(policy, mesh, param_dtype):
@@ -421,7 +447,7 @@ def shard(policy, mesh, param_dtype):
         units += [omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer]
     else:
         for tower in policy.towers:
-            tower.to(param_dtype)  # FSDP would do this, but does not see them
+            cast(tower, param_dtype)  # FSDP would do this, but does not see them
         ignored = {p for tower in policy.towers for p in tower.parameters()}
     precision = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

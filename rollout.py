@@ -8,7 +8,6 @@ B prompts, G completions each, P prompt tokens, T completion tokens, V vocabular
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -44,99 +43,85 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
 
 def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
     device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
-    lengths = [len(p.input_ids) for p in prompts]
-    with gathered(policy):
-        starts = np.cumsum([0, *lengths[:-1]]).tolist()
-        packed = PackedAttention([(s, n, []) for s, n in zip(starts, lengths)], device, record=True)
-        hidden = policy.read(
-            torch.cat(policy.embed(prompts)),
-            torch.cat([p.position_ids for p in prompts], dim=1),
-            packed,
-        )
-        logits = policy.thinker.lm_head(
-            hidden[torch.tensor(lengths).cumsum(0).to(device) - 1]
-        ).float()  # (B, V)
-        split = lambda x: pad_sequence(
-            x[0].transpose(0, 1).split(lengths), batch_first=True
-        ).transpose(1, 2)  # noqa: E731
-        cache = {
-            i: tuple(split(x).contiguous() for x in kv) for i, kv in packed.kept.items()
-        }  # (B, K, P, E)
-        mask = (
-            torch.arange(max(lengths), device=device)
-            < torch.tensor(lengths, device=device)[:, None]
-        )
-        attention = DecodeAttention(cache, mask, group_size)
+    # all randomness of the rollout, drawn before it: (B G, T)
+    noise = torch.zeros(num_prompts, group_size, max_new_tokens, dtype=torch.float64)
+    for row, count, seed in zip(noise, num_completions, seeds):
+        generator = torch.Generator().manual_seed(seed)
+        row[:count] = torch.rand(count, max_new_tokens, generator=generator, dtype=torch.float64)
+    noise = noise.flatten(0, 1).to(device)
+    ids = torch.zeros(noise.shape, dtype=torch.long, device=device)
+    logprobs = torch.zeros(noise.shape, device=device)
+    length = torch.zeros(len(noise), dtype=torch.long, device=device)
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    eos = torch.tensor(eos_ids, device=device)
 
-        noise = torch.stack([  # (B, G, T): all randomness of the rollout, drawn before it
-            torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-            for s in seeds
-        ]).to(device)  # fmt: skip
-        position = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (B * G, V)
-        ends = torch.tensor(eos_ids, device=device)
-        wanted = torch.arange(group_size) < torch.tensor(num_completions)[:, None]  # (B, G)
-        # slot[r] = which of the B * G completions row r is making, -1 for a row kept only to fill up
-        slot = (
-            torch.arange(num_prompts * group_size)
-            .view(num_prompts, group_size)
-            .masked_fill(~wanted, -1)
-            .flatten()
-            .to(device)
-        )
-        ids = torch.zeros(num_prompts * group_size, max_new_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(ids.shape, device=device)
-        length = torch.zeros(len(ids), dtype=torch.long, device=device)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        noise = noise.view(-1, max_new_tokens)
-        prompt_of = torch.arange(num_prompts, device=device)
+    # a row decodes one completion; slot[row] says which, -1 if the row is only there to fill up
+    slot = torch.arange(len(noise)).view(num_prompts, group_size)
+    slot[torch.arange(group_size) >= torch.tensor(num_completions)[:, None]] = -1
+    slot = slot.flatten().to(device)
+    with gathered(policy):
+        logits, attention = prefill(policy, prompts, group_size)
+        logits = logits.repeat_interleave(group_size, dim=0)  # (B G, V)
+        after = torch.tensor(
+            [int(p.position_ids.max()) + 1 for p in prompts], device=device
+        )  # (B,)
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
             alive = slot >= 0
             live = slot[alive]
-            ids[live, step], logprobs[live, step], length[live] = (
-                token[alive],
-                logprob[alive],
-                step + 1,
-            )
-            done = alive & torch.isin(token, ends)
+            ids[live, step], logprobs[live, step] = token[alive], logprob[alive]
+            length[live] = step + 1
+            done = alive & torch.isin(token, eos)
             ended[slot[done]] = True
             slot = slot.masked_fill(done, -1)
             num_alive = int((slot >= 0).sum())
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
-            rows = torch.arange(len(slot), device=device)
-            if num_alive <= 0.75 * len(slot):  # finished rows leave
-                by_prompt = (slot >= 0).view(-1, attention.group_size)
-                prompts_left = by_prompt.any(1).nonzero()[:, 0]
-                new_size = int(by_prompt.sum(1).max())
-                if len(prompts_left) * new_size < len(slot):
-                    first = (
-                        by_prompt[prompts_left]
-                        .int()
-                        .argsort(dim=1, descending=True, stable=True)[:, :new_size]
-                    )
-                    rows = (prompts_left[:, None] * attention.group_size + first).flatten()
-                    attention.keep(prompts_left, rows, new_size)
-                    slot, token, prompt_of = slot[rows], token[rows], prompt_of[prompts_left]
+            if num_alive <= 0.75 * len(slot):
+                prompts_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
+                if len(rows) < len(slot):  # finished rows leave
+                    attention.keep(prompts_left, rows, size)
+                    slot, token, after = slot[rows], token[rows], after[prompts_left]
             embeds = policy.thinker.get_input_embeddings()(token[:, None])  # (rows, 1, D)
-            place = (position[prompt_of] + step).repeat_interleave(attention.group_size)
-            out = policy.thinker.model.language_model(
+            position = (after + step).repeat_interleave(attention.group_size)
+            hidden = policy.thinker.model.language_model(
                 inputs_embeds=embeds,
-                position_ids=place[None, :, None].expand(3, -1, 1),
+                position_ids=position[None, :, None].expand(3, -1, 1),
                 use_cache=False,
                 shared=attention,
-            )
+            ).last_hidden_state
             attention.length += 1
-            logits = policy.thinker.lm_head(out.last_hidden_state[:, -1]).float()
+            logits = policy.thinker.lm_head(hidden[:, -1]).float()
     ids, logprobs, length, ended = ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist()
-    return [
-        [
-            Completion(ids[r, : length[r]].clone(), logprobs[r, : length[r]].clone(), not ended[r])
-            for r in range(b * group_size, b * group_size + num_completions[b])
-        ]
-        for b in range(num_prompts)
+    made = [
+        Completion(ids[r, :n].clone(), logprobs[r, :n].clone(), not end)
+        for r, (n, end) in enumerate(zip(length, ended))
     ]
+    return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
+
+
+def prefill(policy, prompts, group_size):
+    """Reads every prompt once -> logits of the next token (B, V), the attention to decode with."""
+    lengths = [len(p.input_ids) for p in prompts]
+    packed = PackedAttention([(n, []) for n in lengths], policy.device, record=True)
+    position_ids = torch.cat([p.position_ids for p in prompts], dim=1)
+    hidden = policy.read(torch.cat(policy.embed(prompts)), position_ids, packed)
+    lengths = torch.tensor(lengths, device=policy.device)
+    logits = policy.thinker.lm_head(hidden[lengths.cumsum(0) - 1]).float()
+    cache = {}
+    for layer in list(packed.kept):  # the packed row (1, K, L, E) as a padded batch (B, K, P, E)
+        rows = [x[0].transpose(0, 1).split(lengths.tolist()) for x in packed.kept.pop(layer)]
+        cache[layer] = tuple(pad_sequence(x, True).transpose(1, 2).contiguous() for x in rows)
+    mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
+    return logits, DecodeAttention(cache, mask, group_size)
+
+
+def compact(alive):
+    """alive (B, G) bool -> prompts with a row left, the rows to keep, rows a prompt then."""
+    prompts_left = alive.any(1).nonzero()[:, 0]
+    size = int(alive.sum(1).max())
+    first = alive[prompts_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
+    return prompts_left, (prompts_left[:, None] * alive.shape[1] + first).flatten(), size
 
 
 def sample(logits, temperature, noise):
