@@ -304,6 +304,8 @@ class Reader:
     def get(self, row, hint=None):
         """The inputs of a row, waiting only if they are not ready; raises BadRow."""
         self.prefetch(row, hint)
+        if hint is not None:  # the plain prompt was read ahead before the hint was due
+            self.pending.pop((row["prompt_id"], None), None)
         key = (row["prompt_id"], hint)
         if key in self.kept:
             self.kept.move_to_end(key)

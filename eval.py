@@ -127,7 +127,7 @@ def main():
     sets = {str(f): data.Rows(f) for f in args.data or [test for _, _, test in toy_paths]}
     folder = args.model or toy_paths[0][0]
     policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-    policy.to(device, run.compute_dtype(device, args.dtype))
+    model.cast(policy.to(device), run.compute_dtype(device, args.dtype))
     build = model.InputBuilder(folder, data.recipe_from(args), ".", args.audio_captions)
     cache = int(args.cache_gb * 1e9)
     readers = {

@@ -90,11 +90,8 @@ def grpo_loss(
         kl = d.exp() - d - 1
     objective = ((surrogate - kl_coef * kl) * mask).sum(1) / num_tokens  # (N,) per sequence
     with torch.no_grad():
-        outside = torch.where(
-            token_advantages > 0,
-            ratio > 1 + clip_eps,
-            (ratio < 1 - clip_eps) & (token_advantages < 0),
-        )
+        up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
+        outside = torch.where(token_advantages > 0, up, down & (token_advantages < 0))
         info = dict(
             loss=-weights * objective,
             num_tokens=completion_mask.sum(1),

@@ -66,7 +66,8 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
     made = [entry for group in groups for entry in group]
     rewards = torch.tensor([e.reward for e in made])
     advantages = torch.cat([*fresh_advantages, *off_advantages])
-    ratio = info["log_ratio"][off].exp() if off.any() else torch.ones(1)
+    log_w = info["log_ratio"][off] if off.any() else torch.zeros(1)  # of whole completions
+    w = (log_w - log_w.max()).exp()  # ESS does not depend on the scale, and so cannot overflow
     return {
         "loss": info["loss"].sum().item(),
         "reward": rewards.mean().item(),
@@ -82,10 +83,10 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "entropy": info["entropy"][fresh].mean().item(),
         "clip_frac": info["clip_frac"].mean().item(),
         "logprob_gap": info["gap"][fresh].max().item(),
-        "off/ratio_mean": ratio.mean().item(),
+        "off/ratio_mean": log_w.clamp(max=20).exp().mean().item(),
         "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
         "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
-        "off/ess_frac": (ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)).item(),
+        "off/ess_frac": (w.sum() ** 2 / (w**2).sum() / len(w)).item(),
         "tas/weight_mean": info["tas_weight"].mean().item(),
         "completions/mean_length": mean(len(e.completion_ids) for e in made),
         "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),

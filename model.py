@@ -27,6 +27,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 from transformers.utils.logging import disable_progress_bar
 
 import data
+import run
 from attention import PackedAttention, shared_prefix_attention
 from rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
@@ -208,11 +209,8 @@ class Policy(nn.Module):
 
     def reference(self):
         """A context in which a LoRA policy is its frozen base."""
-        return (
-            self.model.disable_adapter()
-            if hasattr(self.model, "disable_adapter")
-            else nullcontext()
-        )
+        lora = hasattr(self.model, "disable_adapter")
+        return self.model.disable_adapter() if lora else nullcontext()
 
     def encode(self, prompts):
         """
@@ -260,9 +258,8 @@ class Policy(nn.Module):
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
-                assert where.sum() == len(found), (
-                    f"{modality}: {where.sum()} placeholders, {len(found)} features"
-                )
+                told = f"{modality}: {where.sum()} placeholders, {len(found)} features"
+                assert where.sum() == len(found), told
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 
@@ -273,13 +270,10 @@ class Policy(nn.Module):
     def read(self, embeds, position_ids, shared):
         """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
         text = self.thinker.model.language_model
-        out = text(
-            inputs_embeds=embeds[None],
-            position_ids=position_ids[:, None].to(embeds.device),
-            use_cache=False,
-            shared=shared,
+        inputs = dict(
+            inputs_embeds=embeds[None], position_ids=position_ids[:, None].to(embeds.device)
         )
-        return out.last_hidden_state[0]
+        return text(**inputs, use_cache=False, shared=shared).last_hidden_state[0]
 
 
 def head_logprobs(lm_head, hidden, targets, temperature):
@@ -359,18 +353,6 @@ def _packed_logprobs(policy, prompts, completions, temperature):
     return logprobs, mask, entropy
 
 
-def micro_batches(sizes, max_tokens):
-    """Indices of items, in order, in packs of at most max_tokens (an item over it gets its own)."""
-    packs, room = [], -1
-    for i, size in enumerate(sizes):
-        if size > room:
-            packs.append([])
-            room = max_tokens
-        packs[-1].append(i)
-        room -= size
-    return packs
-
-
 # ---- load, shard, save -------------------------------------------------------------------------
 
 
@@ -389,6 +371,7 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
         from peft import PeftModel
 
         model = thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
+        thinker.requires_grad_(True)  # PEFT had frozen them
     for tower in (thinker.model.visual, thinker.model.audio_tower):
         tower.requires_grad_(train_towers)
     if lora_rank:
@@ -397,9 +380,8 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
         target = rf".*language_model\.layers\.\d+\..*\.({TEXT_LAYERS})"
         if train_towers:
             target += rf"|.*(visual|audio_tower)\.(.*\.)?({TOWER_LAYERS})"
-        config = LoraConfig(  # [D2]
-            r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, lora_dropout=0.0
-        )
+        kwargs = dict(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0)  # [D2]
+        config = LoraConfig(target_modules=target, **kwargs)
         model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if gradient_checkpointing:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
@@ -421,14 +403,13 @@ def start_folder(folder, lora_rank, out):
     if not lora_rank or not (Path(folder) / "adapter_config.json").is_file():
         return folder
     base = Path(out) / "base"
-    if (not dist.is_initialized() or dist.get_rank() == 0) and not base.exists():
+    if run.rank() == 0 and not base.exists():
         merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
         part = base.with_suffix(".part")
         merged.thinker.save_pretrained(part)
         from_pretrained(Qwen2_5OmniProcessor, folder).save_pretrained(part)
         part.rename(base)
-    if dist.is_initialized():
-        dist.barrier()
+    run.gather(None)  # the others wait
     return str(base)
 
 
@@ -436,8 +417,8 @@ def shard(policy, mesh, param_dtype):
     """
     FSDP2: one unit a decoder layer (and a tower layer if towers train), the rest in the root.
 
-    Frozen towers stay whole on every rank, outside FSDP: a rank whose prompts have no audio or no
-    video then simply does not call them, and nobody waits.
+    Frozen towers stay whole on every rank, outside FSDP: who has no audio or no video to encode
+    does not call them, and nobody waits.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -464,7 +445,7 @@ def save(policy, folder, processor):
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if run.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}
         policy.model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)

@@ -367,3 +367,28 @@ def combine_rewards(parts, weights):
     if any(parts[name] is None for name in weights):
         return None
     return float(sum(weight * parts[name] for name, weight in weights.items()))
+
+
+def reward_completions(row, texts, mean_logprobs, weights, judge):
+    """
+    All parts of the reward for the completions of one prompt, and their sum          [R.stage]
+
+    row            dict            `answer`, `answer_type`, `options` of the prompt
+    texts          G of str        the completions
+    mean_logprobs  G of float      mean log-likelihood of a completion's tokens, nats
+    weights        dict of float   format, acc, self, judge: as in combine_rewards
+    judge          callable(row, steps) -> scores of the steps; asked only if its part counts
+    returns        G of (R or None, {part: value})
+    """
+    answer_type, options = row["answer_type"], row.get("options")
+    thinks, answers = zip(*map(split_completion, texts))
+    votes = self_consistency_rewards(answers, mean_logprobs, answer_type, options)
+    scored = []
+    for text, think, answer, vote in zip(texts, thinks, answers, votes):
+        accuracy = accuracy_reward(answer, row["answer"], answer_type, options)
+        parts = dict(format=format_reward(text), acc=accuracy, self=vote)
+        if "judge" in weights:
+            steps = reasoning_steps(think)  # none: no merit in it [U14]
+            parts["judge"] = judge_reward(judge(row, steps)) if steps else 0.0
+        scored.append((combine_rewards(parts, weights), parts))
+    return scored

@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,10 +53,13 @@ def main_guard(main):
     try:
         main()
     except (UserError, BadRow, FileNotFoundError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        line = f"{Path(sys.argv[0]).name}: {error}"
+        if world_size() == 1:
+            sys.exit(line)
+        print(line, file=sys.stderr, flush=True)
+        os._exit(1)  # the others may be waiting for this rank: torchrun ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -76,7 +80,9 @@ def init_processes(device):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # a rank may evaluate or judge for long while the others wait; a dead one ends torchrun anyway
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
     elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
@@ -91,6 +97,8 @@ def compute_dtype(device, dtype):
 def place(policy, device, dtype):
     """Moves the policy to its device; sharded when there is a GPU or more than one process."""
     policy.to(device)
+    if not dist.is_initialized() and dtype == "bfloat16":
+        raise UserError("--dtype bfloat16 needs a GPU or several processes: FSDP computes in it")
     if dist.is_initialized():
         from model import shard
 
@@ -144,6 +152,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 
 PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
+# what may change when a run is resumed: it does not change what the run computes
+FREE = set(
+    "out resume save_every keep eval_every eval_samples eval_data workers cache_gb device".split()
+)
+FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside"}
 
 
 def add_flags(parser):
@@ -169,7 +182,11 @@ def parse(parser, argv, overrides):
     returns     args, {flag: name of the override its value comes from}
     """
     source = {}
-    for name, values in overrides(parser.parse_known_args(argv)[0]):
+    words = sys.argv[1:] if argv is None else argv
+    first = [
+        word for word in words if word not in ("-h", "--help")
+    ]  # help shows the final defaults
+    for name, values in overrides(parser.parse_known_args(first)[0]):
         parser.set_defaults(**values)
         source |= {key: name for key in values}
     args = parser.parse_args(argv)
@@ -184,9 +201,19 @@ def open_folder(args, source):
     started = (out / "run.json").exists()
     gather(None)  # every rank has looked before one writes
     if started and not args.resume:
-        raise UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
+        raise UserError(
+            f"{out} already holds a run: continue it with --resume or choose another --out"
+        )
     if args.resume and not started:
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
+    if args.resume:
+        before, now = json.loads((out / "run.json").read_text())["arguments"], vars(args)
+        changed = [k for k in now if k not in FREE and str(before.get(k)) != str(now[k])]
+        if changed:
+            told = ", ".join(
+                f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in changed
+            )
+            raise UserError(f"--resume: these would make it another run: {told}")
     print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}")
     for key, value in sorted(vars(args).items()):
         print0(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))
@@ -206,7 +233,9 @@ def begin(out, args, step):
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "run.json", json.dumps(about, indent=1, default=str))
         except OSError as error:
-            raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
+            raise UserError(
+                f"cannot write to {out}: {error.strerror}: choose another --out"
+            ) from None
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -239,6 +268,18 @@ def log(path, item):
 # ---- optimisation ------------------------------------------------------------------------------
 
 
+def micro_batches(sizes, max_tokens):
+    """Indices of items, in order, in packs of at most max_tokens (an item over it gets its own)."""
+    packs, room = [], -1
+    for i, size in enumerate(sizes):
+        if size > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(i)
+        room -= size
+    return packs
+
+
 def lr_scale(step, steps, warmup, cosine):
     """Factor of `step` (from 1): linear warm-up, then constant, or a cosine down to 10 %."""
     if step <= warmup:
@@ -253,11 +294,25 @@ def set_lr(optimizer, lr, step, steps, warmup_frac, cosine):
         group["lr"] = lr * scale
 
 
-def clip_grad_norm(policy, max_norm):
-    """-> the gradient's norm over all ranks and parameters, before clipping (float)."""
+def clip_grad_norm(policy, max_norm, where):
+    """
+    Clips in place -> the gradient's norm over all ranks and parameters, before clipping (float).
+
+    raises   UserError    it is not finite: the weights are still good, `where` says what was read
+    """
     params = [p for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        raise UserError(f"{where}: gradient norm {norm}: stopped, the last checkpoint is good")
+    return norm
+
+
+def check_at_least(args, **bounds):
+    for name, bound in bounds.items():
+        if getattr(args, name) < bound:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(args, name)}: at least {bound} is needed")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -295,8 +350,11 @@ def load_checkpoint(out, policy, optimizer):
     """Loads the newest whole checkpoint into policy and optimizer -> its state, or None."""
     for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        weights = load_file(folder / "model.safetensors")
+        if weights.keys() != get_model_state_dict(policy, options=WHOLE).keys():
+            raise UserError(f"{folder} does not hold the weights that this run trains")
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(policy, load_file(folder / "model.safetensors"), options=options)
+        set_model_state_dict(policy, weights, options=options)
         set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=options)
         return state
     return None

@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from tqdm import tqdm
 
+from clips import BadRow
+
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 COLORS["yellow"] = (230, 210, 40)
 SHAPES = ("circle", "square", "triangle")
@@ -297,16 +299,14 @@ def build_processor(tokenizer_json):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
         eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS,
-        model_max_length=32768,
     )  # fmt: skip
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         video_processor=Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=False),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
-        tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
-    )
+        tokenizer=tokenizer, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def build_config(tokenizer):
@@ -360,14 +360,14 @@ def write_model(folder, weights):
     part.rename(folder)
 
 
-def ship_weights(folder, path=WEIGHTS):
-    """A trained model folder -> one bfloat16 safetensors file that also holds the tokenizer."""
+def ship_weights(folder):
+    """A trained model folder -> WEIGHTS: bfloat16, with the tokenizer in its metadata."""
     from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
     state = Thinker.from_pretrained(folder).state_dict()
     tokenizer_json = AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
     state = {k: v.bfloat16().contiguous() for k, v in state.items()}
-    save_file(state, path, metadata={"tokenizer": tokenizer_json})
+    save_file(state, WEIGHTS, metadata={"tokenizer": tokenizer_json})
 
 
 def is_toy(folder):
@@ -410,6 +410,8 @@ def judge(row, steps):
 
     It sees the reasoning and the clip's events, never the answer.
     """
+    if "events" not in row:
+        raise BadRow(f"row {row['prompt_id']}: no events: the toy judge knows only the toy's clips")
     scores = []
     for step in steps:
         number, _, said = step.partition(":")

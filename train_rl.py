@@ -36,8 +36,7 @@ from grpo import group_advantages, grpo_loss, replay_advantages
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
-EVAL_BATCH = 32  # held-out prompts decoded together
-SAMPLE_EVERY = 10  # steps between entries of samples.jsonl
+EVAL_BATCH, SAMPLE_EVERY = 32, 10  # held-out prompts together; steps between samples.jsonl
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
@@ -102,7 +101,6 @@ def parse_args(argv=None):
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
-    # evaluation
     flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
     flag("--eval-samples", type=int, default=256, help="held-out completions, at --temperature")
 
@@ -127,108 +125,101 @@ def parse_args(argv=None):
         raise run.UserError(f"--reward-weights: no part called {', '.join(unknown)}")
     if "judge" in weights and not args.judge:
         raise run.UserError("the judge part of the reward needs --judge")
+    run.check_at_least(
+        args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
+        kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
+        lora_rank=0, eval_every=0, eval_samples=1, keep=1,
+    )  # fmt: skip
     return args, source, weights
-
-
-# ---- rewards -----------------------------------------------------------------------------------
-
-
-def reward_completions(row, texts, mean_logprobs, weights, judge):
-    """
-    The fresh completions of one prompt -> list of (R or None, {part: value})           [R.stage]
-
-    judge   callable(row, steps) -> scores of the steps; asked only if its part counts
-    """
-    answer_type, options = row["answer_type"], row.get("options")
-    thinks, answers = zip(*map(rewards.split_completion, texts))
-    votes = rewards.self_consistency_rewards(answers, mean_logprobs, answer_type, options)
-    scored = []
-    for text, think, answer, vote in zip(texts, thinks, answers, votes):
-        accuracy = rewards.accuracy_reward(answer, row["answer"], answer_type, options)
-        parts = dict(format=rewards.format_reward(text), acc=accuracy, self=vote)
-        if "judge" in weights:
-            steps = rewards.reasoning_steps(think)  # none: no merit in it [U14]
-            parts["judge"] = rewards.judge_reward(judge(row, steps)) if steps else 0.0
-        scored.append((rewards.combine_rewards(parts, weights), parts))
-    return scored
 
 
 # ---- the update --------------------------------------------------------------------------------
 
 
-def update(policy, reference, groups, step, args):
+def update(policy, reference, groups, filler, step, args):
     """
-    Adds the step's gradient: micro-batches of whole groups, each prompt read once.
+    Adds the step's gradient over micro-batches; a prompt is read once for all its completions.
 
     groups   list of (Prompt, list of (Entry, advantage, weight in J))
+    filler   (Prompt, list of one such item of weight 0): what a rank reads that has less to do
     returns  dict of (N,) tensors, a number a completion, for metrics.py
     """
-    sizes = [
-        len(prompt.input_ids) + sum(len(e.completion_ids) for e, _, _ in items)
-        for prompt, items in groups
-    ]
-    packs = model.micro_batches(sizes, args.micro_tokens)
+    pieces = []  # a group larger than --micro-tokens is read in parts
+    for prompt, items in groups:
+        room = args.micro_tokens - len(prompt.input_ids)
+        for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
+            pieces.append((prompt, [items[i] for i in pack]))
+    sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]
+    packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
     infos = []
-    for k in range(
-        max(run.gather(len(packs)))
-    ):  # as many on every rank, or FSDP would wait for ever
-        part = [groups[i] for i in packs[min(k, len(packs) - 1)]]
-        counts = float(k < len(packs))  # 0: a repeat that only keeps the other ranks company
+    for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
+        part = packs[k] if k < len(packs) else [filler]
         prompts = [prompt for prompt, _ in part]
         completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
         entries, advantages, weights = zip(*(item for _, items in part for item in items))
+        inputs = (prompts, completions, args.temperature)
 
-        logprobs, mask, entropy = model.completion_logprobs(
-            policy, prompts, completions, args.temperature
-        )
+        logprobs, mask, entropy = model.completion_logprobs(policy, *inputs)
         # of the policy that sampled the completion: this one if fresh, an earlier one if replayed
         old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
         ref_logprobs = None
         if args.kl_coef:
             with torch.no_grad(), policy.reference():
-                ref_logprobs, _, _ = model.completion_logprobs(
-                    reference or policy, prompts, completions, args.temperature
-                )
+                ref_logprobs, _, _ = model.completion_logprobs(reference or policy, *inputs)
         shape = (mask, args.tas_shape, args.tas_lambda, args.tas_equal_mean)
         token_advantages = tas.shape_advantages(torch.tensor(advantages).to(logprobs), *shape)
-        weights = torch.tensor(weights).to(logprobs) * counts
         loss, info = grpo_loss(
-            logprobs, old_logprobs, ref_logprobs, token_advantages, mask, weights,
-            args.clip_eps, args.kl_coef,
+            logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
+            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
         )  # fmt: skip
         # the weights already sum to 1 over all ranks, and FSDP takes the mean over ranks
         (loss * run.world_size()).backward()
-        if counts:
+        if k < len(packs):
             lengths = mask.sum(1)
             info["entropy"] = (entropy * mask).sum(1) / lengths
             info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
             info["fresh"] = torch.tensor([e.born_step == step for e in entries])
             infos.append({name: value.cpu() for name, value in info.items()})
+    infos = [info for part in run.gather(infos) for info in part]
     return {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
 
 
-def stored_kl(policy, prompt, entries, temperature):
-    """KL of the present policy to the one that sampled these entries, nats per token [HINT.KL]"""
-    completions = [e.completion_ids.long() for e in entries]
-    with torch.no_grad():
-        logprobs, mask, _ = model.completion_logprobs(policy, [prompt], [completions], temperature)
-    old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
-    return hints.behavior_kl(logprobs, old_logprobs, mask)
+def stored_kls(policy, stored, filler, temperature):
+    """
+    How far the policy has moved from the ones that sampled the stored completions.  [HINT.KL]
+
+    stored   {prompt_id: (Prompt, list of Entry)}, this rank's
+    returns  {prompt_id: nats per token}, of all ranks
+    """
+    kls, todo = {}, list(stored.items())
+    for k in range(max(run.gather(len(todo)))):  # the same on every rank, or FSDP would hang
+        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, filler)
+        completions = [e.completion_ids.long() for e in entries]
+        with torch.no_grad():
+            inputs = ([prompt], [completions], temperature)
+            logprobs, mask, _ = model.completion_logprobs(policy, *inputs)
+        old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
+        kls[prompt_id] = hints.behavior_kl(logprobs, old_logprobs, mask)
+    kls.pop(None, None)
+    return {q: kl for part in run.gather(kls) for q, kl in part.items()}
 
 
 def held_out_accuracy(policy, load, rows, build, args):
     """Share of right answers among --eval-samples completions, sampled as in training."""
-    per_row, rank = max(1, round(args.eval_samples / len(rows))), run.rank()
-    mine, right = range(len(rows))[: args.eval_samples][rank :: run.world_size()], []
+    count = min(len(rows), args.eval_samples)
+    per_row, right = max(1, round(args.eval_samples / count)), []
+    # as many on every rank, or FSDP would hang: the surplus repeats the last row, and is not scored
+    mine = range(run.rank(), -(-count // run.world_size()) * run.world_size(), run.world_size())
     for first in range(0, len(mine), EVAL_BATCH):
-        batch = [(i, rows[i]) for i in mine[first : first + EVAL_BATCH]]
+        places = mine[first : first + EVAL_BATCH]
+        batch = [rows[min(i, count - 1)] for i in places]
         groups = model.rollout(
-            policy, [load(row) for _, row in batch], [per_row] * len(batch), args.temperature,
-            args.max_new_tokens, build.eos_ids, seeds=[run.seed(args.seed, 0, i) for i, _ in batch],
+            policy, [load(row) for row in batch], [per_row] * len(batch), args.temperature,
+            args.max_new_tokens, build.eos_ids, seeds=[run.seed(args.seed, 0, i) for i in places],
         )  # fmt: skip
-        for (_, row), group in zip(batch, groups):
-            for text in build.texts(group):
-                truth = (row["answer"], row["answer_type"], row.get("options"))
+        for i, row, group in zip(places, batch, groups):
+            truth = (row["answer"], row["answer_type"], row.get("options"))
+            for text in build.texts(group) if i < count else ():
                 right.append(rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1)
     right = [r for part in run.gather(right) for r in part]
     return sum(right) / len(right)
@@ -248,7 +239,7 @@ def main():
     rows = data.Rows(args.data or toy_train)
     held_out = args.eval_data or (toy_test if args.data is None else None)
     held_out = data.Rows(held_out) if held_out and args.eval_every else None
-    folder = args.model or toy_model
+    folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
     reader = data.Reader(build, args.workers, cache)
@@ -281,7 +272,8 @@ def main():
         prompt = reader.get(row, hint)
         if not args.train_towers and not prompt.encoded:
             with torch.no_grad():
-                prompt = prompt._replace(media=policy.encode([prompt])[0])
+                media = policy.encode([prompt])[0]
+            prompt = prompt._replace(media={name: value.cpu() for name, value in media.items()})
             reader.put(row, hint, prompt)
         return prompt
 
@@ -312,18 +304,28 @@ def main():
         # ---- what to replay: the same on every rank, as they hold the same buffer
         rng = np.random.default_rng([args.seed, step])
         drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
-        drawn += [[] for _ in range(args.prompts_per_step - len(drawn))]  # little stored: fresh [U6]
+        drawn += [
+            [] for _ in range(args.prompts_per_step - len(drawn))
+        ]  # little stored: fresh [U6]
+        for group in filter(None, drawn[mine]):
+            row = rows[rows.index(group[0].prompt_id)]
+            reader.prefetch(row, row.get("hint") if group[0].hinted else None)
 
         # ---- who gets a hint                                                           [HINT]
-        kls, events = {}, []
-        for row in step_rows[mine] if args.hints else ():
-            q, stored = row["prompt_id"], replay.entries_of(row["prompt_id"], step)
-            stored = [e for e in stored if not e.hinted][-KL_SAMPLES:]
-            if stored and hint_of(row) and schedule.needs_kl(q, replay.tier(q)):
-                kls[q] = stored_kl(policy, load(row), stored, args.temperature)
-        kls = {q: kl for part in run.gather(kls) for q, kl in part.items()}
-        for q in ids if args.hints else ():
-            events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
+        eos = torch.tensor(build.eos_ids[:1])
+        nothing = buffer.Entry("", eos, torch.zeros(1), 0.0, {}, 0, hinted=False)
+        idle = load(step_rows[mine][0])  # for a rank that must keep the others company
+        events = []
+        if args.hints:
+            stored = {}
+            for row in step_rows[mine]:
+                q = row["prompt_id"]
+                entries = [e for e in replay.entries_of(q, step) if not e.hinted][-KL_SAMPLES:]
+                if entries and hint_of(row) and schedule.needs_kl(q, replay.tier(q)):
+                    stored[q] = (load(row), entries)
+            kls = stored_kls(policy, stored, (idle, [nothing]), args.temperature)
+            for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
+                events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
         hint = {
             r["prompt_id"]: hint_of(r) if schedule.due(r["prompt_id"]) else None for r in step_rows
         }
@@ -346,7 +348,9 @@ def main():
         made = []
         for row, group in zip(step_rows[mine], rolled):
             q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
-            scored = reward_completions(row, build.texts(group), means, reward_weights, judge)
+            scored = rewards.reward_completions(
+                row, build.texts(group), means, reward_weights, judge
+            )
             # what could not be judged has no reward: it leaves the group and is not counted as 0
             made.append([
                 buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, hint[q] is not None)
@@ -355,6 +359,10 @@ def main():
             ])  # fmt: skip
         made = [group for part in run.gather(made) for group in part]
         num_on, num_off = sum(map(len, made)), sum(map(len, drawn))
+        if not num_on:
+            raise run.UserError(
+                f"step {step}: no completion could be judged: is the judge running?"
+            )
 
         # ---- advantages: fresh against its group, replayed against its prompt's history
         fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
@@ -378,8 +386,9 @@ def main():
         for (q, hinted), items in groups.items():
             row = rows[rows.index(q)]
             by_prompt.append((load(row, row.get("hint") if hinted else None), items))
-        info = update(policy, reference, by_prompt, step, args)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
+        filler = (idle, [(nothing, 0.0, 0.0)])
+        info = update(policy, reference, by_prompt, filler, step, args)
+        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm, f"step {step}, prompts {ids}")
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
         optimizer.step()
         optimizer.zero_grad()
@@ -394,7 +403,7 @@ def main():
         num_generated += sum(num_fresh)
 
         # ---- report
-        info = {name: torch.cat([part[name] for part in run.gather(info)]) for name in info}
+        step_s = time.perf_counter() - began
         due = args.eval_every and (step % args.eval_every == 0 or step == steps)
         accuracy = evaluate() if due else accuracy
         report = dict(step=step, completions_generated=num_generated)
@@ -406,7 +415,7 @@ def main():
             "hints/withdrawn": schedule.withdrawn,
             "grad_norm": grad_norm,
             "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_s": report["num_valid_tokens"] / (time.perf_counter() - began),
+            "tokens_per_s": report["num_valid_tokens"] / step_s,
             "time/data_s": data_s,
             "time/rollout_s": rollout_s,
             "time/update_s": update_s,

@@ -45,7 +45,9 @@ def parse_args(argv=None):
         if toy.is_toy(first.model):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
-    return run.parse(parser, argv, overrides)
+    args, source = run.parse(parser, argv, overrides)
+    run.check_at_least(args, batch_size=1, micro_tokens=1, steps=0, lora_rank=0, keep=1)
+    return args, source
 
 
 def main():
@@ -56,7 +58,7 @@ def main():
     toy_model, toy_train, _ = toy.defaults(args, stage=0)
 
     rows = data.Rows(args.data or toy_train)
-    folder = args.model or toy_model
+    folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     build = model.InputBuilder(
         folder, data.recipe_from(args), rows.path.parent, audio_captions=False
     )
@@ -91,11 +93,12 @@ def main():
         began = time.perf_counter()
         prompts = [reader.get(row, row.get("hint")) for row in batch]
         completions = [encode_completion(build.tokenizer, row) for row in batch]
-        batch = read_ahead()
+        ids = [row["prompt_id"] for row in batch]
+        batch = read_ahead() if step < steps else []
         data_s = time.perf_counter() - began
 
         sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
-        packs = model.micro_batches(sizes, args.micro_tokens)
+        packs = run.micro_batches(sizes, args.micro_tokens)
         counts = run.gather((sum(map(len, completions)), len(packs)))
         # of the whole step on all ranks, so that no split of it changes the gradient
         num_valid_tokens, num_packs = sum(n for n, _ in counts), max(n for _, n in counts)
@@ -113,7 +116,7 @@ def main():
             loss_sum += loss.detach()
         if run.world_size() > 1:
             dist.all_reduce(loss_sum)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm, f"step {step}, rows {ids}")
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=True)
         optimizer.step()
         optimizer.zero_grad()

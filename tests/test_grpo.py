@@ -138,7 +138,8 @@ def test_gradient_facts():
 
 
 def test_dual_clip_and_log_ratio_clamp():
-    loss, grad, _ = one_token(5.0, -1.0)  # ratio 148
+    loss, grad, info = one_token(5.0, -1.0)  # ratio 148
+    assert info["clip_frac"] == 1
     assert loss == pytest.approx(grpo.DUAL_CLIP) and grad == 0
     loss, grad, info = one_token(1000.0, -1.0)  # exp would be inf
     assert math.isfinite(loss) and math.isfinite(grad) and math.isfinite(info["ratio_max"].item())

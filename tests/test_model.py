@@ -19,6 +19,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 import data
 import model
 import rollout
+import run
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +310,6 @@ def test_no_such_model():
 
 
 def test_micro_batches():
-    assert model.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
-    assert model.micro_batches([3], 1) == [[0]]
-    assert np.concatenate(model.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
+    assert run.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert run.micro_batches([3], 1) == [[0]]
+    assert np.concatenate(run.micro_batches(list(range(50)), 60)).tolist() == list(range(50))

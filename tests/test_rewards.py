@@ -12,6 +12,7 @@ import re
 import pytest
 
 import rewards
+import toy
 from rewards import (
     accuracy_reward,
     format_reward,
@@ -815,3 +816,30 @@ def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
         assert votes == [float(form is not None), 0.0, float(form is not None)]
         num_read += form is not None
     assert 50 < num_read < 8_000
+
+
+# ---- a whole group
+
+
+def test_reward_completions_by_hand():
+    row = dict(
+        answer="B",
+        answer_type="choice",
+        options=["red", "blue"],
+        events=["left red circle; high tone"],
+    )
+    good = "<think>1: left red circle; high tone</think><answer>B</answer>"
+    bad = "<think>1: left blue circle; high tone</think><answer>A</answer>"
+    broken = "no tags"
+    scored = rewards.reward_completions(
+        row, [good, good, bad, broken], [-1.0] * 4, {"format": 0.2, "acc": 0.4, "self": 0.4}, None
+    )
+    assert [r for r, _ in scored] == pytest.approx([1.0, 1.0, 0.2, -0.2])
+    judged = rewards.reward_completions(
+        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy.judge
+    )
+    assert [r for r, _ in judged] == pytest.approx([1.0, 0.5, -0.5])
+    unjudged = rewards.reward_completions(
+        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, steps: None
+    )
+    assert unjudged[0][0] is None  # not judged is not zero

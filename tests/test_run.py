@@ -15,6 +15,7 @@ from conftest import launch
 from test_train_rl import read_metrics, rl_flags
 
 import eval as evaluation
+import model
 import run
 
 
@@ -95,43 +96,51 @@ def test_rl_resumes_bit_for_bit(toy_dir, tmp_path):
 
 
 def test_two_processes_are_one(toy_dir, tmp_path):
-    """The same prompts, completions, replay and gradients, whatever the number of ranks."""
-    launch(*rl_flags(toy_dir, 2, tmp_path / "one"))
-    launch(*rl_flags(toy_dir, 2, tmp_path / "two"), processes=2)
+    """The same prompts, completions, replay, hints and gradients, whatever the number of ranks."""
+    # every prompt comes twice, hints enter, and 7 held-out rows do not divide by 2
+    flags = ("--steps", 4, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10)
+    flags += ("--eval-samples", 7, "--eval-every", 2)
+    launch(*rl_flags(toy_dir, 2, tmp_path / "one", *flags))
+    launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
-    exact = (
-        "step",
-        "completions_generated",
-        "buffer/size",
-        "num_valid_tokens",
-        "completions/mean_length",
-    )
-    close = (
-        "reward",
-        "reward_std",
-        "advantage_std",
-        "kl",
-        "grad_norm",
-        "off/ratio_max",
-        "off/ess_frac",
-        "loss",
-    )
-    for a, b in zip(one, two, strict=True):
+    exact = ("step", "completions_generated", "buffer/size", "hints/entered", "hints/frac")
+    close = ("reward", "reward_std", "advantage_std", "kl", "grad_norm", "off/ratio_max", "loss")
+    close += ("off/ess_frac", "num_valid_tokens", "completions/mean_length")
+    assert one[-1]["hints/entered"] > 0
+    for a, b in zip(one[:3], two[:3], strict=True):  # later, rounding may change a sampled token
         assert [a[k] for k in exact] == [b[k] for k in exact]
         np.testing.assert_allclose(
             [a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5
         )
+    assert one[1]["eval/acc"] == two[1]["eval/acc"]
 
 
-def test_lora_run_and_its_next_stage(toy_dir, tmp_path):
-    launch(*rl_flags(toy_dir, 1, tmp_path / "a", "--lora-rank", 2))
-    assert (tmp_path / "a" / "final" / "adapter_model.safetensors").exists()
-    assert (
-        read_metrics(tmp_path / "a")[-1]["kl"] > 0
-    )  # the reference is the policy without its adapter
-    flags = list(rl_flags(toy_dir, 2, tmp_path / "b"))
-    flags[flags.index("--model") + 1] = tmp_path / "a" / "final"
-    launch(*flags)
+def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
+    """Each stage writes a PEFT adapter whose base holds the stages before it."""
+    lora = ("--lora-rank", 2, "--lr", 1e-2)
+    launch(*rl_flags(toy_dir, 1, tmp_path / "a", *lora))
+    assert read_metrics(tmp_path / "a")[-1]["kl"] > 0  # the reference: without its adapter
+    launch(*rl_flags(toy_dir, 2, tmp_path / "b", *lora, "--model", tmp_path / "a" / "final"))
+    config = json.loads((tmp_path / "b" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "b" / "base")
+    # the base of b is the whole of a: the first step of b starts where a ended
+    a, base = (model.load(tmp_path / n, 0, False, False) for n in ("a/final", "b/base"))
+    b, raw = (model.load(n, 0, False, False) for n in (tmp_path / "b/final", toy_dir / "model"))
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    weight = lambda policy: policy.thinker.get_parameter(name)  # noqa: E731
+    assert (weight(a) == weight(base)).all()
+    assert (weight(a) != weight(raw)).any() and (weight(b) != weight(base)).any()
+
+
+def test_resuming_as_another_run_is_refused(toy_dir, tmp_path):
+    launch(*sft_flags(toy_dir, tmp_path / "x"))
+    line = mistake(*sft_flags(toy_dir, tmp_path / "x", "--resume", "--lora-rank", 4, "--keep", 3))
+    assert "--lora-rank was 0, is 4" in line and "--keep" not in line
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(toy_dir, tmp_path):
+    line = mistake(*sft_flags(toy_dir, tmp_path / "x", "--lr", 1e30, "--warmup-frac", 0))
+    assert "gradient norm" in line and "rows ['toy-0-train-" in line
 
 
 # ---- evaluation

@@ -40,33 +40,6 @@ def test_unknown_flag_is_an_error(capsys):
         train_rl.parse_args(["--lrr", "2"])
 
 
-# ---- rewards of a completion
-
-
-def test_reward_completions_by_hand():
-    row = dict(
-        answer="B",
-        answer_type="choice",
-        options=["red", "blue"],
-        events=["left red circle; high tone"],
-    )
-    good = "<think>1: left red circle; high tone</think><answer>B</answer>"
-    bad = "<think>1: left blue circle; high tone</think><answer>A</answer>"
-    broken = "no tags"
-    scored = train_rl.reward_completions(
-        row, [good, good, bad, broken], [-1.0] * 4, {"format": 0.2, "acc": 0.4, "self": 0.4}, None
-    )
-    assert [r for r, _ in scored] == pytest.approx([1.0, 1.0, 0.2, -0.2])
-    judged = train_rl.reward_completions(
-        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, train_rl.toy.judge
-    )
-    assert [r for r, _ in judged] == pytest.approx([1.0, 0.5, -0.5])
-    unjudged = train_rl.reward_completions(
-        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, steps: None
-    )
-    assert unjudged[0][0] is None  # not judged is not zero
-
-
 # ---- whole runs
 
 METRICS = (
