@@ -99,8 +99,10 @@ def compare(records, others, seed):
 
 
 def read_records(folder):
-    path = Path(folder) / "records.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What a folder holds; of an interrupted evaluation also what each rank had done."""
+    texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
 
 
 def score(record, row, text, truncated):
@@ -168,6 +170,8 @@ def main():
         ) if prompts else []  # fmt: skip
         for (record, row), group in zip(readable, groups):
             score(record, row, build.texts(group)[0], group[0].truncated)
+        with open(out / f"records-{run.rank()}.jsonl", "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records[first:])
         bar.set_postfix(accuracy=f"{np.mean([r['score'] for r in records]):.3f}")
     bar.close()
 
@@ -183,6 +187,8 @@ def main():
         result["against"] = compare(records, read_records(args.against), args.seed)
     lines = [json.dumps(record) + "\n" for record in records]
     run.write_text(out / "records.jsonl", "".join(lines))
+    for path in out.glob("records-*.jsonl"):
+        path.unlink()
     run.write_text(out / "scores.json", json.dumps(result, indent=1))
     for record in records:
         if record["failure"] and record["completion"] is None:

@@ -126,9 +126,8 @@ class InputBuilder:
         if clip.audio is not None:
             # without max_length the extractor pads every clip to 300 s
             kwargs["audio"] = [clip.audio]
-            kwargs["audio_kwargs"] = dict(
-                max_length=-(-len(clip.audio) // 160) * 160, truncation=False
-            )
+            length = -(-len(clip.audio) // 160) * 160
+            kwargs["audio_kwargs"] = dict(max_length=length, truncation=False)
             if clip.use_audio:
                 kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
         batch = processor(**kwargs)
@@ -136,7 +135,7 @@ class InputBuilder:
         if num_tokens > self.recipe.max_prompt_tokens:
             raise data.BadRow(
                 f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
-                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or set start and end"
+                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or mend start, end"
             )
         return self.to_prompt(batch, clip.use_audio)
 

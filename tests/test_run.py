@@ -161,7 +161,8 @@ def test_evaluation(toy_dir, tmp_path):
     # the items of an interrupted evaluation are kept; batching changes nothing
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b" / "records.jsonl").write_text("".join(lines[:5]))
+    (tmp_path / "b" / "records.jsonl").write_text("".join(lines[:3]))
+    (tmp_path / "b" / "records-0.jsonl").write_text("".join(lines[3:5]) + lines[5][:40])
     printed = launch(
         *eval_flags(
             toy_dir, tmp_path / "b", "--resume", "--batch-size", 3, "--against", tmp_path / "a"
