@@ -4,7 +4,9 @@ The objective: advantages, loss and gradients, by hand, by a slow loop, by finit
     python -m pytest tests/test_grpo.py
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +187,25 @@ def test_split_and_order_do_not_change_the_sum():
     torch.testing.assert_close(
         grpo_loss(*(x[order] for x in case), clip_eps=0.2, kl_coef=0.1)[0], whole
     )
+
+
+# ---- a peer: numbers recorded from trl's GRPOTrainer by record_trl.py
+
+TRL = json.loads(Path(__file__).with_name("trl_loss.json").read_text())
+
+
+@pytest.mark.parametrize("case", TRL["cases"])
+def test_loss_and_gradient_equal_trl(case):
+    """One value a completion, or one a token; the last two clips of a negative advantage included."""
+    assert TRL["delta"] == grpo.DUAL_CLIP
+    logprobs, old, ref, advantages, mask = (
+        torch.tensor(case[k]) for k in ("logprobs", "old", "ref", "advantages", "mask")
+    )
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand_as(logprobs)
+    logprobs.requires_grad_()
+    weights = torch.full((len(logprobs),), 1 / len(logprobs))  # trl's mean over the batch
+    loss, _ = grpo_loss(logprobs, old, ref, advantages, mask, weights, TRL["eps"], TRL["beta"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), atol=1e-6, rtol=1e-5)

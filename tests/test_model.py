@@ -172,6 +172,7 @@ def test_greedy_rollout_equals_hf_generate(setup):
 
 
 def test_sampling_follows_the_distribution():
+    """Defect 9 of the authors' trainer: it sampled top-k, and stored log-probs that ignore it."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).repeat(20000, 1)
     noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     token, logprob = rollout.sample(logits, 0.5, noise)

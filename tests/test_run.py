@@ -96,7 +96,10 @@ def test_rl_resumes_bit_for_bit(toy_dir, tmp_path):
 
 
 def test_two_processes_are_one(toy_dir, tmp_path):
-    """The same prompts, completions, replay, hints and gradients, whatever the number of ranks."""
+    """
+    The same prompts, completions, replay, hints and gradients, whatever the number of ranks.
+    Defect 1 of the authors' trainer: ranks above 0 learned from rank 0's rewards.
+    """
     # every prompt comes twice, hints enter, and 7 held-out rows do not divide by 2
     flags = ("--steps", 4, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10)
     flags += ("--eval-samples", 7, "--eval-every", 2)
