@@ -6,8 +6,8 @@ are run in turn in one process, so that a noisy machine disturbs both alike.
     python bench.py                  # all of them, and how time grows: bench.json, bench.png
 
 The model is a Qwen2.5-Omni thinker with random weights, float32, and text-only prompts: towers are
-frozen in RL and their outputs cached, so they are no part of a step. "Copies" is what the field does:
-G copies of the prompt in one batch through the model's own forward, with full logits.
+frozen in RL and their outputs cached, so they are no part of a step. "Copies" is what the field
+does: G copies of the prompt in one batch through the model's own forward, with full logits.
 
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
@@ -19,6 +19,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from functools import partial
 
 import run  # before torch: it sets how torch's threads wait
 
@@ -127,8 +128,8 @@ def rollout_ours(policy, prompts, group_size, num_tokens):
 def rollout_generate(plain, prompts, group_size, num_tokens):
     ids = torch.stack([p.input_ids for p in prompts]).repeat_interleave(group_size, dim=0)
     return plain.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
-        top_p=1.0, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
+        top_k=0, top_p=1.0, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,  # the log-probs are part of the job
     )  # fmt: skip
 
@@ -182,7 +183,7 @@ def matmul_ceiling(args):
 
 
 def update_flops(policy, size):
-    """Of one update: 6 per matrix parameter and packed token, 12 per score and width of attention."""
+    """Of an update: 6 per matrix parameter and packed token, 12 per attention score and width."""
     num_prompt, num_completion, group_size = size
     text, head = policy.thinker.model.language_model, policy.thinker.lm_head.weight.numel()
     matrices = sum(p.numel() for p in text.layers.parameters() if p.ndim == 2)
@@ -192,49 +193,50 @@ def update_flops(policy, size):
     return 6 * (matrices * tokens + head * group_size * num_completion) + 12 * scores * width
 
 
+def print_table(title, rows):
+    """The numbers of each row under their names."""
+    names = [name for name in rows[0] if name != "size"]
+    print(f"\n{title:20}" + "".join(f"{name:>13}" for name in names))
+    for row in rows:
+        size = "/".join(map(str, row["size"]))
+        print(f"{size:20}" + "".join(f"{row[name]:13.4g}" for name in names))
+
+
 def bench_updates(args, policy, plain):
-    print(f"\n{'update: P/C/G':16} {'ours s':>8} {'copies s':>9} {'ratio':>6} {'tokens':>7} {'of it':>6} {'MB':>7} {'copies MB':>10} {'of matmul':>9}")  # fmt: skip
     rows = []
     for size in SIZES[:2] if args.quick else SIZES:
-        inputs = make_inputs(args, *size)
-        gap = (
-            (update_ours(policy, *inputs)[:, : size[1]] - update_copies(plain, *inputs)).abs().max()
-        )
-        assert gap < 1e-4, f"the two sides differ by {gap}"
-        ours, copies = in_turn(lambda: update_ours(policy, *inputs), lambda: update_copies(plain, *inputs), args.repeats)  # noqa: B023  # fmt: skip
-        memory = [peak_memory(args, side, size) for side in ("ours", "copies")]
         num_prompt, num_completion, group_size = size
-        ideal = (
-            group_size * (num_prompt + num_completion) / (num_prompt + group_size * num_completion)
-        )
+        inputs = make_inputs(args, *size)
+        gap = (update_ours(policy, *inputs) - update_copies(plain, *inputs)).abs().max().item()
+        assert gap < 1e-4, f"the two sides differ by {gap}"
+        sides = (partial(update_ours, policy, *inputs), partial(update_copies, plain, *inputs))
+        ours, copies = in_turn(*sides, args.repeats)
+        ours_mb, copies_mb = (peak_memory(args, side, size) for side in ("ours", "copies"))
+        tokens = num_prompt + group_size * num_completion
+        ideal = group_size * (num_prompt + num_completion) / tokens
         share = update_flops(policy, size) / ours / 1e9 / matmul_ceiling(args)
-        row = dict(size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
-                   ours_mb=memory[0], copies_mb=memory[1], matmul_share=share, gap=gap.item())  # fmt: skip
-        rows.append(row)
-        name = "/".join(map(str, size))
-        print(f"{name:16} {ours:8.3f} {copies:9.3f} {copies / ours:6.2f} {ideal:7.2f} {copies / ours / ideal:6.2f} {memory[0]:7.0f} {memory[1]:10.0f} {share:9.2f}")  # fmt: skip
+        rows.append(dict(
+            size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
+            ours_mb=ours_mb, copies_mb=copies_mb, matmul_share=share, logprob_gap=gap,
+        ))  # fmt: skip
+    print_table("update P/C/G", rows)
     return rows
 
 
 def bench_rollouts(args, policy, plain):
-    print(
-        f"\n{'rollout: P/C/G/B':16} {'ours s':>8} {'generate s':>11} {'ratio':>6} {'tokens/s':>9}"
-    )
     rows = []
     for size in [(512, 64, 8, 2)] if args.quick else [(512, 64, 8, 8), (1024, 64, 8, 8)]:
         num_prompt, num_tokens, group_size, num_prompts = size
         prompts, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
-        ours, theirs = in_turn(
-            lambda: rollout_ours(policy, prompts, group_size, num_tokens),  # noqa: B023
-            lambda: rollout_generate(plain, prompts, group_size, num_tokens),  # noqa: B023
-            min(args.repeats, 3),
+        sides = (
+            partial(rollout_ours, policy, prompts, group_size, num_tokens),
+            partial(rollout_generate, plain, prompts, group_size, num_tokens),
         )
+        ours, theirs = in_turn(*sides, min(args.repeats, 3))
         rate = num_tokens * group_size * num_prompts / ours
-        rows.append(
-            dict(size=size, ours_s=ours, generate_s=theirs, ratio=theirs / ours, tokens_per_s=rate)
-        )
-        name = "/".join(map(str, size))
-        print(f"{name:16} {ours:8.2f} {theirs:11.2f} {theirs / ours:6.2f} {rate:9.0f}")
+        row = dict(size=size, ours_s=ours, generate_s=theirs, ratio=theirs / ours)
+        rows.append(row | dict(tokens_per_s=rate))
+    print_table("rollout P/C/G/B", rows)
     return rows
 
 
@@ -245,11 +247,9 @@ def bench_growth(args, policy):
         for value in values:
             size = dict(P=512, C=32, G=8, B=4) | {name: value}
             prompts, completions = make_inputs(args, *(size[k] for k in "PCGB"))
-            update_s, rollout_s = in_turn(
-                lambda: update_ours(policy, prompts, completions),  # noqa: B023
-                lambda: rollout_ours(policy, prompts, size["G"], size["C"]),  # noqa: B023
-                2,
-            )
+            update = partial(update_ours, policy, prompts, completions)
+            rollout = partial(rollout_ours, policy, prompts, size["G"], size["C"])
+            update_s, rollout_s = in_turn(update, rollout, 2)
             rows.append(dict(varied=name, **size, update_s=update_s, rollout_s=rollout_s))
     return rows
 
@@ -281,7 +281,8 @@ def main():
     args.repeats = min(args.repeats, 3) if args.quick else args.repeats
     torch.set_num_threads(args.threads)
     policy, plain = build_models(args)
-    print(f"torch {torch.__version__}, {args.threads} threads, width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}")  # fmt: skip
+    shape = f"width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}"
+    print(f"torch {torch.__version__}, {args.threads} threads, float32, {shape}")
     result = dict(arguments=vars(args), commit=run.commit())
     result["update"] = bench_updates(args, policy, plain)
     result["rollout"] = bench_rollouts(args, policy, plain)

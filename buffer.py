@@ -198,7 +198,7 @@ class ReplayBuffer:
 
     def _rare_successes(self, items):
         """
-        Orders of the entries that eviction spares [U5]: per prompt, hinted and plain apart, the best
+        [U5] Orders of the entries eviction spares: per prompt, hinted and plain apart, the best
         reward (newest of equals) if above R̄(q). They fill at most half of the tier, newest first:
         single successes of thousands of prompts would leave no prompt with a group to draw.
         """
@@ -227,8 +227,8 @@ class ReplayBuffer:
                     mixed, as their prompts differ; shorter when too little is stored
         raises      ValueError    num_groups or num_off out of range
 
-        [U2] [U3] Of a prompt half come from each side of R̄(q), farthest first and newest of equals. If both
-        its hinted and its plain entries make a group, the more useful do. A prompt without an R̄
+        [U2] [U3] Of a prompt half come from each side of R̄(q), farthest first, newest of equals.
+        If both its hinted and its plain entries make a group, the more useful do. A prompt without an R̄
         has nothing to be measured against and is not drawn.
         """
         if num_groups < 0 or num_off < 1:

@@ -71,7 +71,7 @@ def clip_of(record):
 
 
 def summary(records, seed):
-    """-> {name: dict(n, accuracy, low, high, failures)}: all items, then by file and answer type."""
+    """-> {name: dict(n, accuracy, low, high, failures)}: all, then by file and answer type."""
     groups = {"all": records}
     for key in ("file", "answer_type"):
         for name in sorted({r[key] for r in records}):

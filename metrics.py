@@ -19,7 +19,7 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "rewards/acc": "mean of r_acc in 0..1, whatever its weight [R.acc]",
     "rewards/self": "mean of r_self, 0 or 1 [R.self]",
     "rewards/judge": "mean of r_judge in 0..1, where it counts [R.judge]",
-    "rewards/unjudged_frac": "fresh completions the judge gave no score, left out of everything else",
+    "rewards/unjudged_frac": "share of fresh completions without a judgement, left out of all else",
     "frac_reward_zero_std": "share of fresh groups in which all R are equal: no signal [GRPO.A]",
     "advantage_std": "std of A over fresh and replayed completions",
     "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",

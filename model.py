@@ -135,7 +135,7 @@ class InputBuilder:
         if num_tokens > self.recipe.max_prompt_tokens:
             raise data.BadRow(
                 f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
-                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or mend start, end"
+                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels"
             )
         return self.to_prompt(batch, clip.use_audio)
 
@@ -219,7 +219,7 @@ class Policy(nn.Module):
         """
         core, out = self.thinker.model, [dict(p.media) for p in prompts]
         if self.train_towers and dist.is_initialized():
-            # sharded towers: a rank that skips one would leave the others waiting in its collectives
+            # sharded towers: a rank that skips one leaves the others waiting in its collectives
             video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
             out.append(dict(video=video, audio=dict(mel=torch.zeros(128, 200))))
         seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
@@ -396,8 +396,8 @@ def cast(module, dtype):
 
 def start_folder(folder, lora_rank, out):
     """
-    Where a run starts. For a new adapter on top of an old one: OUT/base, the two merged, so that the
-    new adapter has a base that exists (PEFT would name the old base and lose a stage).
+    Where a run starts. For a new adapter on top of an old one: OUT/base, the old one merged, so
+    that the new one has a base that exists (PEFT would name the old base and lose a stage).
     """
     if not lora_rank or not (Path(folder) / "adapter_config.json").is_file():
         return folder

@@ -32,7 +32,7 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
     temperature      float      0 = greedy (log-probs are then those at temperature 1)
     max_new_tokens   int
     eos_ids          list of int    any of them ends a completion and belongs to it
-    seeds            list of B int  one a prompt: what a prompt gets does not depend on its neighbours
+    seeds            list of B int  one a prompt: its neighbours do not change what it gets
     returns          list of B lists of Completion
 
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
@@ -125,7 +125,7 @@ def compact(alive):
 
 
 def sample(logits, temperature, noise):
-    """logits (n, V), noise (n,) in [0, 1) -> token (n,), its log-prob (n,), by the inverse of the CDF."""
+    """logits (n, V), noise (n,) in [0, 1) -> token (n,), its log-prob (n,); inverse of the CDF."""
     logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)

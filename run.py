@@ -80,7 +80,7 @@ def init_processes(device):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1:
-        # a rank may evaluate or judge for long while the others wait; a dead one ends torchrun anyway
+        # one rank may work for long while the others wait; a dead one ends torchrun anyway
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
     elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too

@@ -31,7 +31,7 @@ def tas_weights(completion_mask, shape, tas_lambda, equal_mean=False):
     returns          (B, T) float32       in [1, 1 + lambda] without equal_mean, 0 off the mask
     raises           ValueError           unknown shape; tas_lambda negative or not finite
 
-    [U10] The mean weight of a long row is 1 + lambda / 3 (parabolic), so TAS also raises the step size;
+    [U10] The mean weight of a long row is 1 + lambda / 3 (parabolic): TAS also raises the step size;
     equal_mean tells the two effects apart. A row of one token is all planning: t~ = 0.
     """
     if shape not in SHAPES:

@@ -102,7 +102,7 @@ def write_clip(path, seconds, rng):
 
 
 def random_seconds(rng, num_seconds, max_shapes):
-    """A clip's content: at each second up to `max_shapes` shapes in different places, and a tone."""
+    """A clip's content: each second up to `max_shapes` shapes in different places, and a tone."""
     seconds = []
     for _ in range(num_seconds):
         count = 0 if rng.random() < 0.2 else int(rng.integers(1, max_shapes + 1))
@@ -227,12 +227,18 @@ def make_row(rng, stage, name, split):
     return row, seconds
 
 
+def empty_part(folder):
+    """FOLDER.part: becomes FOLDER when all of it is there."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
 def write_rows(folder, stage, num_train, num_test, seed):
     """Writes folder/{train,test}.jsonl and folder/clips; the folder appears only when complete."""
-    folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "clips").mkdir(parents=True)
+    part = empty_part(folder)
+    (part / "clips").mkdir()
     for split, count in (("train", num_train), ("test", num_test)):
         rng = np.random.default_rng([seed, stage, split == "test"])
         with open(part / f"{split}.jsonl", "w") as file:
@@ -286,7 +292,8 @@ def toy_corpus(seed):
     rng = np.random.default_rng(seed)
     for i in range(3000):
         row, _ = make_row(rng, 0, str(i), "text")
-        yield f"system\n{SYSTEM_PROMPT}user\n{question_text(row, row.get('hint'), False)}assistant\n{completion_text(row)}"
+        question = question_text(row, row.get("hint"), False)
+        yield f"system\n{SYSTEM_PROMPT}user\n{question}assistant\n{completion_text(row)}"
 
 
 def build_processor(tokenizer_json):
@@ -332,14 +339,14 @@ def build_config(tokenizer):
         ),
         audio_token_index=token_id("<|AUDIO|>"), image_token_index=token_id("<|IMAGE|>"),
         video_token_index=token_id("<|VIDEO|>"), audio_start_token_id=token_id("<|audio_bos|>"),
-        audio_end_token_id=token_id("<|audio_eos|>"), vision_start_token_id=token_id("<|vision_bos|>"),
-        vision_end_token_id=token_id("<|vision_eos|>"), tie_word_embeddings=False,
-        initializer_range=0.08, avatar_toy=True,
+        audio_end_token_id=token_id("<|audio_eos|>"), tie_word_embeddings=False,
+        vision_start_token_id=token_id("<|vision_bos|>"),
+        vision_end_token_id=token_id("<|vision_eos|>"), initializer_range=0.08, avatar_toy=True,
     )  # fmt: skip
 
 
 def write_model(folder, weights):
-    """Writes a standard Hugging Face folder; `weights`: a safetensors file, or None for random ones."""
+    """Writes a standard Hugging Face folder; `weights`: a safetensors file, None for random."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
     if weights:
@@ -352,9 +359,7 @@ def write_model(folder, weights):
     thinker = Thinker(build_config(processor.tokenizer))
     if weights:
         thinker.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-    folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = empty_part(folder)
     thinker.save_pretrained(part)
     processor.save_pretrained(part)
     part.rename(folder)
@@ -374,12 +379,10 @@ def is_toy(folder):
     """True for None (the default), the toy's folder, and every model trained from it."""
     if folder is None:
         return True
-    folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        folder = Path(
-            json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        )
-    config = folder / "config.json"
+    adapter, config = Path(folder) / "adapter_config.json", Path(folder) / "config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        config = Path(base) / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
 
 
@@ -390,11 +393,9 @@ def defaults(args, stage, root=HERE / "toy"):
     returns  (model folder, training rows, held-out rows)
     """
     if rank() == 0 and not args.model and not (root / "model").exists():
-        root.mkdir(exist_ok=True)
         write_model(root / "model", WEIGHTS)
     folder = root / f"stage{stage}"
     if rank() == 0 and not args.data and not folder.exists():
-        root.mkdir(exist_ok=True)
         write_rows(folder, stage, *NUM_ROWS[stage], seed=0)
     gather(None)  # a barrier
     return root / "model", folder / "train.jsonl", folder / "test.jsonl"
@@ -434,15 +435,12 @@ def main(argv=None):
         ship_weights(args.ship)
         return
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / "model").exists():
         write_model(out / "model", None if args.random_init else WEIGHTS)
     for stage in args.stages:
         if not (out / f"stage{stage}").exists():
-            num_train, num_test = NUM_ROWS[stage]
-            write_rows(
-                out / f"stage{stage}", stage, args.num_train or num_train, num_test, args.seed
-            )
+            num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
+            write_rows(out / f"stage{stage}", stage, num_train, num_test, args.seed)
     print(f"{out}: model, " + ", ".join(f"stage{s}" for s in args.stages))
 
 

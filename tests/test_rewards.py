@@ -843,3 +843,10 @@ def test_reward_completions_by_hand():
         row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, steps: None
     )
     assert unjudged[0][0] is None  # not judged is not zero
+
+
+def test_defect_10_braces_in_a_reasoning_do_not_break_the_judge():
+    row = dict(answer="B", answer_type="choice", options=["red", "blue"], events=["x"])
+    text = "<think>1: {steps} {0} %s {{</think><answer>B</answer>"
+    ((reward, parts),) = rewards.reward_completions(row, [text], [-1.0], {"judge": 1.0}, toy.judge)
+    assert reward == parts["judge"] == 0
