@@ -7,9 +7,12 @@ The loop: arguments, rewards of a completion, and whole runs on real clips.
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from conftest import launch
 
+import toy
 import train_rl
 
 # ---- arguments
@@ -81,3 +84,44 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
     about = json.loads((out / "run.json").read_text())
     assert about["arguments"]["stage"] == stage and "torch" in about["versions"]
     assert (out / "samples.jsonl").exists() and (out / "final" / "model.safetensors").exists()
+
+
+def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
+    """On the shipped model: all plain completions wrong, then one with the hint is right [HINT]."""
+    folder = tmp_path / "rows"
+    (folder / "clips").mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
+    while (
+        len(rows) < 32
+    ):  # long clips, one question: nearly hopeless without looking at every second
+        row, seconds = toy.make_row(rng, 2, f"{len(rows):05d}", "hard")
+        if len(seconds) == 6 and row["answer_type"] == "choice":
+            toy.write_clip(folder / row["video"], seconds, rng)
+            rows.append(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text("".join(rows))
+    toy.write_model(tmp_path / "model", toy.WEIGHTS)
+    flags = (
+        "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
+    )
+    flags += " --eval-every 0 --judge toy --buffer-size 10000"
+    paths = (
+        "--model",
+        tmp_path / "model",
+        "--data",
+        folder / "rows.jsonl",
+        "--out",
+        tmp_path / "x",
+    )
+    launch("train_rl.py", *flags.split(), *paths)
+    state = torch.load(tmp_path / "x/checkpoints/step-000006/state.pt", weights_only=True)
+    entries = state["buffer"]["entries"]
+    columns = (entries[k] for k in ("prompt_id", "born_step", "hinted", "reward_parts"))
+    first, plain, with_hint = {}, {}, {}
+    for q, step, hinted, parts in zip(*columns):
+        if hinted:
+            first.setdefault(q, step)
+            with_hint.setdefault(q, []).append(parts["acc"])
+        elif q not in first:
+            plain.setdefault(q, []).append(parts["acc"])
+    hopeless = [q for q in first if max(plain[q]) == 0]
+    assert hopeless and any(max(with_hint[q]) == 1 for q in hopeless)
