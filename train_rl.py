@@ -204,7 +204,7 @@ def stored_kls(policy, stored, filler, temperature):
     return {q: kl for part in run.gather(kls) for q, kl in part.items()}
 
 
-def held_out_accuracy(policy, load, rows, build, args):
+def held_out_accuracy(policy, load, rows, reader, build, args):
     """Share of right answers among --eval-samples completions, sampled as in training."""
     count = min(len(rows), args.eval_samples)
     per_row, right = max(1, round(args.eval_samples / count)), []
@@ -214,7 +214,7 @@ def held_out_accuracy(policy, load, rows, build, args):
         places = mine[first : first + EVAL_BATCH]
         batch = [rows[min(i, count - 1)] for i in places]
         groups = model.rollout(
-            policy, [load(row) for row in batch], [per_row] * len(batch), args.temperature,
+            policy, [load(row, None, reader) for row in batch], [per_row] * len(batch), args.temperature,
             args.max_new_tokens, build.eos_ids, seeds=[run.seed(args.seed, 0, i) for i in places],
         )  # fmt: skip
         for i, row, group in zip(places, batch, groups):
@@ -245,6 +245,7 @@ def main():
     reader = data.Reader(build, args.workers, cache)
     held_out_reader = held_out and data.Reader(build.at(held_out.path.parent), args.workers, cache)
     judge = toy.judge if args.judge == "toy" else None
+    nothing = buffer.Entry("", torch.tensor(build.eos_ids[:1]), torch.zeros(1), 0.0, {}, 0, False)
 
     # ---- policy, and the reference it stays close to
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
@@ -258,7 +259,7 @@ def main():
     # ---- what a checkpoint holds beside the weights
     replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
     schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
-    start = num_generated = 0
+    refused, start, num_generated = set(), 0, 0
     if args.resume and (state := run.load_checkpoint(out, policy, optimizer)):
         start, num_generated = state["step"], state["num_generated"]
         replay.load_state_dict(state["buffer"])
@@ -278,15 +279,18 @@ def main():
         return prompt
 
     def hint_of(row):
-        """The row's hint, unless it tells the answer."""
-        truth = (row["answer"], row["answer_type"], row.get("options"))
-        hint = row.get("hint")
-        return hint if args.hints and hint and not hints.hint_leak(hint, *truth) else None
+        """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
+        q, hint = row["prompt_id"], row.get("hint") if args.hints else None
+        if hint and q not in refused:
+            truth = (row["answer"], row["answer_type"], row.get("options"))
+            if reason := hints.hint_leak(hint, *truth):
+                refused.add(q)
+                run.print0(f"hint refused: {q}: {reason}")
+        return None if q in refused else hint
 
     def evaluate():
-        if held_out:
-            load_held_out = lambda row: load(row, None, held_out_reader)  # noqa: E731
-            return held_out_accuracy(policy, load_held_out, held_out, build, args)
+        reader = held_out_reader
+        return held_out and held_out_accuracy(policy, load, held_out, reader, build, args)
 
     # ---- loop
     before = accuracy = evaluate() if start == 0 else None
@@ -312,12 +316,9 @@ def main():
             reader.prefetch(row, row.get("hint") if group[0].hinted else None)
 
         # ---- who gets a hint                                                           [HINT]
-        eos = torch.tensor(build.eos_ids[:1])
-        nothing = buffer.Entry("", eos, torch.zeros(1), 0.0, {}, 0, hinted=False)
         idle = load(step_rows[mine][0])  # for a rank that must keep the others company
-        events = []
+        events, stored = [], {}
         if args.hints:
-            stored = {}
             for row in step_rows[mine]:
                 q = row["prompt_id"]
                 entries = [e for e in replay.entries_of(q, step) if not e.hinted][-KL_SAMPLES:]

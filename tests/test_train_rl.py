@@ -86,6 +86,38 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
     assert (out / "samples.jsonl").exists() and (out / "final" / "model.safetensors").exists()
 
 
+def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):
+    rows = [json.loads(line) for line in (toy_dir / "stage2" / "train.jsonl").open()]
+    rows[0]["hint"] = f"the answer is {rows[0]['answer']}"
+    leaky = toy_dir / "stage2" / "leaky.jsonl"
+    leaky.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--data",
+        leaky,
+        "--steps",
+        4,
+        "--hint-patience",
+        1,
+        "--hint-kl",
+        10,
+        "--eval-every",
+        0,
+    )
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "run", "--prompts-per-step", 16, *flags))
+    assert printed.count(f"hint refused: {rows[0]['prompt_id']}") == 1
+    assert "hint refused" not in printed.replace(f"hint refused: {rows[0]['prompt_id']}", "")
+
+
+def test_micro_batches_do_not_change_a_step(toy_dir, tmp_path):
+    """A group is even read in parts when it is larger than --micro-tokens."""
+    for name, tokens in (("whole", 16384), ("parts", 300)):
+        launch(*rl_flags(toy_dir, 2, tmp_path / name, "--micro-tokens", tokens, "--eval-every", 0))
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("loss", "grad_norm", "kl", "off/ess_frac", "off/ratio_max", "clip_frac"):
+        a, b = ([m[name] for m in metrics] for metrics in (whole, parts))
+        np.testing.assert_allclose(a, b, rtol=5e-3, atol=1e-5)
+
+
 def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     """On the shipped model: all plain completions wrong, then one with the hint is right [HINT]."""
     folder = tmp_path / "rows"
