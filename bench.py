@@ -16,10 +16,10 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import run  # before torch: it sets how torch's threads wait
 
@@ -168,9 +168,17 @@ def _measure_memory(pipe, args, side, size):
         "copies": lambda *x: update_copies(plain, *x),
     }[side]
     task(*make_inputs(args, 16, 4, 2))  # what torch allocates once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    task(*make_inputs(args, *size))
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    inputs = make_inputs(args, *size)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = resident_mb("VmRSS")
+    task(*inputs)
+    pipe.send(resident_mb("VmHWM") - before)
+
+
+def resident_mb(what):
+    """VmRSS: memory the process holds now; VmHWM: its peak; MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{what}:")[1].split()[0]) / 1024
 
 
 def matmul_ceiling(args):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# percent of the prompts and of the capacity (the paper) and of the draws (ours)
+# percent of the capacity (the paper) and of the draws (ours); tiers() cuts the prompts alike
 SHARES = {"hard": 40, "medium": 35, "easy": 25}
 
 
@@ -171,8 +171,8 @@ class ReplayBuffer:
         """
         Store completions; each belongs to its prompt's present tier and moves with it.
 
-        When a tier holds more than its share of the capacity its oldest entries go. In Hard the
-        best entry of each prompt is kept longer if it beats R̄(q): a rare success must outlive
+        [ROOM] When a tier holds more than its share of the capacity its oldest entries go. In Hard
+        the best entry of each prompt is kept longer if it beats R̄(q): a rare success must outlive
         the failures after it.
         """
         for entry in entries:

@@ -167,7 +167,7 @@ def _says(hint, text):
 
 def hint_leak(hint, answer, answer_type, options=None):
     """
-    Whether a hint gives the answer away: such a hint is refused when it is loaded.   [U9]
+    Whether a hint gives the answer away: such a hint is refused before its first use.   [U9]
 
     answer       str, or a list of str for "multi"
     answer_type  "choice" | "multi" | "yesno" | "number" | "text" | "location"

@@ -4,11 +4,11 @@ The embedded default: real mp4 clips with known answers, and a tiny Qwen2.5-Omni
 A clip lasts N seconds. In each second nothing, one or two coloured shapes are shown at the left,
 center or right, while a high tone, a low tone or silence is heard. Every question has one answer
 that follows from the clip; more seconds are harder. The model has the architecture, the tokenizer
-class, the chat format and the processors of the 7B one, at 2.3 M parameters, and goes through the
+class, the chat format and the processors of the 7B one, at 2.1 M parameters, and goes through the
 same `from_pretrained`. Its weights (`toy_stage0.safetensors`) are the result of stage 0:
 
     python toy.py                  # write toy/model and the rows and clips of every stage
-    python toy.py --out DIR --random-init --stages 0 --num-train 6000    # to rebuild stage 0 ...
+    python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
     python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see the README
 
 The cold-start reasonings are imperfect on purpose, as scraped ones are: some look at every second,

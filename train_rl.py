@@ -3,7 +3,7 @@ Stages 1 to 3 of AVATAR, arXiv:2508.03100: GRPO with stratified replay, temporal
 and hints; `--algo grpo` is the plain baseline. Where we differ or the paper is silent: README.
 
     python train_rl.py --stage 2                                                    # the toy, CPU
-    torchrun train_rl.py --stage 2 --model runs/sft/final --data av.jsonl --judge ...      # 1 GPU
+    torchrun train_rl.py --stage 2 --model runs/sft/final --data av.jsonl                  # 1 GPU
     torchrun --nproc-per-node 8 train_rl.py --stage 2 --model runs/sft/final --data av.jsonl
 
 A step: draw what to replay (that decides how many fresh completions are needed), roll out, reward,
@@ -305,7 +305,7 @@ def main():
         step_rows = next_rows
         ids = [row["prompt_id"] for row in step_rows]
 
-        # ---- what to replay: the same on every rank, as they hold the same buffer
+        # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
         rng = np.random.default_rng([args.seed, step])
         drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
         drawn += [
