@@ -278,6 +278,8 @@ def plot_growth(rows, path):
         axis.set_xticks([r[name] for r in points], [r[name] for r in points])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    ticks = [0.25, 0.5, 1, 2, 4]
+    axes[0].set_yticks(ticks, ticks)
     axes[0].set_ylabel("seconds")
     axes[0].legend()
     figure.tight_layout()
