@@ -308,9 +308,7 @@ def main():
         # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
         rng = np.random.default_rng([args.seed, step])
         drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
-        drawn += [
-            [] for _ in range(args.prompts_per_step - len(drawn))
-        ]  # little stored: fresh [U6]
+        drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
         for group in filter(None, drawn[mine]):
             row = rows[rows.index(group[0].prompt_id)]
             reader.prefetch(row, row.get("hint") if group[0].hinted else None)
@@ -327,12 +325,11 @@ def main():
             kls = stored_kls(policy, stored, (idle, [nothing]), args.temperature)
             for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
                 events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
-        hint = {
-            r["prompt_id"]: hint_of(r) if schedule.due(r["prompt_id"]) else None for r in step_rows
-        }
+        due = [row for row in step_rows if schedule.due(row["prompt_id"])]
+        hint = {row["prompt_id"]: text for row in due if (text := hint_of(row))}
 
         # ---- roll out
-        prompts = [load(row, hint[row["prompt_id"]]) for row in step_rows[mine]]
+        prompts = [load(row, hint.get(row["prompt_id"])) for row in step_rows[mine]]
         data_s = time.perf_counter() - began
         num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
         seeds = [run.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
@@ -354,7 +351,7 @@ def main():
             )
             # what could not be judged has no reward: it leaves the group and is not counted as 0
             made.append([
-                buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, hint[q] is not None)
+                buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, q in hint)
                 for c, (reward, parts) in zip(group, scored)
                 if reward is not None
             ])  # fmt: skip
@@ -405,13 +402,13 @@ def main():
 
         # ---- report
         step_s = time.perf_counter() - began
-        due = args.eval_every and (step % args.eval_every == 0 or step == steps)
-        accuracy = evaluate() if due else accuracy
+        evaluated = args.eval_every and (step % args.eval_every == 0 or step == steps)
+        accuracy = evaluate() if evaluated else accuracy
         report = dict(step=step, completions_generated=num_generated)
         report |= metrics.step_metrics(info, made, fresh_advantages, off_advantages, build.eos_ids)
         report |= replay.stats(step) | {
             "rewards/unjudged_frac": 1 - num_on / sum(num_fresh),
-            "hints/frac": sum(h is not None for h in hint.values()) / len(hint),
+            "hints/frac": sum(q in hint for q in ids) / len(ids),
             "hints/entered": schedule.entered,
             "hints/withdrawn": schedule.withdrawn,
             "grad_norm": grad_norm,
@@ -421,7 +418,7 @@ def main():
             "time/rollout_s": rollout_s,
             "time/update_s": update_s,
         }
-        if due and accuracy is not None:
+        if evaluated and accuracy is not None:
             report["eval/acc"] = accuracy
         run.log(out / "metrics.jsonl", report)
         if step % SAMPLE_EVERY == 1:

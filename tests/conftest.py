@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the path, and one small toy for the whole session."""
+"""What the tests share: the repository on the path, and one small toy for the whole run."""
 
 import contextlib
 import importlib
