@@ -72,9 +72,8 @@ class InputBuilder:
 
     def __init__(self, folder, recipe, root, audio_captions):
         self.processor = from_pretrained(Qwen2_5OmniProcessor, folder)
-        self.in_thread = (
-            threading.local()
-        )  # a fast tokenizer must not be called by two threads at once
+        # a fast tokenizer must not be called by two threads at once: a processor a thread
+        self.in_thread = threading.local()
         config = from_pretrained(AutoConfig, folder)
         self.config = getattr(config, "thinker_config", config)
         self.position_index = PositionIndex(self.config)
@@ -120,9 +119,8 @@ class InputBuilder:
             kwargs["images"] = clip.images
         if clip.frames is not None:
             kwargs["videos"] = [clip.frames]
-            kwargs["videos_kwargs"]["fps"] = (
-                clip.fps
-            )  # of the frames taken: positions tell real time
+            # of the frames really taken: the positions tell their time
+            kwargs["videos_kwargs"]["fps"] = clip.fps
         if clip.audio is not None:
             # without max_length the extractor pads every clip to 300 s
             kwargs["audio"] = [clip.audio]
@@ -147,9 +145,8 @@ class InputBuilder:
             media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
         if "input_features" in batch:
             mel_lengths = batch["feature_attention_mask"].sum(1)
-            media["audio"] = dict(
-                mel=batch["input_features"][0, :, : mel_lengths[0]].clone()
-            )  # trim the padding
+            mel = batch["input_features"][0, :, : mel_lengths[0]]  # without the padding
+            media["audio"] = dict(mel=mel.clone())
         seconds = batch.get("video_second_per_grid")
         position_ids, _ = self.position_index.get_rope_index(
             input_ids,
@@ -173,10 +170,14 @@ def from_pretrained(kind, folder, **kwargs):
 
 def base_folder(folder):
     """The folder with the processor and full weights: an adapter's base, or the folder itself."""
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.is_file() and not (Path(folder) / "preprocessor_config.json").is_file():
-        return json.loads(adapter.read_text())["base_model_name_or_path"]
+    if is_adapter(folder):
+        config = (Path(folder) / "adapter_config.json").read_text()
+        return json.loads(config)["base_model_name_or_path"]
     return str(folder)
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").is_file()
 
 
 # ---- policy ------------------------------------------------------------------------------------
@@ -363,10 +364,9 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
     train_towers  bool    whether the vision and audio towers train too
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
-    adapter = (Path(folder) / "adapter_config.json").is_file()
     thinker = from_pretrained(Thinker, folder, dtype=torch.float32)
     model = thinker
-    if adapter:  # a trained adapter becomes part of the weights; what trains now is new
+    if is_adapter(folder):  # a trained adapter becomes part of the weights; what trains now is new
         from peft import PeftModel
 
         model = thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
@@ -399,7 +399,7 @@ def start_folder(folder, lora_rank, out):
     Where a run starts. For a new adapter on top of an old one: OUT/base, the old one merged, so
     that the new one has a base that exists (PEFT would name the old base and lose a stage).
     """
-    if not lora_rank or not (Path(folder) / "adapter_config.json").is_file():
+    if not lora_rank or not is_adapter(folder):
         return folder
     base = Path(out) / "base"
     if run.rank() == 0 and not base.exists():

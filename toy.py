@@ -30,6 +30,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from clips import BadRow
+from model import base_folder
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 COLORS["yellow"] = (230, 210, 40)
@@ -379,10 +380,7 @@ def is_toy(folder):
     """True for None (the default), the toy's folder, and every model trained from it."""
     if folder is None:
         return True
-    adapter, config = Path(folder) / "adapter_config.json", Path(folder) / "config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        config = Path(base) / "config.json"
+    config = Path(base_folder(folder)) / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
 
 

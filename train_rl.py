@@ -184,16 +184,17 @@ def update(policy, reference, groups, filler, step, args):
     return {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
 
 
-def stored_kls(policy, stored, filler, temperature):
+def stored_kls(policy, stored, idle, temperature):
     """
     How far the policy has moved from the ones that sampled the stored completions.  [HINT.KL]
 
     stored   {prompt_id: (Prompt, list of Entry)}, this rank's
+    idle     callable() -> such a pair, for a rank that only keeps the others company
     returns  {prompt_id: nats per token}, of all ranks
     """
     kls, todo = {}, list(stored.items())
     for k in range(max(run.gather(len(todo)))):  # the same on every rank, or FSDP would hang
-        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, filler)
+        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, idle())
         completions = [e.completion_ids.long() for e in entries]
         with torch.no_grad():
             inputs = ([prompt], [completions], temperature)
@@ -314,7 +315,6 @@ def main():
             reader.prefetch(row, row.get("hint") if group[0].hinted else None)
 
         # ---- who gets a hint                                                           [HINT]
-        idle = load(step_rows[mine][0])  # for a rank that must keep the others company
         events, stored = [], {}
         if args.hints:
             for row in step_rows[mine]:
@@ -322,7 +322,8 @@ def main():
                 entries = [e for e in replay.entries_of(q, step) if not e.hinted][-KL_SAMPLES:]
                 if entries and hint_of(row) and schedule.needs_kl(q, replay.tier(q)):
                     stored[q] = (load(row), entries)
-            kls = stored_kls(policy, stored, (idle, [nothing]), args.temperature)
+            idle = lambda: (load(step_rows[mine][0]), [nothing])  # noqa: B023, E731
+            kls = stored_kls(policy, stored, idle, args.temperature)
             for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
                 events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
         due = [row for row in step_rows if schedule.due(row["prompt_id"])]
@@ -384,7 +385,7 @@ def main():
         for (q, hinted), items in groups.items():
             row = rows[rows.index(q)]
             by_prompt.append((load(row, row.get("hint") if hinted else None), items))
-        filler = (idle, [(nothing, 0.0, 0.0)])
+        filler = (prompts[0], [(nothing, 0.0, 0.0)])
         info = update(policy, reference, by_prompt, filler, step, args)
         grad_norm = run.clip_grad_norm(policy, args.max_grad_norm, f"step {step}, prompts {ids}")
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
