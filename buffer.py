@@ -208,6 +208,10 @@ class ReplayBuffer:
         rare = [i for (q, _), i in best.items() if _gap(i, self._means.get(q, -math.inf)) > 0]
         return {item.order for item in sorted(rare, reverse=True)[: self.room["hard"] // 2]}
 
+    def forget(self, prompt_id):
+        """Drop a prompt's entries: its clip can no longer be read. R̄(q) stays."""
+        self._items.pop(prompt_id, None)
+
     def entries_of(self, prompt_id, step):
         """The prompt's entries born before step, in order of arrival, hinted and plain alike."""
         return [i.entry for i in self._items.get(prompt_id, []) if i.born_step < step]

@@ -1,5 +1,5 @@
 """
-Rows: their format and what is wrong with them, their order, and reading their clips ahead.
+Rows: their format, and what is wrong with them.
 
 A row is one JSON object on a line (README, "Data format"); Video-R1 rows load as they are. Media
 paths are relative to the JSONL. `prompt_id` is the identity of a prompt everywhere, never its text.
@@ -14,12 +14,11 @@ import json
 import re
 import sys
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import hints
@@ -61,6 +60,8 @@ def add_flags(parser):
         default=False,
         help="media may lie outside the JSONL's folder (absolute paths, .., links)",
     )
+    flag("--max-bad-frac", type=float, default=0.1, help="share of bad rows that ends the run")
+    flag("--feature-dir", help="also keep what frozen towers made of a clip on disk, here")
     flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
     flag("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
 
@@ -277,67 +278,6 @@ def question_text(row, hint, audio_captions):
 def completion_text(row):
     """What stage 0 teaches the model to write."""
     return f"<think>{row['reasoning']}</think><answer>{row['answer']}</answer>"
-
-
-# ---- reading ahead -----------------------------------------------------------------------------
-
-
-class Reader:
-    """
-    Reads rows in threads ahead of the loop (PyAV and torch let other threads run while they work)
-    and keeps what it read, or what the towers made of it, up to a bound. Its methods are for one
-    thread. What was asked for ahead and not yet fetched does not count towards the bound.
-
-    load          callable(row, hint) -> model inputs, run in a thread
-    cache_bytes   int     of tensors kept, least recently used out first
-    """
-
-    def __init__(self, load, workers, cache_bytes):
-        self.load, self.pool = load, ThreadPoolExecutor(max(workers, 1))
-        self.pending, self.kept, self.room = {}, OrderedDict(), cache_bytes
-
-    def prefetch(self, row, hint=None):
-        key = (row["prompt_id"], hint)
-        if key not in self.pending and key not in self.kept:
-            self.pending[key] = self.pool.submit(self.load, row, hint)
-
-    def get(self, row, hint=None):
-        """The inputs of a row, waiting only if they are not ready; raises BadRow."""
-        self.prefetch(row, hint)
-        if hint is not None:  # the plain prompt was read ahead before the hint was due
-            self.pending.pop((row["prompt_id"], None), None)
-        key = (row["prompt_id"], hint)
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
-        inputs = self.pending.pop(key).result()  # an error is told once: the next call reads again
-        self.put(row, hint, inputs)
-        return inputs
-
-    def put(self, row, hint, inputs):
-        """Keeps `inputs` in the place of what was kept for the row."""
-        key = (row["prompt_id"], hint)
-        self.room += tensor_bytes(self.kept.pop(key, None)) - tensor_bytes(inputs)
-        self.kept[key] = inputs
-        while self.room < 0:
-            self.room += tensor_bytes(self.kept.popitem(last=False)[1])
-
-
-def tensor_bytes(tree):
-    """Bytes of all tensors and arrays in a nest of tuples, lists and dicts."""
-    if isinstance(tree, (torch.Tensor, np.ndarray)):
-        return tree.nbytes
-    parts = list(tree.values()) if isinstance(tree, dict) else tree
-    return sum(map(tensor_bytes, parts)) if isinstance(parts, (tuple, list)) else 0
-
-
-def shuffled(num_rows, seed, skip=0):
-    """Endless row indices from position `skip`: each epoch a new order, the same on every rank."""
-    epoch, at = divmod(skip, num_rows)
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        yield from order[at:].tolist()
-        epoch, at = epoch + 1, 0
 
 
 # ---- check -------------------------------------------------------------------------------------

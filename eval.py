@@ -21,6 +21,7 @@ import numpy as np
 import data
 import model
 import rewards
+import stream
 import toy
 
 RESAMPLES = 2000
@@ -133,7 +134,7 @@ def main():
     build = model.InputBuilder(folder, data.recipe_from(args), ".", args.audio_captions)
     cache = int(args.cache_gb * 1e9)
     readers = {
-        name: data.Reader(build.at(rows.path.parent), args.workers, cache)
+        name: stream.Reader(build.at(rows.path.parent), args.workers, cache)
         for name, rows in sets.items()
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,12 @@ Names follow TRL where TRL has the quantity. Each number is computed once, over 
 the step on all ranks: no mean of means.
 """
 
+import math
 from statistics import fmean as mean
 
 import torch
+
+PATIENCE = 10  # steps in a row that make a collapse
 
 METRICS = {  # name -> formula or meaning; the README's table is this one
     "step": "optimizer steps so far",
@@ -48,6 +51,8 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "hints/entered": "hints that entered so far",
     "hints/withdrawn": "hints withdrawn so far",
     "tokens_per_s": "num_valid_tokens / seconds of the whole step",
+    "steps_skipped": "steps so far without an update, as their numbers were bad (--on-bad-step skip)",
+    "data/bad_rows": "rows so far that could not be used, each replaced by the next one",
     "time/data_s": "seconds before the rollout: waiting for clips, encoding new ones, hints",
     "time/rollout_s": "seconds of sampling",
     "time/update_s": "seconds of log-probs, backward passes and the optimizer",
@@ -92,6 +97,45 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),
         "num_valid_tokens": int(info["num_tokens"].sum()),
     }
+
+
+class Health:
+    """
+    When the numbers say that a step must not change the weights, or that going on is pointless.
+
+    max_ratio     largest pi / b of a single token; 0 = no limit
+    min_entropy   nats a token; 0 = no limit
+    """
+
+    def __init__(self, max_ratio, min_entropy):
+        self.max_ratio, self.min_entropy = max_ratio, min_entropy
+        # so far; steps in a row; whether any completion has ended by itself yet
+        self.state = dict(skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False)
+
+    def bad_step(self, loss, grad_norm, ratio=1.0):
+        """What is wrong with a gradient, before it is applied (str), or None."""
+        problem = None
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
+        elif self.max_ratio and ratio > self.max_ratio:
+            problem = f"a ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
+        self.state["skipped"] += problem is not None
+        self.state["in_a_row"] = self.state["in_a_row"] + 1 if problem else 0
+        if self.state["in_a_row"] >= PATIENCE:
+            problem += f", the {PATIENCE}th bad step in a row"
+        return problem
+
+    def collapse(self, report):
+        """What went wrong with the policy (str) after PATIENCE steps of it in a row, or None."""
+        state, cut_off = self.state, report["completions/clipped_ratio"] == 1
+        state["ended"] |= not cut_off  # before that it is --max-new-tokens that is too low
+        low = report["entropy"] < self.min_entropy
+        state["without_entropy"] = state["without_entropy"] + 1 if low else 0
+        state["cut_off"] = state["cut_off"] + 1 if cut_off and state["ended"] else 0
+        if state["without_entropy"] >= PATIENCE:
+            return f"entropy below --min-entropy {self.min_entropy:g} in {PATIENCE} steps in a row"
+        if state["cut_off"] >= PATIENCE:
+            return f"every completion of {PATIENCE} steps in a row was cut off by --max-new-tokens"
 
 
 def step_line(m, steps):

@@ -1,5 +1,6 @@
 """
-The only file that knows the backbone, Qwen2.5-Omni's thinker: load, shard, roll out, log-probs.
+The backbone, Qwen2.5-Omni's thinker: load, shard, roll out, log-probs. Only this file and
+inputs.py know it.
 
 A group is one prompt and its completions. Nothing about a prompt is done twice: its clip is encoded
 once, it is read once for all its completions, in the rollout and in the update, and many groups
@@ -8,27 +9,23 @@ stand in one packed row without padding (attention.py).
 L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V vocabulary.
 """
 
-import copy
-import json
-import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, Qwen2_5OmniProcessor
+from transformers import AttentionInterface, Qwen2_5OmniProcessor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 from transformers.utils.logging import disable_progress_bar
 
-import data
 import run
 from attention import PackedAttention, shared_prefix_attention
+from inputs import InputBuilder, Prompt, base_folder, from_pretrained, is_adapter  # noqa: F401
 from rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
@@ -38,146 +35,6 @@ TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = (
     r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
 )
-
-
-class Prompt(NamedTuple):
-    """One prompt as the model takes it. Media are tensors for the towers, or their outputs."""
-
-    input_ids: torch.Tensor  # (P,) int64, media placeholders filled in
-    position_ids: torch.Tensor  # (3, P) int64: TMRoPE time, height, width
-    media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
-
-    @property
-    def encoded(self):
-        return not any(isinstance(m, dict) for m in self.media.values())
-
-
-# ---- inputs ------------------------------------------------------------------------------------
-
-
-class PositionIndex(omni.Qwen2_5OmniPreTrainedModelForConditionalGeneration):
-    """The model's own `get_rope_index` without the model, so that decode threads can call it."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
-
-
-class InputBuilder:
-    """
-    A row -> Prompt, by the backbone's processor; safe to call from several threads.
-
-    raises  data.BadRow     the row's media cannot be used, or the prompt is too long
-    """
-
-    def __init__(self, folder, recipe, root, audio_captions):
-        self.processor = from_pretrained(Qwen2_5OmniProcessor, folder)
-        # a fast tokenizer must not be called by two threads at once: a processor a thread
-        self.in_thread = threading.local()
-        config = from_pretrained(AutoConfig, folder)
-        self.config = getattr(config, "thinker_config", config)
-        self.position_index = PositionIndex(self.config)
-        self.recipe, self.root, self.audio_captions = recipe, Path(root), audio_captions
-        self.tokenizer = self.processor.tokenizer
-        ends = [
-            self.tokenizer.eos_token_id,
-            *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-        ]
-        self.eos_ids = sorted({e for e in ends if e is not None})
-
-    def __call__(self, row, hint=None):
-        return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)
-
-    def texts(self, completions):
-        """What a group of completions says, without special tokens."""
-        return [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
-
-    def at(self, root):
-        """The same builder for rows whose media lie under another folder."""
-        other = copy.copy(self)
-        other.root = Path(root)
-        return other
-
-    def from_clip(self, row, clip, hint=None):
-        if not hasattr(self.in_thread, "processor"):
-            self.in_thread.processor = copy.deepcopy(self.processor)
-        processor = self.in_thread.processor
-        content = [{"type": "image"}] * len(clip.images)  # media first: it moves scores by points
-        content += [{"type": "video"}] * (clip.frames is not None)
-        content += [{"type": "audio"}] * (clip.audio is not None and not clip.use_audio)
-        content += [{"type": "text", "text": data.question_text(row, hint, self.audio_captions)}]
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": data.SYSTEM_PROMPT}]},
-            {"role": "user", "content": content},
-        ]
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
-        kwargs["videos_kwargs"] = dict(
-            do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
-        )
-        if clip.images:
-            kwargs["images"] = clip.images
-        if clip.frames is not None:
-            kwargs["videos"] = [clip.frames]
-            # of the frames really taken: the positions tell their time
-            kwargs["videos_kwargs"]["fps"] = clip.fps
-        if clip.audio is not None:
-            # without max_length the extractor pads every clip to 300 s
-            kwargs["audio"] = [clip.audio]
-            length = -(-len(clip.audio) // 160) * 160
-            kwargs["audio_kwargs"] = dict(max_length=length, truncation=False)
-            if clip.use_audio:
-                kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
-        batch = processor(**kwargs)
-        num_tokens = batch["input_ids"].shape[1]
-        if num_tokens > self.recipe.max_prompt_tokens:
-            raise data.BadRow(
-                f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
-                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels"
-            )
-        return self.to_prompt(batch, clip.use_audio)
-
-    def to_prompt(self, batch, use_audio):
-        input_ids, media, mel_lengths = batch["input_ids"], {}, None
-        if "pixel_values" in batch:
-            media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
-        if "pixel_values_videos" in batch:
-            media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
-        if "input_features" in batch:
-            mel_lengths = batch["feature_attention_mask"].sum(1)
-            mel = batch["input_features"][0, :, : mel_lengths[0]]  # without the padding
-            media["audio"] = dict(mel=mel.clone())
-        seconds = batch.get("video_second_per_grid")
-        position_ids, _ = self.position_index.get_rope_index(
-            input_ids,
-            image_grid_thw=batch.get("image_grid_thw"),
-            video_grid_thw=batch.get("video_grid_thw"),
-            attention_mask=torch.ones_like(input_ids),
-            use_audio_in_video=use_audio,
-            audio_seqlens=mel_lengths,
-            second_per_grids=None if seconds is None else torch.as_tensor(seconds),
-        )
-        return Prompt(input_ids[0], position_ids[:, 0].clone(), media)
-
-
-def from_pretrained(kind, folder, **kwargs):
-    try:
-        return kind.from_pretrained(base_folder(folder), **kwargs)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
-
-
-def base_folder(folder):
-    """The folder with the processor and full weights: an adapter's base, or the folder itself."""
-    if is_adapter(folder):
-        config = (Path(folder) / "adapter_config.json").read_text()
-        return json.loads(config)["base_model_name_or_path"]
-    return str(folder)
-
-
-def is_adapter(folder):
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 # ---- policy ------------------------------------------------------------------------------------

@@ -1,22 +1,24 @@
 """
-A run: its processes, its folder, its checkpoints.
+A run: its processes, its folder, how it begins, and how it ends.
 
     OUT/run.json          arguments, versions, commit
     OUT/metrics.jsonl     one object a step
     OUT/samples.jsonl     a few completions, now and then
-    OUT/checkpoints/step-000050/   model.safetensors (what trains), state.pt (all the rest)
+    OUT/checkpoints/      checkpoint.py
     OUT/final/            a standard Hugging Face folder
-
-No generator needs saving: every draw is seeded by (seed, step, ...), so a step is the same whether
-the run was interrupted before it or not, and whatever the number of processes.
+    OUT/lock              held while the run goes on
 """
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
 import platform
-import shutil
+import re
+import shlex
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -29,14 +31,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -46,20 +40,83 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved. args: the line to print, the signal."""
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
+PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+
+
 def main_guard(main):
-    """Runs `main`; a user's mistake ends it with one line and no traceback."""
+    """Runs `main`; what a user can do something about ends it with one line and no traceback."""
     from data import BadRow
 
+    line, code = None, 1
+    _signals.clear()
     try:
         main()
     except (UserError, BadRow, FileNotFoundError) as error:
-        line = f"{Path(sys.argv[0]).name}: {error}"
-        if world_size() == 1:
+        line = str(error)
+    except Stopped as stop:
+        line, code = stop.args[0], 128 + stop.args[1]
+    except KeyboardInterrupt:
+        line, code = "stopped", 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        line = f"{error.filename or 'disk'}: {error.strerror}: make room, then --resume"
+    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+        if world_size() == 1 or not re.search(PEER_GONE, str(error)):
+            raise
+        line = f"rank {rank()}: another process of the run has ended: see above; then --resume"
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        while _locks:
+            _locks.pop().close()
+    if line:
+        line = f"{Path(sys.argv[0]).name}: {line}"
+        if world_size() == 1 and code == 1:
             sys.exit(line)
-        print(line, file=sys.stderr, flush=True)
-        os._exit(1)  # the others may be waiting for this rank: torchrun ends them
+        if rank() == 0 or code == 1:
+            print(line, file=sys.stderr, flush=True)
+        if world_size() > 1 and code == 1:
+            os._exit(code)  # the others may be waiting for this rank: torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+    if line:
+        sys.exit(code)
+
+
+# ---- asked to stop -----------------------------------------------------------------------------
+
+_signals = []  # that asked this process to stop
+
+
+def watch_signals():
+    """From here on SIGTERM and Ctrl-C let the step finish; the second one ends at once."""
+
+    def note(number, frame):
+        _signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        if rank() == 0:  # print could be interrupted in the middle of itself
+            os.write(2, b"stopping after this step; once more stops at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def stop_asked():
+    """The signal that asked any rank to stop, or None; the same on every rank."""
+    return next((s for part in gather(_signals) for s in part), None)
+
+
+def how_to_go_on():
+    """The command that continues this run."""
+    words = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+    launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    return f"{launcher} {shlex.join(words)}"
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -156,7 +213,8 @@ PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 FREE = set(
     "out resume save_every keep eval_every eval_samples eval_data workers cache_gb device".split()
 )
-FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside"}
+FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside", "max_bad_frac", "feature_dir"}
+FREE |= {"on_bad_step", "max_ratio", "min_entropy"}
 
 
 def add_flags(parser):
@@ -196,8 +254,9 @@ def parse(parser, argv, overrides):
 
 
 def open_folder(args, source):
-    """Checks the run's folder and prints what will run; nothing is written before `begin`."""
+    """Locks the run's folder, checks it, and prints what will run; `begin` writes to it."""
     out = Path(args.out)
+    lock(out)
     started = (out / "run.json").exists()
     gather(None)  # every rank has looked before one writes
     if started and not args.resume:
@@ -220,6 +279,31 @@ def open_folder(args, source):
     return out
 
 
+_locks = []  # open files
+
+
+def lock(out):
+    """This run's folder is its own until the process ends, however it ends."""
+    if rank():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{out} belongs to a run that is going on ({file.read()}): wait for it, or choose "
+            "another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)  # closing it would end the lock
+
+
 def begin(out, args, step):
     """Writes run.json, or on resuming drops what was logged after `step`: those steps run again."""
     if rank():
@@ -229,13 +313,7 @@ def begin(out, args, step):
         packages = ("torch", "transformers", "av", "torchaudio", "numpy")
         about |= dict(versions={p: version(p) for p in packages}, python=platform.python_version())
         about |= dict(world_size=world_size())
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "run.json", json.dumps(about, indent=1, default=str))
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {out}: {error.strerror}: choose another --out"
-            ) from None
+        write_text(out / "run.json", json.dumps(about, indent=1, default=str))
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -260,9 +338,15 @@ def write_text(path, text):
 
 
 def log(path, item):
+    """A line of JSON, which has no NaN and no infinity: these become null."""
     if rank() == 0:
+        finite = {
+            k: v if v == v and abs(v) != math.inf else None
+            for k, v in item.items()
+            if isinstance(v, float)
+        }
         with open(path, "a") as file:
-            file.write(json.dumps(item) + "\n")
+            file.write(json.dumps(item | finite) + "\n")
 
 
 # ---- optimisation ------------------------------------------------------------------------------
@@ -294,18 +378,11 @@ def set_lr(optimizer, lr, step, steps, warmup_frac, cosine):
         group["lr"] = lr * scale
 
 
-def clip_grad_norm(policy, max_norm, where):
-    """
-    Clips in place -> the gradient's norm over all ranks and parameters, before clipping (float).
-
-    raises   UserError    it is not finite: the weights are still good, `where` says what was read
-    """
+def clip_grad_norm(policy, max_norm):
+    """Clips in place -> the gradient's norm over all ranks and parameters before clipping, float."""
     params = [p for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if not math.isfinite(norm):
-        raise UserError(f"{where}: gradient norm {norm}: stopped, the last checkpoint is good")
-    return norm
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def check_at_least(args, **bounds):
@@ -313,48 +390,3 @@ def check_at_least(args, **bounds):
         if getattr(args, name) < bound:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(args, name)}: at least {bound} is needed")
-
-
-# ---- checkpoints -------------------------------------------------------------------------------
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-
-
-def save_checkpoint(out, step, policy, optimizer, state, keep):
-    """
-    Writes OUT/checkpoints/step-NNNNNN, all of it or nothing.
-
-    state   dict of numbers, strings, lists and tensors: what else the run needs to go on
-    """
-    model_state = get_model_state_dict(policy, options=WHOLE)
-    optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    if rank():
-        return
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
-    torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
-    for path in [*part.iterdir(), part]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
-    for old in sorted((out / "checkpoints").glob("step-??????"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(out, policy, optimizer):
-    """Loads the newest whole checkpoint into policy and optimizer -> its state, or None."""
-    for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        weights = load_file(folder / "model.safetensors")
-        if weights.keys() != get_model_state_dict(policy, options=WHOLE).keys():
-            raise UserError(f"{folder} does not hold the weights that this run trains")
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(policy, weights, options=options)
-        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=options)
-        return state
-    return None

@@ -15,24 +15,26 @@ An Entry (buffer.py) is one completion with its reward; it is fresh if it was bo
 
 import argparse
 import copy
-import itertools
+import functools
 import time
 
 import run  # before torch: it sets how torch's threads wait
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import buffer
+import checkpoint
 import data
 import hints
 import metrics
 import model
 import rewards
+import stream
 import tas
 import toy
-from grpo import group_advantages, grpo_loss, replay_advantages
+import update
+from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
@@ -101,6 +103,10 @@ def parse_args(argv=None):
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
+    flag("--max-ratio", type=float, default=1e4, help="pi / b of a token above it: a bad step")
+    flag("--min-entropy", type=float, default=1e-4, help="nats; below it for 10 steps: collapsed")
+    choices = ["stop", "skip"]
+    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
     flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
     flag("--eval-samples", type=int, default=256, help="held-out completions, at --temperature")
 
@@ -133,97 +139,34 @@ def parse_args(argv=None):
     return args, source, weights
 
 
-# ---- the update --------------------------------------------------------------------------------
-
-
-def update(policy, reference, groups, filler, step, args):
+def held_out_accuracy(policy, load, rows, build, args):
     """
-    Adds the step's gradient over micro-batches; a prompt is read once for all its completions.
+    Share of right answers among --eval-samples completions, sampled as in training.
 
-    groups   list of (Prompt, list of (Entry, advantage, weight in J))
-    filler   (Prompt, list of one such item of weight 0): what a rank reads that has less to do
-    returns  dict of (N,) tensors, a number a completion, for metrics.py
+    load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
     """
-    pieces = []  # a group larger than --micro-tokens is read in parts
-    for prompt, items in groups:
-        room = args.micro_tokens - len(prompt.input_ids)
-        for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
-            pieces.append((prompt, [items[i] for i in pack]))
-    sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]
-    packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
-    infos = []
-    for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
-        part = packs[k] if k < len(packs) else [filler]
-        prompts = [prompt for prompt, _ in part]
-        completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
-        entries, advantages, weights = zip(*(item for _, items in part for item in items))
-        inputs = (prompts, completions, args.temperature)
-
-        logprobs, mask, entropy = model.completion_logprobs(policy, *inputs)
-        # of the policy that sampled the completion: this one if fresh, an earlier one if replayed
-        old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
-        ref_logprobs = None
-        if args.kl_coef:
-            with torch.no_grad(), policy.reference():
-                ref_logprobs, _, _ = model.completion_logprobs(reference or policy, *inputs)
-        shape = (mask, args.tas_shape, args.tas_lambda, args.tas_equal_mean)
-        token_advantages = tas.shape_advantages(torch.tensor(advantages).to(logprobs), *shape)
-        loss, info = grpo_loss(
-            logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
-            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
-        )  # fmt: skip
-        # the weights already sum to 1 over all ranks, and FSDP takes the mean over ranks
-        (loss * run.world_size()).backward()
-        if k < len(packs):
-            lengths = mask.sum(1)
-            info["entropy"] = (entropy * mask).sum(1) / lengths
-            info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
-            info["fresh"] = torch.tensor([e.born_step == step for e in entries])
-            infos.append({name: value.cpu() for name, value in info.items()})
-    infos = [info for part in run.gather(infos) for info in part]
-    return {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
-
-
-def stored_kls(policy, stored, idle, temperature):
-    """
-    How far the policy has moved from the ones that sampled the stored completions.  [HINT.KL]
-
-    stored   {prompt_id: (Prompt, list of Entry)}, this rank's
-    idle     callable() -> such a pair, for a rank that only keeps the others company
-    returns  {prompt_id: nats per token}, of all ranks
-    """
-    kls, todo = {}, list(stored.items())
-    for k in range(max(run.gather(len(todo)))):  # the same on every rank, or FSDP would hang
-        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, idle())
-        completions = [e.completion_ids.long() for e in entries]
-        with torch.no_grad():
-            inputs = ([prompt], [completions], temperature)
-            logprobs, mask, _ = model.completion_logprobs(policy, *inputs)
-        old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
-        kls[prompt_id] = hints.behavior_kl(logprobs, old_logprobs, mask)
-    kls.pop(None, None)
-    return {q: kl for part in run.gather(kls) for q, kl in part.items()}
-
-
-def held_out_accuracy(policy, load, rows, reader, build, args):
-    """Share of right answers among --eval-samples completions, sampled as in training."""
     count = min(len(rows), args.eval_samples)
-    per_row, right = max(1, round(args.eval_samples / count)), []
-    # as many on every rank, or FSDP would hang: the surplus repeats the last row, and is not scored
-    mine = range(run.rank(), -(-count // run.world_size()) * run.world_size(), run.world_size())
-    for first in range(0, len(mine), EVAL_BATCH):
-        places = mine[first : first + EVAL_BATCH]
-        batch = [rows[min(i, count - 1)] for i in places]
-        groups = model.rollout(
-            policy, [load(row, None, reader) for row in batch], [per_row] * len(batch), args.temperature,
-            args.max_new_tokens, build.eos_ids, seeds=[run.seed(args.seed, 0, i) for i in places],
-        )  # fmt: skip
-        for i, row, group in zip(places, batch, groups):
-            truth = (row["answer"], row["answer_type"], row.get("options"))
-            for text in build.texts(group) if i < count else ():
-                right.append(rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1)
-    right = [r for part in run.gather(right) for r in part]
-    return sum(right) / len(right)
+    per_row, right, told = max(1, round(args.eval_samples / count)), 0, []
+    for first in range(0, count, EVAL_BATCH * run.world_size()):  # as many rounds on every rank
+        places, batch = range(count)[first + run.rank() :: run.world_size()][:EVAL_BATCH], []
+        for i in places:
+            try:
+                row = rows[i]
+                batch.append((row, load(row), per_row, run.seed(args.seed, 0, i)))
+            except data.BadRow as problem:
+                told.append(str(problem))
+        batch = batch or [(None, build.filler, 1, 0)]  # FSDP: no rank may stay away
+        taken, prompts, counts, seeds = zip(*batch)
+        rolled = model.rollout(
+            policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
+        )
+        for row, group in zip(taken, rolled):
+            for text in build.texts(group) if row else ():
+                truth = (row["answer"], row["answer_type"], row.get("options"))
+                right += rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1
+    for problem in [line for part in run.gather(told) for line in part]:
+        run.print0(f"held-out, counted as wrong: {problem}")
+    return sum(run.gather(right)) / (count * per_row)
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -243,10 +186,9 @@ def main():
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
-    reader = data.Reader(build, args.workers, cache)
-    held_out_reader = held_out and data.Reader(build.at(held_out.path.parent), args.workers, cache)
     judge = toy.judge if args.judge == "toy" else None
-    nothing = buffer.Entry("", torch.tensor(build.eos_ids[:1]), torch.zeros(1), 0.0, {}, 0, False)
+    nothing = buffer.Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
+    filler = (build.filler, [(nothing, 0.0, 0.0)])
 
     # ---- policy, and the reference it stays close to
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
@@ -257,27 +199,49 @@ def main():
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
 
-    # ---- what a checkpoint holds beside the weights
-    replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
-    schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
-    refused, start, num_generated = set(), 0, 0
-    if args.resume and (state := run.load_checkpoint(out, policy, optimizer)):
-        start, num_generated = state["step"], state["num_generated"]
-        replay.load_state_dict(state["buffer"])
-        schedule.load_state_dict(state["hints"])
-    run.begin(out, args, start)
-    steps = args.steps or -(-len(rows) // args.prompts_per_step)
-    run.print0(f"  {len(rows)} rows, {steps} steps of {args.prompts_per_step}, from step {start}")
+    def reader_of(rows):
+        there, store = build.at(rows.path.parent), None
+        if args.feature_dir:
+            store = stream.FeatureFolder(args.feature_dir, there, policy.towers)
+        return stream.Reader(there, args.workers, cache, store)
 
-    def load(row, hint=None, reader=reader):
+    def load(row, hint=None, held_out=False):
         """A prompt's inputs; when the towers are frozen their outputs, which never change."""
+        reader = held_out_reader if held_out else train_reader
         prompt = reader.get(row, hint)
         if not args.train_towers and not prompt.encoded:
             with torch.no_grad():
                 media = policy.encode([prompt])[0]
             prompt = prompt._replace(media={name: value.cpu() for name, value in media.items()})
-            reader.put(row, hint, prompt)
+            reader.put(row, prompt)
         return prompt
+
+    train_reader, held_out_reader = reader_of(rows), held_out and reader_of(held_out)
+
+    # ---- what a checkpoint holds beside the weights
+    replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
+    schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
+    health = metrics.Health(args.max_ratio, args.min_entropy)
+    prompts_read = (train_reader.prefetch, load, args.prompts_per_step, args.seed)
+    source_rows = stream.Stream(rows, *prompts_read, args.max_bad_frac)
+    refused, start, num_generated = set(), 0, 0
+    if args.resume and (state := checkpoint.load(out, policy, optimizer)):
+        start, num_generated, health.state = (state[k] for k in ("step", "num_generated", "health"))
+        replay.load_state_dict(state["buffer"])
+        schedule.load_state_dict(state["hints"])
+        source_rows.load_state_dict(state["rows"])
+    run.begin(out, args, start)
+    steps = args.steps or -(-len(rows) // args.prompts_per_step)
+    run.print0(f"  {len(rows)} rows, {steps} steps of {args.prompts_per_step}, from step {start}")
+
+    def small_state():
+        """What a step changes before it is sure to count."""
+        state = dict(num_generated=num_generated, health=dict(health.state))
+        return state | dict(hints=schedule.state_dict(), rows=source_rows.state_dict())
+
+    def save(step, state):
+        state = state | dict(buffer=replay.state_dict())
+        checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
     def hint_of(row):
         """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
@@ -290,20 +254,22 @@ def main():
         return None if q in refused else hint
 
     def evaluate():
-        reader = held_out_reader
-        return held_out and held_out_accuracy(policy, load, held_out, reader, build, args)
+        read = functools.partial(load, held_out=True)
+        return held_out and held_out_accuracy(policy, read, held_out, build, args)
 
     # ---- loop
     before = accuracy = evaluate() if start == 0 else None
     if before is not None:
         run.print0(f"held-out accuracy before training: {before:.3f}")
-    order = data.shuffled(len(rows), args.seed, skip=start * args.prompts_per_step)
     mine = run.share(args.prompts_per_step)  # this rank's slice of every step's prompts
-    next_rows = [rows[i] for i in itertools.islice(order, args.prompts_per_step)]
+    source_rows.read_ahead()
+    run.watch_signals()
     bar = run.progress(start, steps, f"stage {args.stage} {args.algo}")
     for step in range(start + 1, steps + 1):
-        began = time.perf_counter()
-        step_rows = next_rows
+        began, before_step = time.perf_counter(), small_state()
+        step_rows, prompts, bad = source_rows.take()
+        for problem in bad:
+            bar.write(f"step {step:4d}/{steps}  replaced: {problem}")
         ids = [row["prompt_id"] for row in step_rows]
 
         # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
@@ -311,26 +277,29 @@ def main():
         drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
         drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
         for group in filter(None, drawn[mine]):
-            row = rows[rows.index(group[0].prompt_id)]
-            reader.prefetch(row, row.get("hint") if group[0].hinted else None)
+            train_reader.prefetch(rows[rows.index(group[0].prompt_id)])
 
         # ---- who gets a hint                                                           [HINT]
         events, stored = [], {}
         if args.hints:
-            for row in step_rows[mine]:
+            for row, prompt in zip(step_rows[mine], prompts):
                 q = row["prompt_id"]
                 entries = [e for e in replay.entries_of(q, step) if not e.hinted][-KL_SAMPLES:]
                 if entries and hint_of(row) and schedule.needs_kl(q, replay.tier(q)):
-                    stored[q] = (load(row), entries)
-            idle = lambda: (load(step_rows[mine][0]), [nothing])  # noqa: B023, E731
-            kls = stored_kls(policy, stored, idle, args.temperature)
+                    stored[q] = (prompt, entries)
+            kls = update.stored_kls(policy, stored, filler, args.temperature)
             for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
                 events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
         due = [row for row in step_rows if schedule.due(row["prompt_id"])]
-        hint = {row["prompt_id"]: text for row in due if (text := hint_of(row))}
+        hint = {row["prompt_id"]: (row, text) for row in due if (text := hint_of(row))}
 
         # ---- roll out
-        prompts = [load(row, hint.get(row["prompt_id"])) for row in step_rows[mine]]
+        own = {q: hint[q] for q in ids[mine] if q in hint}
+        hinted_prompts, too_long = stream.read_all(load, own)
+        for q, problem in too_long.items():
+            refused.add(q), hint.pop(q)
+            run.print0(f"hint refused: {problem}")
+        prompts = [hinted_prompts.get(q, prompt) for q, prompt in zip(ids[mine], prompts)]
         data_s = time.perf_counter() - began
         num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
         seeds = [run.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
@@ -338,9 +307,7 @@ def main():
             policy, prompts, num_fresh[mine], args.temperature, args.max_new_tokens,
             build.eos_ids, seeds[mine],
         )  # fmt: skip
-        next_rows = [rows[i] for i in itertools.islice(order, args.prompts_per_step)]
-        for row in next_rows[mine]:
-            reader.prefetch(row)
+        source_rows.read_ahead()
         rollout_s = time.perf_counter() - began - data_s
 
         # ---- reward; then every rank knows what every rank made
@@ -357,13 +324,26 @@ def main():
                 if reward is not None
             ])  # fmt: skip
         made = [group for part in run.gather(made) for group in part]
-        num_on, num_off = sum(map(len, made)), sum(map(len, drawn))
-        if not num_on:
+        if not any(made):
             raise run.UserError(
                 f"step {step}: no completion could be judged: is the judge running?"
             )
 
+        # ---- what is replayed is read again; a clip that is gone by now leaves, on all ranks
+        own = {}
+        for i, group in enumerate(drawn[mine], mine.start):
+            for e in group[:1]:
+                row = rows[rows.index(e.prompt_id)]
+                own[i] = (row, row.get("hint") if e.hinted else None)
+        replayed_prompts, gone = stream.read_all(load, own)
+        for i, problem in gone.items():
+            bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
+            source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
+            replay.forget(drawn[i][0].prompt_id)
+            drawn[i] = []
+
         # ---- advantages: fresh against its group, replayed against its prompt's history
+        num_on, num_off = sum(map(len, made)), sum(map(len, drawn))
         fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
         replayed = [e for group in drawn for e in group]
         off_advantages = replay_advantages(
@@ -371,25 +351,31 @@ def main():
             torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
         ).split([len(group) for group in drawn])
         groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
-        for i in range(mine.start, mine.stop):
+        for i, prompt in enumerate(prompts, mine.start):
             for e, advantage in zip(made[i], fresh_advantages[i].tolist()):
                 item = (e, advantage, 1 / num_on)  # [J.on]
-                groups.setdefault((e.prompt_id, e.hinted), []).append(item)
+                groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
             for e, advantage in zip(drawn[i], off_advantages[i].tolist()):
                 item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
-                groups.setdefault((e.prompt_id, e.hinted), []).append(item)
+                group = groups.setdefault((e.prompt_id, e.hinted), (replayed_prompts[i], []))
+                group[1].append(item)
 
         # ---- update
         began_update = time.perf_counter()
-        by_prompt = []
-        for (q, hinted), items in groups.items():
-            row = rows[rows.index(q)]
-            by_prompt.append((load(row, row.get("hint") if hinted else None), items))
-        filler = (prompts[0], [(nothing, 0.0, 0.0)])
-        info = update(policy, reference, by_prompt, filler, step, args)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm, f"step {step}, prompts {ids}")
+        info = update.update(policy, reference, list(groups.values()), filler, step, args)
+        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
-        optimizer.step()
+        ratio_max = info["ratio_max"].max().item()
+        if problem := health.bad_step(info["loss"].sum().item(), grad_norm, ratio_max):
+            seen = sorted({*ids, *(e.prompt_id for e in replayed)})
+            problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
+            if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
+                save(step - 1, before_step)
+                remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
+                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+            bar.write(f"skipped: {problem}")
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         update_s = time.perf_counter() - began_update
 
@@ -412,6 +398,8 @@ def main():
             "hints/frac": sum(q in hint for q in ids) / len(ids),
             "hints/entered": schedule.entered,
             "hints/withdrawn": schedule.withdrawn,
+            "steps_skipped": health.state["skipped"],
+            "data/bad_rows": len(source_rows.bad),
             "grad_norm": grad_norm,
             "lr": optimizer.param_groups[0]["lr"],
             "tokens_per_s": report["num_valid_tokens"] / step_s,
@@ -432,10 +420,13 @@ def main():
                 bar.write(f"step {step:4d}/{steps}  hint {event}: {q}")
         bar.write(metrics.step_line(report, steps))
         bar.update()
-        if args.save_every and step % args.save_every == 0:
-            state = dict(num_generated=num_generated, buffer=replay.state_dict())
-            state["hints"] = schedule.state_dict()
-            run.save_checkpoint(out, step, policy, optimizer, state, args.keep)
+        if problem := health.collapse(report):
+            raise run.UserError(f"step {step}: {problem}; the last checkpoint is good: lower --lr")
+        signal = run.stop_asked()
+        if signal or (args.save_every and step % args.save_every == 0):
+            save(step, small_state())
+        if signal and step < steps:
+            raise run.Stopped(f"step {step} is saved; go on with: {run.how_to_go_on()}", signal)
     bar.close()
     model.save(policy, out / "final", build.processor)
     if before is not None:

@@ -10,7 +10,6 @@ The towers train along by default: this is the stage in which the model may stil
 """
 
 import argparse
-import itertools
 import time
 
 import run  # before torch: it sets how torch's threads wait
@@ -18,8 +17,11 @@ import run  # before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import data
+import metrics
 import model
+import stream
 import toy
 
 
@@ -39,6 +41,8 @@ def parse_args(argv=None):
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
+    choices = ["stop", "skip"]
+    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
 
     def overrides(first):
         yield "stage 0", dict(out="runs/sft", steps=0)
@@ -66,35 +70,38 @@ def main():
     policy = run.place(policy, device, args.dtype)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-    start = 0
-    if args.resume and (state := run.load_checkpoint(out, policy, optimizer)):
-        start = state["step"]
+    health, start = metrics.Health(max_ratio=0, min_entropy=0), 0
+    reader = stream.Reader(build, args.workers, int(args.cache_gb * 1e9))
+
+    def read(row):
+        """-> Prompt, completion (T,)"""
+        if not row.get("reasoning"):
+            raise data.BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
+        return reader.get(row, row.get("hint")), encode_completion(build.tokenizer, row)
+
+    rows_read = (reader.prefetch, read, args.batch_size, args.seed)
+    source_rows = stream.Stream(rows, *rows_read, args.max_bad_frac)
+    if args.resume and (state := checkpoint.load(out, policy, optimizer)):
+        start, health.state = state["step"], state["health"]
+        source_rows.load_state_dict(state["rows"])
     steps = args.steps or -(-len(rows) // args.batch_size)
     run.print0(f"  {len(rows)} rows, {steps} steps of {args.batch_size}, from step {start}")
 
-    reader = data.Reader(build, args.workers, int(args.cache_gb * 1e9))
-    order = data.shuffled(len(rows), args.seed, skip=start * args.batch_size)
-    mine = run.share(args.batch_size)
-
-    def read_ahead():
-        """The next step's rows of this rank; threads begin to decode them."""
-        batch = [rows[i] for i in list(itertools.islice(order, args.batch_size))[mine]]
-        for row in batch:
-            if not row.get("reasoning"):
-                raise data.BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
-            reader.prefetch(row, row.get("hint"))
-        return batch
-
     # ---- loop
     bar = run.progress(start, steps, "stage 0")
-    batch = read_ahead()
+    source_rows.read_ahead()
     run.begin(out, args, start)
+    run.watch_signals()
     for step in range(start + 1, steps + 1):
-        began = time.perf_counter()
-        prompts = [reader.get(row, row.get("hint")) for row in batch]
-        completions = [encode_completion(build.tokenizer, row) for row in batch]
-        ids = [row["prompt_id"] for row in batch]
-        batch = read_ahead() if step < steps else []
+        began, before_step = (
+            time.perf_counter(),
+            dict(health=dict(health.state), rows=source_rows.state_dict()),
+        )
+        step_rows, batch, bad = source_rows.take()
+        for problem in bad:
+            bar.write(f"step {step:4d}/{steps}  replaced: {problem}")
+        prompts, completions = zip(*batch)
+        source_rows.read_ahead()
         data_s = time.perf_counter() - began
 
         sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
@@ -116,14 +123,24 @@ def main():
             loss_sum += loss.detach()
         if run.world_size() > 1:
             dist.all_reduce(loss_sum)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm, f"step {step}, rows {ids}")
+        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=True)
-        optimizer.step()
+        loss, lr = loss_sum.item(), optimizer.param_groups[0]["lr"]
+        if problem := health.bad_step(loss, grad_norm):
+            ids = ", ".join(row["prompt_id"] for row in step_rows)
+            problem = f"step {step}: {problem}; its rows: {ids}"
+            if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
+                checkpoint.save(out, step - 1, policy, optimizer, before_step, args.keep)
+                remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
+                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+            bar.write(f"skipped: {problem}")
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
         step_s = time.perf_counter() - began
-        loss, lr = loss_sum.item(), optimizer.param_groups[0]["lr"]
         report = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr)
+        report |= {"steps_skipped": health.state["skipped"], "data/bad_rows": len(source_rows.bad)}
         report |= {
             "tokens_per_s": num_valid_tokens / step_s,
             "time/data_s": data_s,
@@ -132,8 +149,12 @@ def main():
         run.log(out / "metrics.jsonl", report)
         bar.write(f"step {step:4d}/{steps}  loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
         bar.update()
-        if args.save_every and step % args.save_every == 0:
-            run.save_checkpoint(out, step, policy, optimizer, {}, args.keep)
+        signal = run.stop_asked()
+        if signal or (args.save_every and step % args.save_every == 0):
+            state = dict(health=dict(health.state), rows=source_rows.state_dict())
+            checkpoint.save(out, step, policy, optimizer, state, args.keep)
+        if signal and step < steps:
+            raise run.Stopped(f"step {step} is saved; go on with: {run.how_to_go_on()}", signal)
     bar.close()
     model.save(policy, out / "final", build.processor)
     run.print0(f"saved {out / 'final'}")

@@ -1,5 +1,5 @@
 """
-Rows, clips and reading ahead, on media files written here, whose frames and sounds tell the time.
+Rows and clips, on media files written here, whose frames and sounds tell the time.
 
     python -m pytest tests/test_data.py -q        # CPU, about half a minute
 
@@ -11,7 +11,6 @@ import json
 import random
 import re
 import struct
-import threading
 import wave
 from fractions import Fraction
 
@@ -25,6 +24,7 @@ from PIL import Image
 import data
 import model
 import rewards
+import stream
 from clips import frame_size
 
 BITS = 11  # of a frame's number, and then a white column and a black one
@@ -941,82 +941,6 @@ def test_check_ends_in_one_line(media, tmp_path):
         assert re.fullmatch(words, launch("data.py", "check", *flags, code=1).strip())
 
 
-# ---- reading ahead and order -------------------------------------------------------------------
-
-
-def rows_of(count):
-    return [dict(prompt_id=str(i)) for i in range(count)]
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_the_reader_gives_the_same_whatever_the_order(workers):
-    def load(row, hint):
-        return torch.full((10,), float(row["prompt_id"])), hint
-
-    rows, rng = rows_of(40), random.Random(workers)
-    reader = data.Reader(load, workers, cache_bytes=400)
-    for _ in range(300):
-        for row in rng.choices(rows, k=3):
-            reader.prefetch(row, rng.choice([None, "hint"]))
-        row, hint = rng.choice(rows), rng.choice([None, "hint"])
-        tensor, told = reader.get(row, hint)
-        assert tensor.tolist() == [float(row["prompt_id"])] * 10 and told == hint
-        assert sum(map(data.tensor_bytes, reader.kept.values())) == 400 - reader.room <= 400
-
-
-def test_the_cache_keeps_the_last_used_within_its_bound():
-    loads = []
-
-    def load(row, hint):
-        loads.append(row["prompt_id"])
-        return torch.zeros(25)  # 100 bytes
-
-    a, b, c, d = rows_of(4)
-    reader = data.Reader(load, 1, cache_bytes=300)
-    for row in (a, b, c, a, d, a, b):  # d pushes b out, not a; the second b pushes c out
-        reader.get(row)
-    assert loads == ["0", "1", "2", "3", "1"]
-    reader.put(a, None, (torch.zeros(40), {"mel": torch.zeros(5)}))  # larger than what it replaces
-    assert [key[0] for key in reader.kept] == ["1", "0"] and reader.room == 300 - 100 - 180
-    reader.put(d, None, torch.zeros(1000))  # larger than the cache
-    assert not reader.kept and reader.room == 300
-    assert reader.get(a).shape == (25,)
-
-
-def test_reader_errors_surface_at_get_and_are_not_kept():
-    broken, threads = {"1"}, set()
-
-    def load(row, hint):
-        threads.add(threading.current_thread())
-        if row["prompt_id"] in broken:
-            raise data.BadRow(f"row {row['prompt_id']}: broken")
-        return torch.zeros(1)
-
-    reader = data.Reader(load, 2, cache_bytes=100)
-    for row in (rows := rows_of(3)) + rows:
-        reader.prefetch(row)
-    for row in (rows[0], rows[2]):
-        reader.get(row)
-    for _ in range(2):
-        with pytest.raises(data.BadRow, match="row 1: broken"):
-            reader.get(rows[1])
-    broken.clear()  # the file has been fetched again
-    assert reader.get(rows[1]).shape == (1,) and not reader.pending
-    assert threading.main_thread() not in threads
-
-
-def test_shuffled_gives_every_row_once_an_epoch_and_goes_on_anywhere():
-    def order(count, *where, **skip):
-        return list(itertools.islice(data.shuffled(*where, **skip), count))
-
-    straight = order(35, 7, 3)
-    epochs = [tuple(straight[i : i + 7]) for i in range(0, 35, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) > 3
-    for skip in range(30):
-        assert order(5, 7, 3, skip=skip) == straight[skip : skip + 5]
-    assert order(35, 7, 4) != straight and order(3, 1, 0) == [0, 0, 0]
-
-
 # ---- through the model's inputs ----------------------------------------------------------------
 
 
@@ -1063,6 +987,13 @@ def test_every_kind_of_row_becomes_a_prompt(build, media, fields, has):
         assert prompt.media["video"]["grid"].tolist() == [grid]
     if "image" in has:
         assert count("<|IMAGE|>") == sum(i.shape[1] * i.shape[2] // 784 for i in clip.images)
+    # another question about the clip needs no second look at it
+    other = data.normalize_row(make_row(**fields, prompt_id="other", question="Why, then?"))
+    for asked, hint in ((row, None), (other, "look left")):
+        retold, fresh = build.with_text(prompt, asked, hint), build(asked, hint)
+        assert torch.equal(retold.input_ids, fresh.input_ids)
+        assert torch.equal(retold.position_ids, fresh.position_ids)
+        assert retold.media is prompt.media and build.key(other) == build.key(row)
 
 
 def test_positions_tell_the_real_time_of_a_long_clip(build, tmp_path):
@@ -1087,7 +1018,7 @@ def test_use_audio_is_a_matter_of_each_row(build):
     rows = [make_row(prompt_id=i, video="good.mp4", use_audio=bool(i % 2)) for i in range(6)]
     rows = [data.normalize_row(row) for row in rows]
     alone = [build(row) for row in rows]
-    reader = data.Reader(build, 3, 10**9)
+    reader = stream.Reader(build, 3, 10**9)
     for row in rows:
         reader.prefetch(row)
     for row, prompt in zip(rows, alone):

@@ -43,7 +43,9 @@ def test_leaves_import_nothing_of_ours():
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_leaf_works_alone(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True, env={"PATH": ""})
+    subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True, env={"PATH": ""}
+    )
 
 
 def test_entry_points_do_not_import_each_other():

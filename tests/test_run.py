@@ -142,8 +142,14 @@ def test_resuming_as_another_run_is_refused(toy_dir, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(toy_dir, tmp_path):
-    line = mistake(*sft_flags(toy_dir, tmp_path / "x", "--lr", 1e30, "--warmup-frac", 0))
-    assert "gradient norm" in line and "rows ['toy-0-train-" in line
+    flags = ("--lr", 1e30, "--warmup-frac", 0, "--save-every", 0)
+    line = mistake(*sft_flags(toy_dir, tmp_path / "x", *flags))
+    assert "step 2: loss nan, gradient norm nan; its rows: toy-0-train-" in line
+    assert "the state before it is saved: lower --lr, or go on with --on-bad-step skip" in line
+    skip = (*flags, "--resume", "--on-bad-step", "skip", "--steps", 4)
+    printed = launch(*sft_flags(toy_dir, tmp_path / "x", *skip))
+    assert printed.count("skipped: step") == 3
+    assert read_metrics(tmp_path / "x")[-1]["steps_skipped"] == 3
 
 
 # ---- evaluation

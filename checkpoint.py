@@ -1,0 +1,98 @@
+"""
+Checkpoints: all of a step or nothing of it, on disk before the one before it goes.
+
+    OUT/checkpoints/step-000050/   model.safetensors (what trains), state.pt (all the rest)
+
+No pickle is ever loaded. No generator needs saving: every draw is seeded by (seed, step, ...), so a
+step is the same whether the run was interrupted before it or not. The number of ranks may change.
+"""
+
+import os
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import run
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def save(out, step, policy, optimizer, state, keep):
+    """
+    Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest `keep`.
+
+    state    dict of numbers, strings, lists, dicts and tensors: what else the run needs to go on
+    raises   run.UserError    it cannot be written; the one before it is whole
+    """
+    model_state = get_model_state_dict(policy, options=WHOLE)
+    optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    if run.rank():
+        return
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    part, stale = folder.with_suffix(".part"), folder.with_suffix(".stale")
+    for path in (part, stale):  # of a run that was killed while it saved
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
+        torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
+        for path in (*part.iterdir(), part):
+            sync(path)
+    except Exception as error:  # safetensors and torch have classes of their own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        why = str(error).splitlines()[0]
+        raise run.UserError(
+            f"the checkpoint of step {step} could not be written ({why}), the one before it is "
+            f"whole: make room and go on with: {run.how_to_go_on()}"
+        ) from None
+    if folder.exists():  # cut off by a dying machine: `load` passed it over
+        os.rename(folder, stale)
+    os.rename(part, folder)
+    sync(folder.parent)
+    shutil.rmtree(stale, ignore_errors=True)
+    for old in sorted(folder.parent.glob("step-??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def sync(path):
+    """What is written to a file, or renamed in a folder, survives a power cut from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def read(folder):
+    """-> (weights, state) of a checkpoint, or None if it is not whole."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return load_file(folder / "model.safetensors"), state
+    except Exception as error:  # cut off anywhere: there is no end to the kinds of error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        run.print0(f"  {folder} is not whole ({why:.100}): taking the one before it")
+        return None
+
+
+def load(out, policy, optimizer):
+    """Loads the newest whole checkpoint into policy and optimizer -> its state, or None."""
+    for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+        found = read(folder)
+        if not all(run.gather(found is not None)):
+            continue
+        weights, state = found
+        # not WHOLE: of that, only rank 0 gets anything
+        trained = get_model_state_dict(policy, options=StateDictOptions(ignore_frozen_params=True))
+        if weights.keys() != trained.keys():
+            raise run.UserError(f"{folder} does not hold the weights that this run trains")
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(policy, weights, options=options)
+        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=options)
+        return state
+    return None

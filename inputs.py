@@ -1,0 +1,189 @@
+"""
+A decoded clip -> what Qwen2.5-Omni's thinker takes: token ids, positions, media tensors.
+
+With model.py the only file that knows the backbone. P prompt tokens, D width.
+"""
+
+import copy
+import json
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, Qwen2_5OmniProcessor
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
+
+import data
+
+
+class Prompt(NamedTuple):
+    """One prompt as the model takes it. Media are tensors for the towers, or their outputs."""
+
+    input_ids: torch.Tensor  # (P,) int64, media placeholders filled in
+    position_ids: torch.Tensor  # (3, P) int64: TMRoPE time, height, width
+    media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
+
+    @property
+    def encoded(self):
+        return not any(isinstance(m, dict) for m in self.media.values())
+
+
+class PositionIndex(omni.Qwen2_5OmniPreTrainedModelForConditionalGeneration):
+    """The model's own `get_rope_index` without the model, so that decode threads can call it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.spatial_merge_size = config.vision_config.spatial_merge_size
+
+
+class InputBuilder:
+    """
+    A row -> Prompt, by the backbone's processor; calling it is safe from several threads.
+
+    raises  data.BadRow     the row's media cannot be used, or the prompt is too long
+    """
+
+    def __init__(self, folder, recipe, root, audio_captions):
+        self.processor = from_pretrained(Qwen2_5OmniProcessor, folder)
+        # a fast tokenizer must not be called by two threads at once: a processor a thread
+        self.in_thread = threading.local()
+        config = from_pretrained(AutoConfig, folder)
+        self.config = getattr(config, "thinker_config", config)
+        self.position_index = PositionIndex(self.config)
+        self.recipe, self.root, self.audio_captions = recipe, Path(root), audio_captions
+        self.tokenizer = self.processor.tokenizer
+        ends = [
+            self.tokenizer.eos_token_id,
+            *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
+        ]
+        self.eos_ids = sorted({e for e in ends if e is not None})
+        media_ends = [self.tokenizer.vision_eos_token, self.tokenizer.audio_eos_token]
+        self.media_end_ids = self.tokenizer.convert_tokens_to_ids(media_ends)
+        # what a rank reads that has less to do than others: FSDP would wait for ever
+        ids = torch.tensor(self.eos_ids[:1])
+        self.filler = Prompt(ids, torch.zeros(3, 1, dtype=torch.long), {})
+
+    def __call__(self, row, hint=None):
+        return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)
+
+    def texts(self, completions):
+        """What a group of completions says, without special tokens."""
+        return [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+
+    def at(self, root):
+        """The same builder for rows whose media lie under another folder."""
+        other = copy.copy(self)
+        other.root = Path(root)
+        return other
+
+    def chat(self, processor, media, row, hint):
+        """The prompt as text, with one placeholder for each of `media`."""
+        text = data.question_text(row, hint, self.audio_captions)
+        content = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": data.SYSTEM_PROMPT}]},
+            {"role": "user", "content": content},
+        ]
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def from_clip(self, row, clip, hint=None):
+        if not hasattr(self.in_thread, "processor"):
+            self.in_thread.processor = copy.deepcopy(self.processor)
+        processor = self.in_thread.processor
+        media = ["image"] * len(clip.images)  # media first: it moves scores by points
+        media += ["video"] * (clip.frames is not None)
+        media += ["audio"] * (clip.audio is not None and not clip.use_audio)
+        text = self.chat(processor, media, row, hint)
+        kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
+        kwargs["videos_kwargs"] = dict(
+            do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
+        )
+        if clip.images:
+            kwargs["images"] = clip.images
+        if clip.frames is not None:
+            kwargs["videos"] = [clip.frames]
+            # of the frames really taken: the positions tell their time
+            kwargs["videos_kwargs"]["fps"] = clip.fps
+        if clip.audio is not None:
+            # without max_length the extractor pads every clip to 300 s
+            kwargs["audio"] = [clip.audio]
+            length = -(-len(clip.audio) // 160) * 160
+            kwargs["audio_kwargs"] = dict(max_length=length, truncation=False)
+            if clip.use_audio:
+                kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
+        batch = processor(**kwargs)
+        return self.checked(self.to_prompt(batch, clip.use_audio), row)
+
+    def checked(self, prompt, row):
+        if (num_tokens := len(prompt.input_ids)) > self.recipe.max_prompt_tokens:
+            raise data.BadRow(
+                f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
+                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels"
+            )
+        return prompt
+
+    def with_text(self, prompt, row, hint=None):
+        """The prompt of another question, or of a hint, about the same clip; for one thread."""
+        is_end = torch.isin(prompt.input_ids, torch.tensor(self.media_end_ids))
+        media = int(is_end.nonzero().max()) + 1  # tokens up to the end of the last medium
+        text = self.chat(self.processor, ["audio"], row, hint)
+        tail = torch.tensor(self.tokenizer(text.split(self.tokenizer.audio_eos_token)[1]).input_ids)
+        positions = prompt.position_ids[:, :media]
+        after = int(positions.max()) + 1 + torch.arange(len(tail))  # text: all three the same
+        positions = torch.cat([positions, after.expand(3, -1)], dim=1)
+        ids = torch.cat([prompt.input_ids[:media], tail])
+        return self.checked(Prompt(ids, positions, prompt.media), row)
+
+    def key(self, row):
+        """What tells one clip from another: rows with the same key differ only in their texts."""
+        media = (row.get("video"), row.get("audio"), *(row.get("images") or []))
+        return (
+            str(self.root),
+            *media,
+            bool(row.get("use_audio")),
+            row.get("start"),
+            row.get("end"),
+        )
+
+    def to_prompt(self, batch, use_audio):
+        input_ids, media, mel_lengths = batch["input_ids"], {}, None
+        if "pixel_values" in batch:
+            media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
+        if "pixel_values_videos" in batch:
+            media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
+        if "input_features" in batch:
+            mel_lengths = batch["feature_attention_mask"].sum(1)
+            mel = batch["input_features"][0, :, : mel_lengths[0]]  # without the padding
+            media["audio"] = dict(mel=mel.clone())
+        seconds = batch.get("video_second_per_grid")
+        position_ids, _ = self.position_index.get_rope_index(
+            input_ids,
+            image_grid_thw=batch.get("image_grid_thw"),
+            video_grid_thw=batch.get("video_grid_thw"),
+            attention_mask=torch.ones_like(input_ids),
+            use_audio_in_video=use_audio,
+            audio_seqlens=mel_lengths,
+            second_per_grids=None if seconds is None else torch.as_tensor(seconds),
+        )
+        return Prompt(input_ids[0], position_ids[:, 0].clone(), media)
+
+
+def from_pretrained(kind, folder, **kwargs):
+    try:
+        return kind.from_pretrained(base_folder(folder), **kwargs)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
+
+
+def base_folder(folder):
+    """The folder with the processor and full weights: an adapter's base, or the folder itself."""
+    if is_adapter(folder):
+        config = (Path(folder) / "adapter_config.json").read_text()
+        return json.loads(config)["base_model_name_or_path"]
+    return str(folder)
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").is_file()

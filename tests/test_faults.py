@@ -1,0 +1,335 @@
+"""
+What happens to a run when it is killed, told to stop, or given a bad disk, clip or number.
+
+    python -m pytest tests/test_faults.py -q        # real processes and real signals, CPU, 2 minutes
+"""
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch
+from test_run import mistake, same_weights, sft_flags, without_times
+from test_train_rl import read_metrics, rl_flags
+
+import checkpoint
+import data
+import metrics
+from conftest import RECIPE
+
+STEPS = 4
+KEEP = ("--steps", STEPS, "--save-every", 1, "--keep", 9, "--eval-every", 0)
+KEEP += ("--hint-patience", 1, "--hint-kl", 10, "--prompts-per-step", 8)
+
+
+def start(*command, processes=1, **options):
+    """The command as a process of its own, with what it prints in one pipe."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, command)]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, cwd=ROOT, **pipe, **options)
+
+
+def wait_for(process, happened, seconds=120):
+    """Until happened() is true; the process must still be there by then."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+
+
+def same_end(a, b, steps=STEPS):
+    """Weights, metrics and all that the last checkpoints hold."""
+    states = [checkpoint.read(out / "checkpoints" / f"step-{steps:06d}")[1] for out in (a, b)]
+    for state in states:
+        del state["optimizer"]["param_groups"]  # holds no tensors; compared through the weights
+    assert equal(*states) and same_weights(a, b)
+    assert without_times(read_metrics(a)) == without_times(read_metrics(b))
+    return True
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or a != a and b != b
+
+
+@pytest.fixture(scope="module")
+def straight(toy_dir, tmp_path_factory):
+    """An uninterrupted run, with hints and a bad clip in it."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    rows = out.parent / "rows"
+    shutil.copytree(toy_dir / "stage2", rows)
+    clip = rows / "clips" / "train-00003.mp4"
+    clip.write_bytes(clip.read_bytes()[:1500])
+    flags = list(rl_flags(toy_dir, 2, out, *KEEP))
+    flags[flags.index("--data") + 1] = rows / "train.jsonl"
+    launch(*flags)
+    last = read_metrics(out)[-1]
+    assert last["hints/entered"] > 0 and last["data/bad_rows"] == 1
+    return out, flags
+
+
+def other_out(flags, out):
+    flags = list(flags)
+    flags[flags.index("--out") + 1] = out
+    return flags
+
+
+# ---- killed
+
+
+@pytest.mark.parametrize("moment", ["saving", "in a step"])
+def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, moment):
+    whole, flags = straight
+    out = tmp_path / "run"
+    process = start(*other_out(flags, out))
+    if moment == "saving":
+        wait_for(process, lambda: any((out / "checkpoints").glob("*.part")))
+    else:
+        wait_for(process, lambda: (out / "checkpoints" / "step-000002").exists())
+        time.sleep(0.3)  # about half a step
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (out / "final").exists()
+    launch(*other_out(flags, out), "--resume")
+    assert same_end(whole, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(straight, tmp_path, number):
+    whole, flags = straight
+    out = tmp_path / "run"
+    process = start(*other_out(flags, out), "--save-every", 0)
+    wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 2)
+    process.send_signal(number)
+    printed = process.communicate()[0]
+    assert process.returncode == 128 + number and "Traceback" not in printed
+    saved = [path.name for path in (out / "checkpoints").iterdir()]
+    assert saved == [f"step-{len(lines(out / 'metrics.jsonl')):06d}"]
+    told = printed.strip().splitlines()[-1]
+    assert "is saved; go on with: python train_rl.py" in told
+    command = shlex.split(told.split("go on with: python ")[1])
+    assert "--resume" in command
+    launch(*command, "--save-every", 1)  # the word of the command line that comes last wins
+    assert same_end(whole, out)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_the_newest_whole_checkpoint_is_found(straight, tmp_path):
+    whole, flags = straight
+    for i, (name, size) in enumerate(
+        [("state.pt", 0.5), ("model.safetensors", 0.9), ("state.pt", None)]
+    ):
+        out = tmp_path / str(i)
+        shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final"))
+        torn = out / "checkpoints" / f"step-{STEPS:06d}" / name
+        if size is None:
+            torn.unlink()
+        else:
+            torn.write_bytes(torn.read_bytes()[: int(torn.stat().st_size * size)])
+        printed = launch(*other_out(flags, out), "--resume")
+        assert f"step-{STEPS:06d} is not whole" in printed and f"from step {STEPS - 1}" in printed
+        assert same_end(whole, out)
+        assert not list((out / "checkpoints").glob("*.stale"))
+
+
+def test_a_checkpoint_executes_nothing(straight, tmp_path):
+    """state.pt is read with weights_only: a pickle that would run code is not a checkpoint."""
+    folder = tmp_path / "step-000001"
+    shutil.copytree(straight[0] / "checkpoints" / "step-000001", folder)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save(dict(step=1, optimizer=Evil()), folder / "state.pt")
+    assert checkpoint.read(folder) is None and not (tmp_path / "executed").exists()
+
+
+# ---- several ranks
+
+
+def test_two_ranks_stopped_resumed_and_one_of_them_killed(straight, tmp_path):
+    whole, flags = straight
+    two, out = tmp_path / "two", tmp_path / "run"
+    launch(*other_out(flags, two), processes=2)
+    # one rank is killed: the other does not wait for it
+    process = start(*other_out(flags, out), processes=2)
+    wait_for(process, lambda: (out / "checkpoints" / "step-000002").exists())
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
+    began = time.monotonic()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode and time.monotonic() - began < 60
+    assert "another process of the run has ended" in printed or "SIGKILL" in printed
+    one = tmp_path / "one"
+    shutil.copytree(out, one)
+    launch(*other_out(flags, out), "--resume", processes=2)
+    assert same_end(two, out)
+    # and one process takes up what two began
+    launch(*other_out(flags, one), "--resume")
+    for a, b in zip(read_metrics(whole), read_metrics(one), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=0.2) and a["step"] == b["step"]
+    assert (
+        read_metrics(one)[-1]["completions_generated"]
+        == read_metrics(whole)[-1]["completions_generated"]
+    )
+
+
+# ---- folder and disk
+
+
+def test_two_runs_on_one_folder(straight, toy_dir, tmp_path):
+    _, flags = straight
+    out = tmp_path / "run"
+    process = start(*other_out(flags, out))
+    wait_for(process, lambda: (out / "run.json").exists())
+    for more in ((), ("--resume",)):
+        line = mistake(*other_out(flags, out), *more)
+        assert f"belongs to a run that is going on (process {process.pid} on" in line
+    process.kill()
+    process.wait()
+    assert "already holds a run" in mistake(*other_out(flags, out))  # the lock died with it
+
+
+def test_a_full_disk_is_one_line_and_corrupts_nothing(straight, tmp_path):
+    whole, flags = straight
+    out = tmp_path / "run"
+    shutil.copytree(
+        whole, out, ignore=shutil.ignore_patterns("final", "step-000003", "step-000004")
+    )
+    begin_at = checkpoint.read(out / "checkpoints" / "step-000002")[1]["step"]
+
+    def small_disk():  # a write beyond it fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(*other_out(flags, out), "--resume", preexec_fn=small_disk)
+    printed = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" not in printed, printed
+    told = printed.strip().splitlines()[-1]
+    assert f"the checkpoint of step {begin_at + 1} could not be written" in told
+    assert "make room and go on with: python train_rl.py" in told
+    assert not list((out / "checkpoints").glob("*.part"))
+    launch(*other_out(flags, out), "--resume")
+    assert same_end(whole, out)
+
+
+def test_a_folder_that_cannot_be_written(straight, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = mistake(*other_out(straight[1], tmp_path / "file" / "run"))
+    assert "cannot write to" in line and "choose another --out" in line
+
+
+# ---- bad clips
+
+
+def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path):
+    rows = tmp_path / "rows"
+    shutil.copytree(toy_dir / "stage0", rows)
+    clips = sorted((rows / "clips").glob("train-*.mp4"))
+    clips[0].unlink()
+    clips[5].write_bytes(b"")
+    clips[6].write_bytes(clips[6].read_bytes()[:2000])
+    items = [json.loads(line) for line in lines(rows / "train.jsonl")]
+    items[7]["question"] = "look <|VIDEO|> there"
+    items[8]["video"] = "../outside.mp4"
+    items[9]["end"] = 999
+    (rows / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    _, problems = data.check(rows / "train.jsonl", RECIPE)
+    bad = {0, 5, 6, 7, 8, 9}
+    assert len(problems) == len(bad)
+    flags = ("--steps", 3, "--max-bad-frac", 0.5)
+    command = list(sft_flags(toy_dir, tmp_path / "run", *flags))
+    command[command.index("--data") + 1] = rows / "train.jsonl"
+    printed = launch(*command)
+    told = [line.split("replaced: ")[1] for line in printed.splitlines() if "replaced: " in line]
+    assert sorted(told) == sorted(problem.split(": ", 1)[1] for problem in problems)
+    assert read_metrics(tmp_path / "run")[-1]["data/bad_rows"] == len(bad)
+    # the default does not put up with as many
+    command[command.index("--out") + 1] = tmp_path / "strict"
+    line = mistake(*[word for word in command if word not in ("--max-bad-frac", 0.5)])
+    assert "rows read cannot be used, over --max-bad-frac 0.1" in line
+
+
+def test_a_clip_that_vanishes_leaves_the_replay(straight, tmp_path):
+    whole, flags = straight
+    flags = other_out(flags, out := tmp_path / "run")
+    rows = tmp_path / "rows"
+    shutil.copytree(flags[flags.index("--data") + 1].parent, rows)
+    flags[flags.index("--data") + 1] = rows / "train.jsonl"
+    process = start(*flags, "--cache-gb", 0, "--steps", 8, "--max-bad-frac", 1, "--no-hints")
+    wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 1)
+    for clip in sorted((rows / "clips").glob("train-*.mp4"))[4:10]:
+        clip.unlink()
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert "replaced: row toy-2-train-0000" in printed
+    assert "no longer replayed: row toy-2-train-0000" in printed or "replay" not in printed
+    assert read_metrics(out)[-1]["data/bad_rows"] == 7
+
+
+# ---- numbers
+
+
+def bad_run(toy_dir, out, *more):
+    return rl_flags(toy_dir, 2, out, "--eval-every", 0, "--max-ratio", 1.0001, "--lr", 1e-3, *more)
+
+
+def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_path):
+    """--max-ratio 1.0001 stands for a ratio that explodes: the first replay passes it."""
+    out = tmp_path / "run"
+    line = mistake(*bad_run(toy_dir, out))
+    step = len(lines(out / "metrics.jsonl")) + 1
+    assert f"step {step}: a ratio of " in line and "over --max-ratio 1.0001" in line
+    assert "its prompts: toy-2-train-" in line and "go on with --on-bad-step skip" in line
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
+    printed = launch(*bad_run(toy_dir, out, "--resume", "--on-bad-step", "skip"))
+    assert f"skipped: step {step}: a ratio" in printed
+    launch(*bad_run(toy_dir, tmp_path / "skipped", "--on-bad-step", "skip"))
+    assert same_weights(out, tmp_path / "skipped")
+    a, b = (without_times(read_metrics(o)) for o in (out, tmp_path / "skipped"))
+    assert a == b and a[-1]["steps_skipped"] >= 1
+
+
+def test_bad_steps_by_hand():
+    health, nan = metrics.Health(max_ratio=100, min_entropy=1e-4), float("nan")
+    assert health.bad_step(0.5, 1.0) is None
+    assert health.bad_step(0.5, nan) == "loss 0.5, gradient norm nan"
+    assert health.bad_step(float("inf"), 2.0) == "loss inf, gradient norm 2"
+    assert health.bad_step(0.5, 1.0, 101.0) == "a ratio of 101, over --max-ratio 100"
+    assert health.state["skipped"] == 3 and health.state["in_a_row"] == 3
+    assert health.bad_step(0.5, 1.0, 100.0) is None and health.state["in_a_row"] == 0
+    assert "10th bad step in a row" in [health.bad_step(nan, 1.0) for _ in range(10)][-1]
+    assert metrics.Health(0, 0).bad_step(0.5, 1.0, 1e9) is None
+
+
+def test_collapses_by_hand():
+    def report(entropy=1.0, cut_off=0.0):
+        return {"entropy": entropy, "completions/clipped_ratio": cut_off}
+
+    health = metrics.Health(100, 1e-4)
+    assert [health.collapse(report(entropy=1e-5)) for _ in range(9)] == [None] * 9
+    assert "entropy below --min-entropy 0.0001" in health.collapse(report(entropy=1e-5))
+    assert health.collapse(report()) is None  # it has recovered
+    assert [health.collapse(report(cut_off=1.0)) for _ in range(9)] == [None] * 9
+    assert "cut off by --max-new-tokens" in health.collapse(report(cut_off=1.0))
+    # a model that has never ended a completion is no collapse
+    short = metrics.Health(100, 1e-4)
+    assert [short.collapse(report(cut_off=1.0)) for _ in range(30)] == [None] * 30
