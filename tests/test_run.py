@@ -99,17 +99,27 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     """
     The same prompts, completions, replay, hints and gradients, whatever the number of ranks.
     Defect 1 of the authors' trainer: ranks above 0 learned from rank 0's rewards.
+    Rows without sound, and one whose clip cannot be read, are among them: no rank waits for ever.
     """
+    rows = tmp_path / "rows"
+    shutil.copytree(toy_dir / "stage2", rows)
+    items = [json.loads(line) for line in (rows / "train.jsonl").open()]
+    for item in items[::2]:
+        item["use_audio"] = False
+    (rows / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (rows / "clips" / "train-00005.mp4").write_bytes(b"no clip")
     # every prompt comes twice, hints enter, and 7 held-out rows do not divide by 2
     flags = ("--steps", 4, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10)
     flags += ("--eval-samples", 7, "--eval-every", 2)
+    flags += ("--data", rows / "train.jsonl")
     launch(*rl_flags(toy_dir, 2, tmp_path / "one", *flags))
     launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
     exact = ("step", "completions_generated", "buffer/size", "hints/entered", "hints/frac")
+    exact += ("data/bad_rows",)
     close = ("reward", "reward_std", "advantage_std", "kl", "grad_norm", "off/ratio_max", "loss")
     close += ("off/ess_frac", "num_valid_tokens", "completions/mean_length")
-    assert one[-1]["hints/entered"] > 0
+    assert one[-1]["hints/entered"] > 0 and one[-1]["data/bad_rows"] == 1
     for a, b in zip(one[:3], two[:3], strict=True):  # later, rounding may change a sampled token
         assert [a[k] for k in exact] == [b[k] for k in exact]
         np.testing.assert_allclose(
