@@ -9,14 +9,18 @@ The model is a Qwen2.5-Omni thinker with random weights, float32, and text-only 
 frozen in RL and their outputs cached, so they are no part of a step. "Copies" is what the field
 does: G copies of the prompt in one batch through the model's own forward, with full logits.
 
+The whole step stands beside TRL's GRPOTrainer, where that is installed: pip install trl datasets.
+
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -27,9 +31,13 @@ import torch
 from transformers import Qwen2_5OmniThinkerConfig
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
+import buffer
 import model
+import update
+from grpo import group_advantages
 
 SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
+STEPS = [(512, 64, 8, 2), (1024, 64, 8, 2), (2048, 64, 8, 2)]  # P, C, G, B
 GROWTH = {  # what is varied, around P 512, C 32, G 8, B 4
     "P": [128, 256, 512, 1024, 2048],
     "C": [16, 32, 64, 128],
@@ -248,6 +256,117 @@ def bench_rollouts(args, policy, plain):
     return rows
 
 
+# ---- a whole step, beside TRL -------------------------------------------------------------------
+
+
+def our_step(args, policy, reference, optimizer, prompts, size, step):
+    """The baseline's step as train_rl.py makes it: 8 fresh, reward, KL, one update of AdamW."""
+    _, num_tokens, group_size, num_prompts = size
+    rolled = rollout_ours(policy, prompts, group_size, num_tokens)
+    rewards = [torch.tensor([float(c.ids[0] % 7) for c in group]) for group in rolled]
+    groups = []
+    for prompt, group, reward in zip(prompts, rolled, rewards):
+        entries = [
+            buffer.Entry("q", c.ids, c.logprobs, r, {}, step, False)
+            for c, r in zip(group, reward.tolist())
+        ]
+        weight = 1 / (num_prompts * group_size)
+        items = [(e, a, weight) for e, a in zip(entries, group_advantages(reward).tolist())]
+        groups.append((prompt, items))
+    update.update(policy, reference, groups, None, step, args)
+    run.clip_grad_norm(policy, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trl_trainer(args, size, folder, between):
+    """TRL's trainer of the same text dimensions, prompts, lengths and settings; no clip in it."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    num_prompt, num_tokens, group_size, num_prompts = size
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2")
+    inputs, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
+    texts = [" ".join(f"w{i}" for i in prompt.input_ids.tolist()) for prompt in inputs]
+    config = Qwen2Config(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 128), tie_word_embeddings=False,
+        max_position_embeddings=32768, eos_token_id=2, pad_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)  # TRL loads the reference from there
+    settings = GRPOConfig(
+        output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, max_steps=args.repeats + 1, learning_rate=1e-6,
+        per_device_train_batch_size=group_size, gradient_accumulation_steps=num_prompts,
+        num_generations=group_size, max_completion_length=num_tokens, beta=0.1,
+        loss_type="grpo", generation_kwargs=dict(min_new_tokens=num_tokens), top_k=0,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+
+    class InTurn(TrainerCallback):
+        """Our step just before each of TRL's."""
+
+        times = ([], [])
+
+        def on_step_begin(self, *_, **__):
+            began = time.perf_counter()
+            between()
+            self.times[0].append(time.perf_counter() - began)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.times[1].append(time.perf_counter() - self.began)
+
+    def reward(completion_ids, **_):
+        return [float(ids[0] % 7) for ids in completion_ids]
+
+    data = Dataset.from_dict(dict(prompt=texts * (args.repeats + 1)))
+    return GRPOTrainer(
+        folder, reward, args=settings, train_dataset=data, processing_class=tokenizer,
+        callbacks=[timer := InTurn()],
+    ), timer.times  # fmt: skip
+
+
+def bench_steps(args, policy):
+    """Seconds of a whole step: rollout, reward, reference, update."""
+    try:
+        import trl
+    except ImportError:
+        print("\nstep beside TRL: not run (pip install trl datasets)")
+        return None
+    rows, settings = [], argparse.Namespace(
+        micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2,
+        tas_shape="uniform", tas_lambda=0.0, tas_equal_mean=False,
+    )  # fmt: skip
+    for size in STEPS[1:2] if args.quick else STEPS:
+        reference, count = copy.deepcopy(policy).requires_grad_(False), itertools.count(1)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
+        prompts, _ = make_inputs(args, size[0], 1, 1, size[3])
+
+        def ours():
+            our_step(settings, policy, reference, optimizer, prompts, size, next(count))
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, times = trl_trainer(args, size, folder, ours)
+            trainer.train()
+        ours_s, trl_s = (statistics.median(side[1:]) for side in times)  # the first warms up
+        made = trainer.state.log_history
+        assert len(times[0]) == len(times[1]) == args.repeats + 1, made
+        rows.append(dict(size=size, ours_s=ours_s, trl_s=trl_s, ratio=trl_s / ours_s))
+    print_table(f"step P/C/G/B, {trl.__version__}", rows)
+    return rows
+
+
+# ---- growth ------------------------------------------------------------------------------------
+
+
 def bench_growth(args, policy):
     """Seconds of rollout and update as one size grows and the others stay."""
     rows = []
@@ -255,9 +374,9 @@ def bench_growth(args, policy):
         for value in values:
             size = dict(P=512, C=32, G=8, B=4) | {name: value}
             prompts, completions = make_inputs(args, *(size[k] for k in "PCGB"))
-            update = partial(update_ours, policy, prompts, completions)
+            update_it = partial(update_ours, policy, prompts, completions)
             rollout = partial(rollout_ours, policy, prompts, size["G"], size["C"])
-            update_s, rollout_s = in_turn(update, rollout, 2)
+            update_s, rollout_s = in_turn(update_it, rollout, 2)
             rows.append(dict(varied=name, **size, update_s=update_s, rollout_s=rollout_s))
     return rows
 
@@ -296,6 +415,7 @@ def main():
     result = dict(arguments=vars(args), commit=run.commit())
     result["update"] = bench_updates(args, policy, plain)
     result["rollout"] = bench_rollouts(args, policy, plain)
+    result["step"] = bench_steps(args, policy)
     if not args.quick:
         result["growth"] = bench_growth(args, policy)
         plot_growth(result["growth"], args.out.removesuffix(".json") + ".png")

@@ -238,7 +238,9 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
             target += rf"|.*(visual|audio_tower)\.(.*\.)?({TOWER_LAYERS})"
         kwargs = dict(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0)  # [D2]
         config = LoraConfig(target_modules=target, **kwargs)
-        model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
+            model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if gradient_checkpointing:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.gradient_checkpointing_enable(kwargs)

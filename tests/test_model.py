@@ -12,7 +12,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import RECIPE, launch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
@@ -82,12 +82,19 @@ def test_packed_logprobs_equal_hf(setup, temperature):
     assert (logprobs[~mask] == 0).all() and (entropy[mask] > 0).all()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_copies(setup, toy_dir, checkpointing):
+@pytest.mark.parametrize("lora_rank, checkpointing", [(0, False), (0, True), (2, False)])
+def test_gradients_equal_copies(setup, toy_dir, lora_rank, checkpointing):
     """One packed row against G whole copies, for every parameter of text model and towers."""
     _, hf, prompts, _ = setup
-    policy = model.load(toy_dir / "model", 0, True, checkpointing)
+    policy = model.load(toy_dir / "model", lora_rank, True, checkpointing)
     hf = copy.deepcopy(hf)
+    if lora_rank:
+        torch.manual_seed(0)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:  # they start at 0, and then the others have no gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        hf = copy.deepcopy(policy).model
+        hf.get_base_model().model.language_model.set_attn_implementation("sdpa")
     completions = random_completions(SIZES)
     weights = torch.randn(sum(map(len, SIZES)), generator=torch.Generator().manual_seed(1))
     logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
@@ -102,9 +109,18 @@ def test_gradients_equal_copies(setup, toy_dir, checkpointing):
             assert parameter.grad is None, name
             continue
         compared += 1
+        assert lora_rank == 0 or "lora_" in name
         scale = other.norm().clamp(min=1e-6)
         assert (parameter.grad - other).norm() / scale < 1e-4, name
     assert compared > 100
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_sharded_gradients_equal_those_of_one_process(toy_dir, lora_rank):
+    """FSDP2 on two ranks, each with its own groups: tests/sharded_gradients.py compares."""
+    script = "tests/sharded_gradients.py"
+    printed = launch(script, toy_dir / "model", toy_dir / "stage2", lora_rank, processes=2)
+    assert "parameters agree" in printed
 
 
 def test_one_prompt_does_not_change_another(setup):
@@ -263,6 +279,14 @@ def test_time_positions_of_an_aligned_clip(setup):
     assert (order[1:50] - order[:49] == 1).all() and (
         seconds <= 2 or order[50] - order[49] == 1 + 4 * min(2, seconds - 2)
     )
+
+
+def test_a_new_adapter_is_the_same_everywhere(toy_dir):
+    """Else each rank would shard its own, and a run killed before its first checkpoint differ."""
+    torch.manual_seed(5)
+    one = dict(model.load(toy_dir / "model", 2, False, False).named_parameters())
+    two = dict(model.load(toy_dir / "model", 2, False, False).named_parameters())
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):

@@ -1,0 +1,61 @@
+"""
+Started by test_model.py under torchrun: the sharded policy's gradients against the plain policy's.
+
+    torchrun --nproc-per-node 2 tests/sharded_gradients.py MODEL ROWS LORA_RANK
+"""
+
+import sys
+from pathlib import Path
+
+import conftest  # puts the repository on the path
+import run  # before torch
+
+import torch
+
+import data
+import model
+
+folder, rows, lora_rank = (
+    sys.argv[1],
+    data.Rows(Path(sys.argv[2]) / "train.jsonl"),
+    int(sys.argv[3]),
+)
+device = run.init_processes("cpu")
+build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
+prompts = [build(rows[i]) for i in range(4)]
+generator = torch.Generator().manual_seed(0)
+sizes = [[5, 1], [7, 2, 2], [9], [3, 4]]
+completions = [
+    [torch.randint(10, 250, (n,), generator=generator) for n in group] for group in sizes
+]
+
+
+def policy_of():
+    policy = model.load(folder, lora_rank, train_towers=True, gradient_checkpointing=False)
+    torch.manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # they start at 0, and then the others have no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def backward(policy, mine, scale):
+    prompts_, completions_ = prompts[mine], completions[mine]
+    logprobs, _, _ = model.completion_logprobs(policy, prompts_, completions_, 1.0)
+    (logprobs.sum() * scale).backward()
+
+
+plain, sharded = policy_of(), run.place(policy_of(), device, "float32")
+backward(plain, slice(None), 1.0)
+backward(sharded, run.share(len(prompts)), float(run.world_size()))  # FSDP takes the mean
+expected, compared = dict(plain.named_parameters()), 0
+for name, parameter in sharded.named_parameters():
+    if (other := expected[name].grad) is None:
+        assert parameter.grad is None, name
+        continue
+    gradient = parameter.grad.full_tensor()
+    assert (gradient - other).norm() <= 1e-4 * other.norm().clamp(min=1e-6), name
+    compared += 1
+assert compared > 50
+run.print0(f"{compared} parameters agree")
+torch.distributed.destroy_process_group()
