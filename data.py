@@ -60,8 +60,6 @@ def add_flags(parser):
         default=False,
         help="media may lie outside the JSONL's folder (absolute paths, .., links)",
     )
-    flag("--max-bad-frac", type=float, default=0.1, help="share of bad rows that ends the run")
-    flag("--feature-dir", help="also keep what frozen towers made of a clip on disk, here")
     flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
     flag("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
 

@@ -103,7 +103,8 @@ class Health:
     """
     When the numbers say that a step must not change the weights, or that going on is pointless.
 
-    max_ratio     largest pi / b of a single token; 0 = no limit
+    max_ratio     pi / b, or b / pi, of a completion, as the geometric mean of its tokens; 0 = no
+                  limit. A single token may go far: one sampled against the odds that is likely now
     min_entropy   nats a token; 0 = no limit
     """
 
@@ -118,7 +119,7 @@ class Health:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
         elif self.max_ratio and ratio > self.max_ratio:
-            problem = f"a ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
+            problem = f"a mean ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
         self.state["skipped"] += problem is not None
         self.state["in_a_row"] = self.state["in_a_row"] + 1 if problem else 0
         if self.state["in_a_row"] >= PATIENCE:

@@ -228,6 +228,9 @@ def add_flags(parser):
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
+    flag("--max-bad-frac", type=float, default=0.1, help="share of bad rows that ends the run")
+    choices = ["stop", "skip"]
+    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
     flag("--keep", type=int, default=2, help="checkpoints kept")
 

@@ -58,6 +58,7 @@ def parse_args(argv=None):
     flag("--algo", choices=["avatar", "grpo"], default="avatar", help="grpo: 8 fresh, nothing else")
     # data
     data.add_flags(parser)
+    flag("--feature-dir", help="also keep on disk, here, what the frozen towers made of a clip")
     flag(
         "--audio-captions",
         action=boolean,
@@ -103,10 +104,8 @@ def parse_args(argv=None):
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
-    flag("--max-ratio", type=float, default=1e4, help="pi / b of a token above it: a bad step")
+    flag("--max-ratio", type=float, default=10.0, help="of a completion: above it, a bad step")
     flag("--min-entropy", type=float, default=1e-4, help="nats; below it for 10 steps: collapsed")
-    choices = ["stop", "skip"]
-    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
     flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
     flag("--eval-samples", type=int, default=256, help="held-out completions, at --temperature")
 
@@ -131,6 +130,8 @@ def parse_args(argv=None):
         raise run.UserError(f"--reward-weights: no part called {', '.join(unknown)}")
     if "judge" in weights and not args.judge:
         raise run.UserError("the judge part of the reward needs --judge")
+    if args.feature_dir and args.train_towers:
+        raise run.UserError("--feature-dir is for frozen towers: leave out --train-towers")
     run.check_at_least(
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
@@ -365,8 +366,8 @@ def main():
         info = update.update(policy, reference, list(groups.values()), filler, step, args)
         grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
-        ratio_max = info["ratio_max"].max().item()
-        if problem := health.bad_step(info["loss"].sum().item(), grad_norm, ratio_max):
+        ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
+        if problem := health.bad_step(info["loss"].sum().item(), grad_norm, ratio):
             seen = sorted({*ids, *(e.prompt_id for e in replayed)})
             problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
             if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:

@@ -41,8 +41,6 @@ def parse_args(argv=None):
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
-    choices = ["stop", "skip"]
-    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
 
     def overrides(first):
         yield "stage 0", dict(out="runs/sft", steps=0)

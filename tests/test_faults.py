@@ -297,11 +297,11 @@ def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_pa
     out = tmp_path / "run"
     line = mistake(*bad_run(toy_dir, out))
     step = len(lines(out / "metrics.jsonl")) + 1
-    assert f"step {step}: a ratio of " in line and "over --max-ratio 1.0001" in line
+    assert f"step {step}: a mean ratio of " in line and "over --max-ratio 1.0001" in line
     assert "its prompts: toy-2-train-" in line and "go on with --on-bad-step skip" in line
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
     printed = launch(*bad_run(toy_dir, out, "--resume", "--on-bad-step", "skip"))
-    assert f"skipped: step {step}: a ratio" in printed
+    assert f"skipped: step {step}: a mean ratio" in printed
     launch(*bad_run(toy_dir, tmp_path / "skipped", "--on-bad-step", "skip"))
     assert same_weights(out, tmp_path / "skipped")
     a, b = (without_times(read_metrics(o)) for o in (out, tmp_path / "skipped"))
@@ -313,7 +313,7 @@ def test_bad_steps_by_hand():
     assert health.bad_step(0.5, 1.0) is None
     assert health.bad_step(0.5, nan) == "loss 0.5, gradient norm nan"
     assert health.bad_step(float("inf"), 2.0) == "loss inf, gradient norm 2"
-    assert health.bad_step(0.5, 1.0, 101.0) == "a ratio of 101, over --max-ratio 100"
+    assert health.bad_step(0.5, 1.0, 101.0) == "a mean ratio of 101, over --max-ratio 100"
     assert health.state["skipped"] == 3 and health.state["in_a_row"] == 3
     assert health.bad_step(0.5, 1.0, 100.0) is None and health.state["in_a_row"] == 0
     assert "10th bad step in a row" in [health.bad_step(nan, 1.0) for _ in range(10)][-1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import launch
 
+import run
 import toy
 import train_rl
 
@@ -116,6 +117,18 @@ def test_micro_batches_do_not_change_a_step(toy_dir, tmp_path):
     for name in ("loss", "grad_norm", "kl", "off/ess_frac", "off/ratio_max", "clip_frac"):
         a, b = ([m[name] for m in metrics] for metrics in (whole, parts))
         np.testing.assert_allclose(a, b, rtol=5e-3, atol=1e-5)
+
+
+def test_features_from_disk_change_nothing(toy_dir, tmp_path):
+    for name in ("first", "second"):
+        flags = ("--feature-dir", tmp_path / "features", "--cache-gb", 0)
+        launch(*rl_flags(toy_dir, 2, tmp_path / name, *flags))
+    first, second = (read_metrics(tmp_path / name) for name in ("first", "second"))
+    for name in ("loss", "reward", "grad_norm", "kl"):
+        assert [m[name] for m in first] == [m[name] for m in second]
+    assert len(list((tmp_path / "features").iterdir())) >= 12 + 8  # 3 steps of 4, and held out
+    with pytest.raises(run.UserError, match="--feature-dir is for frozen towers"):
+        train_rl.parse_args(["--feature-dir", "x", "--train-towers"])
 
 
 def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
