@@ -25,7 +25,8 @@ def group_advantages(group_rewards):
     returns        (G,) float     0 for a group of one, or of equal rewards
     """
     assert group_rewards.ndim == 1, f"one group (G,), got {tuple(group_rewards.shape)}"
-    if len(group_rewards) < 2:
+    # equal rewards first: their mean may round to another number, which eps would blow up
+    if len(group_rewards) < 2 or (group_rewards == group_rewards[0]).all():
         return torch.zeros_like(group_rewards)
     return (group_rewards - group_rewards.mean()) / (group_rewards.std() + STD_EPS)
 
@@ -46,6 +47,21 @@ def replay_advantages(replayed_rewards, mean_rewards):
     return (replayed_rewards - mean_rewards) / sigma.clamp(min=SIGMA_FLOOR)
 
 
+def step_advantages(made, drawn, mean_reward):
+    """
+    Both halves of a step.
+
+    made, drawn  lists of groups of entries, which have .reward and .prompt_id; a group may be empty
+    mean_reward  callable(prompt_id) -> R̄(q), for the prompts in drawn
+    returns      two lists of (G,) tensors, as made and as drawn
+    """
+    fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in made]
+    replayed = [e for group in drawn for e in group]
+    rewards = torch.tensor([e.reward for e in replayed])
+    means = torch.tensor([mean_reward(e.prompt_id) for e in replayed])
+    return fresh, list(replay_advantages(rewards, means).split([len(group) for group in drawn]))
+
+
 def grpo_loss(
     logprobs,
     old_logprobs,
@@ -55,6 +71,8 @@ def grpo_loss(
     weights,
     clip_eps,
     kl_coef,
+    past_clip="cut",
+    kl_ratio=False,
 ):
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
@@ -68,6 +86,10 @@ def grpo_loss(
     completion_mask   (N, T) bool    1 up to and including EOS: ending is an action too
     weights           (N,) float     1 / (fresh completions of the step on all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
+    past_clip         str            "cut": as above, no gradient beyond the clip; "keep": the
+                                     gradient of min(r, 1+eps) A log pi, the factor held fixed [U20]
+    kl_ratio          bool           KL_t times min(r, DUAL_CLIP), held fixed: the samples are b's,
+                                     not pi's, and exp(d) of a token pi has given up explodes [U21]
     returns           loss (), -J; info: dict of (N,) float without gradient
 
     On fresh completions r is 1, so the loss is about -mean(A) = 0 at first; its gradient is not.
@@ -84,10 +106,16 @@ def grpo_loss(
     surrogate = torch.where(
         token_advantages < 0, torch.max(surrogate, DUAL_CLIP * token_advantages), surrogate
     )
+    if past_clip == "keep":
+        # the value of the ratio form, whose gradient differs: log pi enters only through its slope
+        slope = ratio.detach().clamp(max=1 + clip_eps)
+        surrogate = slope * token_advantages * (1 + logprobs - logprobs.detach())
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         d = ((ref_logprobs - logprobs) * mask).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
         kl = d.exp() - d - 1
+        if kl_ratio:
+            kl = kl * ratio.detach().clamp(max=DUAL_CLIP)
     objective = ((surrogate - kl_coef * kl) * mask).sum(1) / num_tokens  # (N,) per sequence
     with torch.no_grad():
         up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)

@@ -34,7 +34,12 @@ import stream
 import tas
 import toy
 import update
-from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
+from grpo import (  # noqa: F401  offered from here
+    group_advantages,
+    grpo_loss,
+    replay_advantages,
+    step_advantages,
+)
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
@@ -59,12 +64,7 @@ def parse_args(argv=None):
     # data
     data.add_flags(parser)
     flag("--feature-dir", help="also keep on disk, here, what the frozen towers made of a clip")
-    flag(
-        "--audio-captions",
-        action=boolean,
-        default=False,
-        help="put audio_caption in the prompt [U16]",
-    )
+    flag("--audio-captions", action=boolean, default=False, help="into the prompt [U16]")
     flag("--eval-data", help="held-out JSONL (default: the toy's, if --data is the toy's)")
     # rollout
     flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
@@ -80,6 +80,9 @@ def parse_args(argv=None):
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
+    choices = ["cut", "keep"]
+    flag("--past-clip", choices=choices, default="cut", help="a token's gradient there [U20]")
+    flag("--kl-ratio", action=boolean, default=False, help="weigh the KL's tokens by r [U21]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag(
@@ -87,20 +90,20 @@ def parse_args(argv=None):
     )
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
+    flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U22]")
+    choices = ["keep", "replace"]
+    flag("--flat-groups", choices=choices, default="keep", help="fresh, of equal rewards [U22]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
     flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
     flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
     # optimisation
     flag("--lr", type=float, default=5e-7, help="peak learning rate (script)")
+    flag("--cosine", action=boolean, default=False, help="lr falls to a tenth [U18]")
+    flag("--updates-per-rollout", type=int, default=1, help="gradient steps a step [U19]")
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
     flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
     flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
-    flag(
-        "--micro-tokens",
-        type=int,
-        default=16384,
-        help="tokens read at one time; less = less memory",
-    )
+    flag("--micro-tokens", type=int, default=16384, help="read at one time; less = less memory")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
@@ -134,6 +137,7 @@ def parse_args(argv=None):
         raise run.UserError("--feature-dir is for frozen towers: leave out --train-towers")
     run.check_at_least(
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
+        updates_per_rollout=1, max_staleness=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
         lora_rank=0, eval_every=0, eval_samples=1, keep=1,
     )  # fmt: skip
@@ -244,6 +248,10 @@ def main():
         state = state | dict(buffer=replay.state_dict())
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
+    def draw(step, rng):
+        wanted = args.prompts_per_step if args.num_off else 0
+        return replay.draw(wanted, args.num_off or 1, step, rng, (), args.max_staleness)
+
     def hint_of(row):
         """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
         q, hint = row["prompt_id"], row.get("hint") if args.hints else None
@@ -274,8 +282,7 @@ def main():
         ids = [row["prompt_id"] for row in step_rows]
 
         # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
-        rng = np.random.default_rng([args.seed, step])
-        drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
+        drawn = draw(step, np.random.default_rng([args.seed, step]))
         drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
         for group in filter(None, drawn[mine]):
             train_reader.prefetch(rows[rows.index(group[0].prompt_id)])
@@ -315,9 +322,8 @@ def main():
         made = []
         for row, group in zip(step_rows[mine], rolled):
             q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
-            scored = rewards.reward_completions(
-                row, build.texts(group), means, reward_weights, judge
-            )
+            texts = build.texts(group)
+            scored = rewards.reward_completions(row, texts, means, reward_weights, judge)
             # what could not be judged has no reward: it leaves the group and is not counted as 0
             made.append([
                 buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, q in hint)
@@ -326,58 +332,63 @@ def main():
             ])  # fmt: skip
         made = [group for part in run.gather(made) for group in part]
         if not any(made):
-            raise run.UserError(
-                f"step {step}: no completion could be judged: is the judge running?"
-            )
+            raise run.UserError(f"step {step}: nothing could be judged: is the judge running?")
 
-        # ---- what is replayed is read again; a clip that is gone by now leaves, on all ranks
-        own = {}
-        for i, group in enumerate(drawn[mine], mine.start):
-            for e in group[:1]:
-                row = rows[rows.index(e.prompt_id)]
-                own[i] = (row, row.get("hint") if e.hinted else None)
-        replayed_prompts, gone = stream.read_all(load, own)
-        for i, problem in gone.items():
-            bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
-            source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
-            replay.forget(drawn[i][0].prompt_id)
-            drawn[i] = []
-
-        # ---- advantages: fresh against its group, replayed against its prompt's history
-        num_on, num_off = sum(map(len, made)), sum(map(len, drawn))
-        fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
-        replayed = [e for group in drawn for e in group]
-        off_advantages = replay_advantages(
-            torch.tensor([e.reward for e in replayed]),
-            torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
-        ).split([len(group) for group in drawn])
-        groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
-        for i, prompt in enumerate(prompts, mine.start):
-            for e, advantage in zip(made[i], fresh_advantages[i].tolist()):
-                item = (e, advantage, 1 / num_on)  # [J.on]
-                groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
-            for e, advantage in zip(drawn[i], off_advantages[i].tolist()):
-                item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
-                group = groups.setdefault((e.prompt_id, e.hinted), (replayed_prompts[i], []))
-                group[1].append(item)
-
-        # ---- update
+        # ---- update, and again with other stored groups: b is still near for the fresh ones [U19]
         began_update = time.perf_counter()
-        info = update.update(policy, reference, list(groups.values()), filler, step, args)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
-        run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
-        ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
-        if problem := health.bad_step(info["loss"].sum().item(), grad_norm, ratio):
-            seen = sorted({*ids, *(e.prompt_id for e in replayed)})
-            problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
-            if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
-                save(step - 1, before_step)
-                remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
-                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
-            bar.write(f"skipped: {problem}")
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
+        for again in range(args.updates_per_rollout):
+            rng = np.random.default_rng([args.seed, step, again, 1])
+            drawn, used = draw(step, rng) if again else drawn, made
+            if args.flat_groups == "replace" and args.num_off:
+                stored = (args.num_off, step, rng, args.max_staleness)
+                used, drawn = replay.replace_flat(made, drawn, *stored)
+
+            # what is replayed is read again; a clip that is gone by now leaves, on all ranks
+            own, off = {}, run.share(len(drawn))
+            for i, group in enumerate(drawn[off], off.start):
+                for e in group[:1]:
+                    row = rows[rows.index(e.prompt_id)]
+                    own[i] = (row, row.get("hint") if e.hinted else None)
+            replayed_prompts, gone = stream.read_all(load, own)
+            for i, problem in gone.items():
+                bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
+                source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
+                replay.forget(drawn[i][0].prompt_id)
+                drawn[i] = []
+
+            # advantages: fresh against its group, replayed against its prompt's history
+            on, from_history = step_advantages(used, drawn, replay.mean_reward)
+            num_on, num_off = sum(map(len, used)), sum(map(len, drawn))
+            share_on, share_off = 1 / max(num_on, 1), args.off_policy_coef / max(num_off, 1)
+            parts = [
+                (p, used[i], on[i], share_on) for i, p in enumerate(prompts, mine.start)
+            ]  # [J.on]
+            parts += [
+                (p, drawn[i], from_history[i], share_off) for i, p in replayed_prompts.items()
+            ]  # [J.off]
+            groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
+            for prompt, entries, advantages, weight in parts:
+                for e, advantage in zip(entries, advantages.tolist()):
+                    group = groups.setdefault((e.prompt_id, e.hinted), (prompt, []))
+                    group[1].append((e, advantage, weight))
+            now = update.update(policy, reference, list(groups.values()), filler, step, args)
+            norm = run.clip_grad_norm(policy, args.max_grad_norm)
+            run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
+            if not again:
+                info, grad_norm, fresh_advantages, off_advantages = now, norm, on, from_history
+            ratio = (now["log_ratio"] / now["num_tokens"]).abs().max().exp().item()
+            if problem := health.bad_step(now["loss"].sum().item(), norm, ratio):
+                seen = sorted({*ids, *(g[0].prompt_id for g in drawn if g)})
+                problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
+                stop = args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE
+                if stop and not again:  # a later one is left out: the step has moved the weights
+                    save(step - 1, before_step)
+                    remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
+                    raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                bar.write(f"skipped: {problem}")
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
         update_s = time.perf_counter() - began_update
 
         # ---- remember
@@ -395,7 +406,7 @@ def main():
         report = dict(step=step, completions_generated=num_generated)
         report |= metrics.step_metrics(info, made, fresh_advantages, off_advantages, build.eos_ids)
         report |= replay.stats(step) | {
-            "rewards/unjudged_frac": 1 - num_on / sum(num_fresh),
+            "rewards/unjudged_frac": 1 - sum(map(len, made)) / sum(num_fresh),
             "hints/frac": sum(q in hint for q in ids) / len(ids),
             "hints/entered": schedule.entered,
             "hints/withdrawn": schedule.withdrawn,
@@ -412,9 +423,8 @@ def main():
             report["eval/acc"] = accuracy
         run.log(out / "metrics.jsonl", report)
         if step % SAMPLE_EVERY == 1:
-            for sample in metrics.samples(
-                step, made[0], fresh_advantages[0], replay, build.tokenizer
-            ):
+            one = group_advantages(torch.tensor([e.reward for e in made[0]]))
+            for sample in metrics.samples(step, made[0], one, replay, build.tokenizer):
                 run.log(out / "samples.jsonl", sample)
         for event, q in events:
             if event:
