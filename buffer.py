@@ -252,12 +252,16 @@ class ReplayBuffer:
                     options.append((_usefulness(items, mean), mean, items))
             if options:
                 pools[tier].append(max(options, key=lambda option: option[0]))  # plain on a tie
+        # a flat prompt replays advantages of 0: only where the others do not suffice
+        useful = {tier: [o for o in pool if o[0] > 0] for tier, pool in pools.items()}
+        if sum(map(len, useful.values())) >= num_groups:
+            pools = useful
         groups = []
         quotas = _quotas(num_groups, [len(pool) for pool in pools.values()], rng)
         for pool, quota in zip(pools.values(), quotas):
             if quota:
                 weights = np.array([useful for useful, _, _ in pool])
-                # the floor keeps flat prompts possible, and 0/0 away when all of them are flat
+                # the floor keeps flat prompts behind the others, and 0/0 away where all are flat
                 weights = np.maximum(weights, 0.01 * weights.max() or 1.0)
                 picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
                 groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
@@ -274,6 +278,7 @@ class ReplayBuffer:
         flat = [i for i, group in enumerate(made) if group and len({e.reward for e in group}) == 1]
         taken = {e.prompt_id for group in drawn for e in group}
         more = self.draw(len(flat), num_off, step, rng, taken, max_staleness)
+        more = [g for g in more if any(round(e.reward - self._means[e.prompt_id], 6) for e in g)]
         gone = set(flat[: len(more)])
         return [[] if i in gone else group for i, group in enumerate(made)], drawn + more
 

@@ -29,52 +29,54 @@ SERIES = (  # kept of every step; rounded to 4 digits
 LENGTH_EDGES = [0, 20, 40, 60]  # tokens; the paper's 1, 201, 401, 601 for chains ten times as long
 
 # ---- what is run: label -> flags of train_rl.py
-BASE = "--stage 2 --eval-every 4 --save-every 0"
-GRPO = f"{BASE} --algo grpo --lr 1e-4 --steps 60"
-AVATAR = f"{BASE} --lr 1e-4 --steps 60"
-SPARSE = "--stage 3 --reward-weights format=.5,acc=.5 --model {hasty} --eval-every 4 --save-every 0"
-ABLATION = f"{BASE} --lr 1e-4 --steps 40"  # shorter than the main comparison: more seeds instead
+LOG = "--eval-every 4 --eval-samples 128 --save-every 0"
+OURS = "--updates-per-rollout 2 --flat-groups replace --max-staleness 16 --kl-ratio --cosine"
+DENSE = f"--stage 2 {LOG}"  # the paper's reward of stage 2: format, accuracy, self-consistency
+SPARSE = f"--stage 3 --reward-weights format=.5,acc=.5 --model {{hasty}} {LOG}"
+GRPO, AVATAR = "--algo grpo --lr 1e-4 --steps 40", f"--lr 2e-4 --steps 25 {OURS}"
 EXPERIMENTS = {
-    "efficiency": {"GRPO": GRPO, "AVATAR": AVATAR},
-    "sparse": {
-        "GRPO": f"{SPARSE} --algo grpo --lr 1e-4 --steps 60",
-        "AVATAR": f"{SPARSE} --lr 1e-4 --steps 60",
-    },
+    "efficiency": {"GRPO": f"{DENSE} {GRPO}", "AVATAR": f"{DENSE} {AVATAR}"},
+    "sparse": {"GRPO": f"{SPARSE} {GRPO}", "AVATAR": f"{SPARSE} {AVATAR}"},
     "components": {
-        "GRPO": GRPO,
-        "TAS only": f"{GRPO} --tas-shape parabolic",
-        "replay only": f"{AVATAR} --tas-shape uniform --no-hints",
-        "without hints": f"{AVATAR} --no-hints",
-        "full": AVATAR,
+        "GRPO": f"{DENSE} {GRPO}",
+        "TAS only": f"{DENSE} {GRPO} --tas-shape parabolic",
+        "replay only": f"{DENSE} {AVATAR} --tas-shape uniform --no-hints",
+        "without hints": f"{DENSE} {AVATAR} --no-hints",
+        "full": f"{DENSE} {AVATAR}",
+    },
+    "method": {  # the full method, and less one of our choices each
+        "full": f"{DENSE} {AVATAR}",
+        "1 update": f"{DENSE} {AVATAR} --updates-per-rollout 1",
+        "flat kept": f"{DENSE} {AVATAR} --flat-groups keep",
+        "no staleness limit": f"{DENSE} {AVATAR} --max-staleness 0",
+        "plain KL": f"{DENSE} {AVATAR} --no-kl-ratio",
+        "constant lr": f"{DENSE} {AVATAR} --no-cosine",
     },
     "shaping": {
-        shape: f"{ABLATION} --tas-shape {shape}"
+        shape: f"{DENSE} {AVATAR} --tas-shape {shape}"
         for shape in ("uniform", "parabolic", "linear-up", "linear-down", "inverse")
     },
     "splits": {
-        f"{on}/{off}": f"{ABLATION} --num-on {on} --num-off {off}"
+        f"{on}/{off}": f"{DENSE} {AVATAR} --num-on {on} --num-off {off}"
         for on, off in ((8, 0), (6, 2), (4, 4), (2, 6))
     },
-    "alpha": {a: f"{ABLATION} --off-policy-coef {a}" for a in ("0.3", "0.6", "1.0")},
-    "lambda": {v: f"{ABLATION} --tas-lambda {v}" for v in ("0.1", "0.3", "1.0")},
+    "alpha": {a: f"{DENSE} {AVATAR} --off-policy-coef {a}" for a in ("0.3", "0.6", "1.0")},
+    "lambda": {v: f"{DENSE} {AVATAR} --tas-lambda {v}" for v in ("0.1", "0.3", "1.0")},
     "lengths": {
-        "uniform": GRPO,
-        "parabolic": f"{GRPO} --tas-shape parabolic",
+        "uniform": f"{DENSE} {GRPO}",
+        "parabolic": f"{DENSE} {GRPO} --tas-shape parabolic",
     },
     "curriculum": {  # each starts from the one before
         "SFT": "",
-        "+1": "--stage 1 --lr 1e-4 --steps 60 --eval-every 0 --save-every 0",
-        "+2": "--stage 2 --lr 1e-4 --steps 60 --eval-every 0 --save-every 0",
-        "+3": "--stage 3 --lr 1e-4 --steps 60 --eval-every 0 --save-every 0",
+        **{f"+{k}": f"--stage {k} {AVATAR} --eval-every 0 --save-every 0" for k in (1, 2, 3)},
     },
 }
 CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, item by item
-KEPT_FINAL = CHAINED + EVALUATED
 SEEDS = dict.fromkeys(EXPERIMENTS, 3) | dict(efficiency=5, sparse=5)
 
 
 def python(script, *words, log):
-    """Runs a script of ours with one thread; its output goes to a file, whose tail explains a failure."""
+    """Runs a script of ours; its output goes to a file, whose tail explains a failure."""
     command = [sys.executable, str(run.HERE / script), *map(str, words)]
     with open(log, "a") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE)
@@ -110,13 +112,12 @@ def hasty_model():
 
 
 def quick(flags):
-    """The same flags at a size of a minute: 16 steps, fewer evaluations of fewer samples."""
-    return re.sub(r"--eval-every [1-9]\d*", "--eval-every 4 --eval-samples 128",
-                  re.sub(r"--steps \d+", "--steps 16", flags))  # fmt: skip
+    """The same flags, 12 steps."""
+    return re.sub(r"--steps \d+", "--steps 12", flags)
 
 
 def train(flags, seed, start=None):
-    """-> the folder of the finished run; `start`: the run it starts from (a part of its identity)."""
+    """-> the folder of the finished run; `start`: the run that it starts from, or None."""
     words = [*flags.split(), "--seed", str(seed)]
     name = " ".join(words) + (f" from {start.name}" if start else "")
     out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
@@ -152,7 +153,7 @@ def read_run(folder):
 
 
 def evaluate(folder, model, seed):
-    """eval.py on every stage's held-out rows, at temperature 1 -> scores by stage, [tokens, score]."""
+    """eval.py on every stage's held-out rows, at temperature 1 -> accuracy by stage, all items."""
     from transformers import AutoTokenizer
 
     out = folder / "eval"

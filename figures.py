@@ -4,8 +4,8 @@ The paper's figures and tables from our own runs, and a picture of any one run.
     python figures.py runs/stage2                  # runs/stage2/dashboard.png
     python figures.py --results results            # every PNG, and results/tables.md, in seconds
 
-The runs themselves are made by experiments.py, which leaves their numbers in results/NAME.json. What
-has no such file is not drawn, and is said to be not run.
+The runs themselves are made by experiments.py, which leaves their numbers in results/NAME.json.
+What has no such file is not drawn, and is said to be not run.
 
 A curve is a list of (completions generated, held-out accuracy), the first at 0. Intervals: 95 %
 percentile bootstrap over seeds; two labels that share seeds are resampled together.
@@ -32,7 +32,8 @@ COLOR = {"AVATAR": BLUE, "GRPO": ORANGE}
 
 # name of the results file -> title, what the paper finds (None: no claim), reference label
 TABLES = {
-    "components": ("Components", "GRPO < TAS only, replay only < full; hints add .5 to 1 point", "GRPO"),
+    "components": ("Components", "GRPO < TAS only < replay only < full", "GRPO"),
+    "method": ("What our choices are worth", "silent", "full"),
     "shaping": ("Shape of the weights", "parabolic is best, inverse worst", "uniform"),
     "splits": ("Fresh / replayed completions a prompt", "4/4", "8/0"),
     "alpha": ("Weight of the replayed half, alpha", "0.6", "0.6"),
@@ -57,7 +58,7 @@ def mean_curve(curves):
 
 
 def completions_to(curve, target):
-    """Completions at which the curve first reaches target, linear in between; inf if it never does."""
+    """Completions at which the curve first reaches target, linear in between; inf: it never does."""
     curve = np.asarray(curve, dtype=float)
     above = np.flatnonzero(curve[:, 1] >= target)
     if not len(above):

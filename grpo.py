@@ -71,7 +71,6 @@ def grpo_loss(
     weights,
     clip_eps,
     kl_coef,
-    past_clip="cut",
     kl_ratio=False,
 ):
     """
@@ -86,10 +85,8 @@ def grpo_loss(
     completion_mask   (N, T) bool    1 up to and including EOS: ending is an action too
     weights           (N,) float     1 / (fresh completions of the step on all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
-    past_clip         str            "cut": as above, no gradient beyond the clip; "keep": the
-                                     gradient of min(r, 1+eps) A log pi, the factor held fixed [U20]
     kl_ratio          bool           KL_t times min(r, DUAL_CLIP), held fixed: the samples are b's,
-                                     not pi's, and exp(d) of a token pi has given up explodes [U21]
+                                     not pi's, and exp(d) of a token pi has given up explodes [U20]
     returns           loss (), -J; info: dict of (N,) float without gradient
 
     On fresh completions r is 1, so the loss is about -mean(A) = 0 at first; its gradient is not.
@@ -106,10 +103,6 @@ def grpo_loss(
     surrogate = torch.where(
         token_advantages < 0, torch.max(surrogate, DUAL_CLIP * token_advantages), surrogate
     )
-    if past_clip == "keep":
-        # the value of the ratio form, whose gradient differs: log pi enters only through its slope
-        slope = ratio.detach().clamp(max=1 + clip_eps)
-        surrogate = slope * token_advantages * (1 + logprobs - logprobs.detach())
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         d = ((ref_logprobs - logprobs) * mask).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)

@@ -80,9 +80,7 @@ def parse_args(argv=None):
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
-    choices = ["cut", "keep"]
-    flag("--past-clip", choices=choices, default="cut", help="a token's gradient there [U20]")
-    flag("--kl-ratio", action=boolean, default=False, help="weigh the KL's tokens by r [U21]")
+    flag("--kl-ratio", action=boolean, default=False, help="weigh the KL's tokens by r [U20]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag(
@@ -90,7 +88,7 @@ def parse_args(argv=None):
     )
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
-    flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U22]")
+    flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")
     choices = ["keep", "replace"]
     flag("--flat-groups", choices=choices, default="keep", help="fresh, of equal rewards [U22]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")

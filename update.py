@@ -51,7 +51,7 @@ def update(policy, reference, groups, filler, step, args):
         loss, info = grpo_loss(
             logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
             torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
-            args.past_clip, args.kl_ratio,
+            args.kl_ratio,
         )  # fmt: skip
         # the weights already sum to 1 over all ranks, and FSDP takes the mean over ranks
         (loss * run.world_size()).backward()
