@@ -15,14 +15,16 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
+import run  # before torch: it sets how torch's threads wait
 
-matplotlib.use("Agg")
+import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
 
 import tas
+
+matplotlib.use("Agg")
 
 FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best either method reaches
 RESAMPLES = 2000
@@ -58,7 +60,7 @@ def mean_curve(curves):
 
 
 def completions_to(curve, target):
-    """Completions at which the curve first reaches target, linear in between; inf: it never does."""
+    """Completions at which the curve first reaches target, linear in between; inf if never."""
     curve = np.asarray(curve, dtype=float)
     above = np.flatnonzero(curve[:, 1] >= target)
     if not len(above):
@@ -191,9 +193,8 @@ def plot_efficiency(result, path):
         color, curves = COLOR.get(label), curves_of(found)
         mean = mean_curve(curves)
         at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
-        means = lambda pick: at[pick].mean(0)  # noqa: B023
         rng = np.random.default_rng(0)
-        drawn = [means(rng.integers(len(at), size=len(at))) for _ in range(RESAMPLES)]
+        drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
         (line,) = left.plot(*mean.T, color=color, label=f"{label} ({len(found)} seeds)")
         left.fill_between(mean[:, 0], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -258,15 +259,6 @@ def ablation_table(result, reference):
 def late(curve, end):
     """Accuracy around the end: the mean over the last quarter of the completions up to it."""
     return 4 * area(curve, end) - 3 * area(curve, 0.75 * end)
-
-
-def plot_ablation(result, path):
-    figure, axes = pyplot.subplots(figsize=(5.5, 3.4))
-    for label, found in by_label(result).items():
-        axes.plot(*mean_curve(curves_of(found)).T, label=f"{label} ({len(found)})")
-    axes.set(xlabel="completions generated", ylabel="held-out accuracy")
-    axes.legend(fontsize=8)
-    return save(figure, path)
 
 
 def curriculum_table(result):
@@ -373,7 +365,6 @@ def write_all(folder):
     """Draws what there are results for, writes tables.md beside it -> the names not run."""
     folder = Path(folder)
     results, lines, missing = read_results(folder), ["# Figures and tables", ""], []
-    lines += ["Drawn by `python figures.py --results`; the commands stand in each JSON.", ""]
     lines += ["## Fig. 2: temporal advantage shaping", "", f"![tas]({plot_tas(folder)})", ""]
 
     def section(name, title, write):
@@ -388,6 +379,7 @@ def write_all(folder):
         lines.append(
             f"`python experiments.py {name}`{quick}, commit {result['commit']}, seeds {seeds}."
         )
+        lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
         lines.extend(["", *write(result), ""])
 
     def efficiency(name):
@@ -404,7 +396,7 @@ def write_all(folder):
         def write(result):
             yield f"Paper: {paper}."
             yield ""
-            yield f"![{name}]({plot_ablation(result, folder / f'{name}.png')})"
+            yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
             yield ""
             yield from ablation_table(result, reference)
 
@@ -430,11 +422,7 @@ def write_all(folder):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
     parser.add_argument("run", nargs="?", help="folder with metrics.jsonl: draw its dashboard")
     parser.add_argument("--results", metavar="DIR", help="folder of experiments.py's JSON")
     args = parser.parse_args(argv)
@@ -452,9 +440,7 @@ def main():
         print(dashboard(folder))
     else:
         missing = write_all(folder)
-        print(
-            f"{folder}: tables.md and figures" + f"; not run: {', '.join(missing)}" * bool(missing)
-        )
+        print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
 
 
 if __name__ == "__main__":
