@@ -30,10 +30,10 @@ LENGTH_EDGES = [0, 20, 40, 60]  # tokens; the paper's 1, 201, 401, 601 for chain
 
 # ---- what is run: label -> flags of train_rl.py
 LOG = "--eval-every 4 --eval-samples 128 --save-every 0"
-OURS = "--updates-per-rollout 2 --flat-groups replace --max-staleness 16 --kl-ratio --cosine"
+OURS = "--updates-per-rollout 2 --flat-groups replace --max-staleness 16 --kl-ratio"
 DENSE = f"--stage 2 {LOG}"  # the paper's reward of stage 2: format, accuracy, self-consistency
 SPARSE = f"--stage 3 --reward-weights format=.5,acc=.5 --model {{hasty}} {LOG}"
-GRPO, AVATAR = "--algo grpo --lr 1e-4 --steps 40", f"--lr 2e-4 --steps 25 {OURS}"
+GRPO, AVATAR = "--algo grpo --lr 2e-4 --steps 28", f"--lr 1e-4 --steps 24 {OURS}"
 EXPERIMENTS = {
     "efficiency": {"GRPO": f"{DENSE} {GRPO}", "AVATAR": f"{DENSE} {AVATAR}"},
     "sparse": {"GRPO": f"{SPARSE} {GRPO}", "AVATAR": f"{SPARSE} {AVATAR}"},
@@ -47,10 +47,10 @@ EXPERIMENTS = {
     "method": {  # the full method, and less one of our choices each
         "full": f"{DENSE} {AVATAR}",
         "1 update": f"{DENSE} {AVATAR} --updates-per-rollout 1",
+        "GRPO, 2 updates": f"{DENSE} {GRPO} --lr 1e-4 --updates-per-rollout 2",
         "flat kept": f"{DENSE} {AVATAR} --flat-groups keep",
         "no staleness limit": f"{DENSE} {AVATAR} --max-staleness 0",
         "plain KL": f"{DENSE} {AVATAR} --no-kl-ratio",
-        "constant lr": f"{DENSE} {AVATAR} --no-cosine",
     },
     "shaping": {
         shape: f"{DENSE} {AVATAR} --tas-shape {shape}"
