@@ -34,12 +34,7 @@ import stream
 import tas
 import toy
 import update
-from grpo import (  # noqa: F401  offered from here
-    group_advantages,
-    grpo_loss,
-    replay_advantages,
-    step_advantages,
-)
+from grpo import group_advantages, grpo_loss, replay_advantages, step_advantages  # noqa: F401
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
@@ -355,15 +350,11 @@ def main():
                 drawn[i] = []
 
             # advantages: fresh against its group, replayed against its prompt's history
-            on, from_history = step_advantages(used, drawn, replay.mean_reward)
-            num_on, num_off = sum(map(len, used)), sum(map(len, drawn))
-            share_on, share_off = 1 / max(num_on, 1), args.off_policy_coef / max(num_off, 1)
-            parts = [
-                (p, used[i], on[i], share_on) for i, p in enumerate(prompts, mine.start)
-            ]  # [J.on]
-            parts += [
-                (p, drawn[i], from_history[i], share_off) for i, p in replayed_prompts.items()
-            ]  # [J.off]
+            on, past = step_advantages(used, drawn, replay.mean_reward)
+            share_on = 1 / max(sum(map(len, used)), 1)  # [J.on]
+            share_off = args.off_policy_coef / max(sum(map(len, drawn)), 1)  # [J.off]
+            parts = [(p, used[i], on[i], share_on) for i, p in enumerate(prompts, mine.start)]
+            parts += [(p, drawn[i], past[i], share_off) for i, p in replayed_prompts.items()]
             groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
             for prompt, entries, advantages, weight in parts:
                 for e, advantage in zip(entries, advantages.tolist()):
@@ -373,7 +364,7 @@ def main():
             norm = run.clip_grad_norm(policy, args.max_grad_norm)
             run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
             if not again:
-                info, grad_norm, fresh_advantages, off_advantages = now, norm, on, from_history
+                info, grad_norm, fresh_advantages, off_advantages = now, norm, on, past
             ratio = (now["log_ratio"] / now["num_tokens"]).abs().max().exp().item()
             if problem := health.bad_step(now["loss"].sum().item(), norm, ratio):
                 seen = sorted({*ids, *(g[0].prompt_id for g in drawn if g)})
