@@ -37,11 +37,10 @@ GRPO, AVATAR = "--algo grpo --lr 2e-4 --steps 28", f"--lr 1e-4 --steps 24 {OURS}
 EXPERIMENTS = {
     "efficiency": {"GRPO": f"{DENSE} {GRPO}", "AVATAR": f"{DENSE} {AVATAR}"},
     "sparse": {"GRPO": f"{SPARSE} {GRPO}", "AVATAR": f"{SPARSE} {AVATAR}"},
-    "components": {
+    "components": {  # no prompt comes three times, so that no hint enters: "full" is without too
         "GRPO": f"{DENSE} {GRPO}",
         "TAS only": f"{DENSE} {GRPO} --tas-shape parabolic",
         "replay only": f"{DENSE} {AVATAR} --tas-shape uniform --no-hints",
-        "without hints": f"{DENSE} {AVATAR} --no-hints",
         "full": f"{DENSE} {AVATAR}",
     },
     "method": {  # the full method, and less one of our choices each
