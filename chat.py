@@ -14,7 +14,8 @@ import time
 from urllib.parse import urlsplit
 
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may pass: asked again
-MAX_REPLY, MAX_WAIT = 2**22, 60.0  # bytes of an answer; seconds between two attempts
+MAX_REPLY = 2**22  # bytes of an answer
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds between two attempts
 
 
 class NoAnswer(Exception):
@@ -60,7 +61,7 @@ class Server:
         """
         body = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
-            wait = min(2.0**attempt * (0.5 + random.random()), MAX_WAIT)
+            wait = min(FIRST_WAIT * 2.0**attempt * (0.5 + random.random()), MAX_WAIT)
             try:
                 status, headers, content = self._exchange(body)
             except (OSError, http.client.HTTPException) as error:

@@ -110,8 +110,8 @@ class Teacher:
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         path = self.answers / key[:2] / f"{key}.json"
         try:
-            return accept(json.loads(path.read_text())["reply"])
-        except (FileNotFoundError, ValueError, KeyError):
+            return accept(str(json.loads(path.read_text())["reply"]))
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             pass  # not asked yet, or a damaged file
         clip = self._clip(row, question["media"])
         if self.local:
