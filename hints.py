@@ -197,12 +197,11 @@ def _tells(hint, text, others=()):
 def _counts_to(hint, i, count):
     """Whether the hint points at option i of `count` by its place: "the second option"."""
     thing = r"(?:option|choice|answer|alternative|candidate)s?"
-    place = f"{ORDINALS[i]}|{i + 1}(?:st|nd|rd|th)" + (
-        "|last|final|bottom" if i + 1 == count else ""
-    )
+    place = f"{ORDINALS[i]}|{i + 1}(?:st|nd|rd|th)" + "|last|final|bottom" * (i + 1 == count)
     place += "|top" * (i == 0) + "|middle" * (2 * i + 1 == count)
+    more = rf"(?:(?:and|or|the|last|\d+(?:st|nd|rd|th)|{'|'.join(ORDINALS)}) )*"  # of several
     number = rf"\b{thing} (?:(?:number|no|is|the) )*(?:{i + 1}|{place})\b"
-    return bool(re.search(rf"\b(?:{place}) (?:\w+ )?{thing}\b|{number}", _plain(hint)))
+    return bool(re.search(rf"\b(?:{place}) {more}(?:\w+ )?{thing}\b|{number}", _plain(hint)))
 
 
 def hint_leak(hint, answer, answer_type, options=None):
@@ -265,8 +264,8 @@ Above is a clip, if there is one. Below is a question about it, with its answer.
 
 A student fails at this question. Write one short strategic hint: what to look at or listen to, \
 and in which order, such as "first locate the object making the sound, then count". One sentence, \
-at most {max_words} words. It must not give the answer away: no option or its letter, no part of the \
-answer in other words, no count, nothing that rules options out. Reply with the hint alone."""
+at most {max_words} words. It must not give the answer away: no option or its letter, no part of \
+the answer in other words, no count, nothing that rules options out. Reply with the hint alone."""
 MAX_WORDS = 40
 
 

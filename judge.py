@@ -59,15 +59,18 @@ _TOP_MARKS = (
     r"\b(?:full|max\w*|perfect|top|highest) (?:marks?|scores?|credit|points|rating|grade)\b"
 )
 _RULES = [
-    r"<\|?\w*\|?>|\[/?inst\]|<</?sys>>|^\s*(?:system|assistant|user|human|developer)\s*:",
+    r"<\|?\w*\|?>|\[/?inst\]|\b(?:system|assistant|developer)\s*:|^\W*(?:user|human)\s*:",
     r"\b(?:scores?|ticket|verdict|rating)[\"']?\s*[:=]\s*"
     r"(?:[\[{]|[\"']?(?:[01]?\.\d+|10?0?)\b(?!\s*[-:–]))",
     r"\b(?:ignore|disregard|forget|override|bypass)\b.{0,40}\b(?:instruct|prompt|rule|above|previous|"
     r"prior|earlier|guideline|criteri|rubric|everything)",
     rf"\b(?:dear|hey|hi|hello|attention|(?:note|message) (?:to|for))\W+(?:the |an? |my )*{_WHO}\b",
-    rf"^\W*{_WHO}\s*[:,]|\byou are\b.{{0,30}}\b{_WHO}\b|\bas (?:an?|your) (?:\w+ )?{_WHO}\b",
+    rf"\b{_WHO}\s*:|^\W*{_WHO}\s*,|\byou are\b.{{0,30}}\b{_WHO}\b",
+    rf"\bas (?:an?|your) (?:\w+ )?{_WHO}\b",
     rf"\b{_WHO} (?:must|should|will|can|may|has to|have to|is to|needs? to) {_GIVE}",
     rf"{_START}{_GIVE}.{{0,60}}{_WHAT}.{{0,40}}{_TOP}|{_START}{_GIVE}.{{0,60}}{_TOP}.{{0,30}}{_WHAT}",
+    r"\b(?:give|assign|award|rate|grade|set|output|return)\b.{0,20}\b(?:step|reasoning|score|rating|"
+    rf"credit)s?\b.{{0,40}}{_TOP}|\b(?:give|assign|award)\b.{{0,20}}{_TOP}.{{0,20}}{_WHAT}",
     r"\b(?:this|these|each|every|all|my|above|following)\b.{0,30}\b(?:step|reasoning|answer|response)s?"
     rf"\b.{{0,30}}\b(?:deserve|merit|earn|receive|get|worth|score|rate|grade)[sd]?\b.{{0,20}}{_TOP}",
     r"\b(?:system|developer) (?:prompt|message|instruction|note|override)|\bnew instructions?\b",
