@@ -1,6 +1,6 @@
 """
 The stepwise judge of stage 3: what a frozen model is asked about a reasoning, how its reply is
-read, and how the loop goes on while it thinks. Standard library and rewards.py only.
+read, and how the loop goes on while it thinks.
 
 It sees the question, the clip and the steps of the reasoning, and is blind to whether the answer is
 right: neither the truth nor what the completion answered is in the request.              [R.judge]
@@ -17,6 +17,7 @@ Not guaranteed: that a persuasive step in innocent words, which no rule sees, le
 model cold; nor that the rules never hit an honest step.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -25,6 +26,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import rewards
+from chat import NoAnswer
 
 PROMPT = """\
 Above is a clip, if there is one. Below is a JSON object: a question about the clip, its options, \
@@ -226,3 +228,42 @@ class Judge:
 
     def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def reason(whys):
+    """The first reason of any rank, or that there is none."""
+    return next(filter(None, whys), "no reason was given")
+
+
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
+    flag("--judge-model", help="the judge's name on its server")
+    flag("--judge-concurrency", type=int, default=32, help="requests to the judge at one time")
+    flag("--judge-timeout", type=float, default=120.0, help="seconds of one attempt")
+    flag("--judge-retries", type=int, default=4, help="attempts after the first")
+    flag("--max-unjudged-frac", type=float, default=0.25, help="of a step's completions: else stop")
+
+
+def open_judge(args, folder, recipe, out, device):
+    """
+    -> Judge, or None without --judge.
+
+    folder   Path    that the rows' media paths are relative to
+    out      Path    the run's folder; scores are kept in OUT/judged, for a run that is resumed
+    raises   run.UserError    as teachers.Teacher
+    """
+    if not args.judge:
+        return None
+    import teachers
+    import toy
+    from run import UserError
+
+    if args.judge == "toy":
+        return Judge(toy.judge, (), 1)
+    teacher = teachers.Teacher(
+        args.judge, args.judge_model, folder, recipe, out / "judged", args.judge_concurrency,
+        args.judge_timeout, args.judge_retries, device=device,
+    )  # fmt: skip
+    failures = (NoAnswer, UserError, teachers.BadRow)  # a wrong key, a clip that is gone
+    return Judge(functools.partial(score_steps, teacher), failures, args.judge_concurrency)

@@ -56,6 +56,8 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "time/data_s": "seconds before the rollout: waiting for clips, encoding new ones, hints",
     "time/rollout_s": "seconds of sampling",
     "time/update_s": "seconds of log-probs, backward passes and the optimizer",
+    "time/judge_s": "seconds from the first question to the judge to its last answer; rank 0",
+    "time/judge_wait_s": "seconds of them in which the loop had to wait",
     "eval/acc": "share of right answers on held-out rows, at --temperature",
 }
 

@@ -10,8 +10,8 @@ import re
 import time
 
 import pytest
-from conftest import RECIPE
-from servers import ChatServer, text_of, verdict
+from conftest import RECIPE, launch
+from servers import ChatServer, text_of, verdict, write_internvl
 
 import chat
 import data
@@ -279,3 +279,124 @@ def test_a_users_mistake_in_a_judge_is_told():
     asked = judge.Judge(score, chat.NoAnswer, 1)
     with pytest.raises(data.BadRow):
         asked(dict(prompt_id="q"), ["x"])
+
+
+# ---- in the loop
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def by_length(request, _):
+    """A judge whose scores differ from step to step, and do not depend on when it is asked."""
+    text = text_of(request)
+    steps = json.JSONDecoder().raw_decode(text[text.index("{\n") :])[0]["steps"]
+    told = json.loads(verdict(request)) | dict(scores=[(len(step) % 5) / 4 for step in steps])
+    return json.dumps(told)
+
+
+def stage3(toy_dir, out, where, *more, code=0):
+    rows = toy_dir / "stage3"
+    flags = ("--stage", 3, "--model", toy_dir / "model", "--data", rows / "train.jsonl", "--judge", where,
+             "--eval-every", 0, "--out", out, "--steps", 3, "--prompts-per-step", 8, "--max-new-tokens", 64,
+             "--save-every", 1)  # fmt: skip
+    if str(where).startswith("http"):
+        flags += ("--judge-model", "m", "--judge-retries", 1, "--judge-timeout", 10)
+    return launch("train_rl.py", *flags, *more, code=code)
+
+
+def same(metrics):
+    return {k: v for k, v in metrics.items() if not k.startswith(("time/", "tokens_per_s"))}
+
+
+@pytest.fixture(scope="module")
+def fast_run(toy_dir, tmp_path_factory):
+    """Stage 3 with a judge over HTTP that answers at once."""
+    out = tmp_path_factory.mktemp("fast")
+    with ChatServer(by_length) as server:
+        stage3(toy_dir, out, server.url)
+    return out
+
+
+def test_a_slow_judge_is_hidden_and_changes_nothing(toy_dir, tmp_path, fast_run):
+    """The same steps as with a fast judge, to the last digit; half of its time goes unnoticed."""
+    with ChatServer(by_length, 0.3) as server:
+        stage3(toy_dir, tmp_path / "slow", server.url)
+    fast, slow = read_metrics(fast_run), read_metrics(tmp_path / "slow")
+    for a, b in zip(fast, slow, strict=True):
+        assert same(a) == same(b)
+        assert a["rewards/unjudged_frac"] == 0 and 0 < a["rewards/judge"] < 1
+    assert slow[0]["time/judge_wait_s"] > 0.2  # nothing is stored yet that could be replayed
+    judge_s, wait_s = (sum(m[f"time/judge{k}_s"] for m in slow[1:]) for k in ("", "_wait"))
+    assert judge_s > 2 * 0.3 and wait_s < 0.5 * judge_s
+
+
+def test_rollout_parts_let_the_judge_begin_earlier(toy_dir, tmp_path, fast_run):
+    """Also in the first step, where there is nothing to replay."""
+    with ChatServer(by_length, 0.3) as server:
+        stage3(toy_dir, tmp_path / "run", server.url, "--rollout-parts", 4, "--steps", 1)
+    (parts,), whole = read_metrics(tmp_path / "run"), read_metrics(fast_run)[0]
+    assert parts["time/judge_s"] - parts["time/judge_wait_s"] > 0.3
+    for name in ("reward", "loss", "grad_norm", "completions/mean_length", "rewards/judge"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5)  # rounding alone
+
+
+def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run):
+    """One line, the state before the step saved; with the judge back, the run goes on as ever."""
+    dies_at = 70  # in the second step: the first asks for at most 64
+
+    def dying(request, number):
+        return by_length(request, number) if number < dies_at else (503, {}, b"out of memory")
+
+    out, strict = tmp_path / "run", ("--save-every", 100, "--max-unjudged-frac", 0)
+    with ChatServer(dying) as server:
+        printed = stage3(toy_dir, out, server.url, *strict, code=1)
+        assert len(server.requests) >= dies_at
+    last = printed.splitlines()[-1]
+    assert "could not be judged, over --max-unjudged-frac" in last and "out of memory" in last
+    assert "--resume" in last and "Traceback" not in printed
+    done = len(read_metrics(out))
+    assert 1 <= done <= 2 and (out / f"checkpoints/step-{done:06d}").is_dir()
+    judged = len(list((out / "judged").rglob("*.json")))
+    with ChatServer(by_length) as server:  # at another address
+        stage3(toy_dir, out, server.url, *strict, "--resume")
+        again = len(server.requests)
+    for a, b in zip(read_metrics(fast_run), read_metrics(out), strict=True):
+        for name, value in same(a).items():
+            assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-8), name
+    # no verdict was asked for twice
+    assert again + judged == len(list((fast_run / "judged").rglob("*.json")))
+
+
+def test_a_few_that_are_not_judged_leave_their_groups(toy_dir, tmp_path):
+    some = lambda r, n: "what?" if n % 8 == 0 else by_length(r, n)
+    with ChatServer(some) as server:
+        stage3(toy_dir, tmp_path / "run", server.url, "--steps", 1)
+    metrics = read_metrics(tmp_path / "run")
+    assert 0 < metrics[0]["rewards/unjudged_frac"] <= 0.25
+    assert metrics[-1]["buffer/size"] < metrics[-1]["completions_generated"]
+
+
+def test_a_judge_that_never_answers_stops_the_first_step(toy_dir, tmp_path):
+    server = ChatServer(by_length)
+    server.stop()
+    printed = stage3(toy_dir, tmp_path / "run", server.url, "--max-unjudged-frac", 1, code=1)
+    assert "step 1: 100% of the completions could not be judged" in printed.splitlines()[-1]
+    assert "Connection refused" in printed.splitlines()[-1]
+
+
+def test_a_local_folder_judges(toy_dir, tmp_path):
+    """InternVL's architecture with random weights, in this process: every reply is a verdict."""
+    write_internvl(tmp_path / "internvl")
+    stage3(toy_dir, tmp_path / "run", tmp_path / "internvl", "--steps", 2, "--prompts-per-step", 2,
+           "--max-new-tokens", 24)  # fmt: skip
+    for m in read_metrics(tmp_path / "run"):
+        assert m["rewards/unjudged_frac"] == 0 and 0 <= m["rewards/judge"] <= 1
+
+
+def test_a_judge_behind_a_url_needs_a_name(toy_dir, tmp_path):
+    printed = stage3(
+        toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1
+    )
+    assert "which model?" in printed.splitlines()[-1]
