@@ -303,7 +303,7 @@ def ask_hint(teacher, row, attempts):
     raise NoAnswer(f"row {row['prompt_id']}: no hint in {attempts} attempts: at last {reason}")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     import argparse
 
     import teachers
@@ -314,7 +314,13 @@ def main(argv=None):
     parser.add_argument(
         "--attempts", type=int, default=5, help="replies a row, until one is no leak"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main():
+    import teachers
+
+    args = parse_args()
     teacher = teachers.from_args(args, args.teacher, args.teacher_model)
     truth = lambda row: (row["answer"], row["answer_type"], row.get("options"))  # noqa: E731
     find = lambda row: ask_hint(teacher, row, max(args.attempts, 1))  # noqa: E731

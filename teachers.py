@@ -41,10 +41,6 @@ KEY = "OPENAI_API_KEY"  # of the environment
 CLIPS_KEPT, FORMAT = 32, 1  # decoded clips in memory; part of every hash: raise it if prompts move
 
 
-def is_url(where):
-    return where.startswith(("http://", "https://"))
-
-
 class Teacher:
     """
     A frozen model behind one method, `ask`. Its methods may be called by many threads.
@@ -67,7 +63,7 @@ class Teacher:
         self.where, self.name, self.folder, self.recipe = where, name, Path(folder), recipe
         self.answers, self.frames_as, self.lock = Path(answers), frames_as, threading.Lock()
         self.clips, self.digests, self.local, self.server = OrderedDict(), {}, None, None
-        if is_url(where):
+        if where.startswith(("http://", "https://")):
             if not name:
                 raise UserError(f"{where}: which model? give its name as the server knows it")
             key = os.environ.get(KEY, "").strip()
@@ -135,7 +131,7 @@ class Teacher:
             told = " ".join(reply.split())[:80]
             raise NoAnswer(f"the reply is of no use ({error}): {told!r}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+        part = path.with_suffix(f".{os.urandom(6).hex()}.part")  # several nodes may write it
         part.write_text(json.dumps(dict(model=self.name, text=text, reply=reply)))
         os.replace(part, path)  # whole or not at all
         return value
@@ -188,12 +184,14 @@ class Teacher:
 
 def http_parts(clip, frames_as):
     """A Clip -> the content parts of a chat message."""
-    jpeg = lambda x: base64.b64encode(
-        bytes(torchvision.io.encode_jpeg(x.contiguous(), quality=90).numpy())
-    )  # noqa: E731
+
+    def jpeg(x):
+        encoded = torchvision.io.encode_jpeg(x.contiguous(), quality=90)
+        return base64.b64encode(encoded.numpy()).decode()
+
     url = lambda kind, text: {"type": kind, kind: {"url": text}}  # noqa: E731
-    frames = [jpeg(x).decode() for x in ([] if clip.frames is None else clip.frames)]
-    parts = [url("image_url", "data:image/jpeg;base64," + jpeg(x).decode()) for x in clip.images]
+    frames = [jpeg(x) for x in ([] if clip.frames is None else clip.frames)]
+    parts = [url("image_url", "data:image/jpeg;base64," + jpeg(x)) for x in clip.images]
     if frames_as == "video" and frames:  # vLLM: the JPEGs of a video, with commas between them
         parts.append(url("video_url", "data:video/jpeg;base64," + ",".join(frames)))
     else:
@@ -237,10 +235,9 @@ class Local:
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
         self.model = self.model.to(device).eval().requires_grad_(False)
-        files = [
-            path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".json")
-        ]
-        newest = max(path.stat().st_mtime_ns for path in files)
+        if hasattr(self.processor.image_processor, "crop_to_patches"):  # InternVL: a frame, a tile
+            self.processor.image_processor.crop_to_patches = False
+        newest = max(path.stat().st_mtime_ns for path in Path(folder).iterdir())
         self.name, self.lock = f"{Path(folder).resolve()}@{newest}", threading.Lock()
 
     def parts(self, clip):
@@ -377,10 +374,10 @@ def fill(teacher, source, out, field, find, keep, concurrency):
             teacher.close()
         counts["rows"] += 1
         counts[kind] += 1
-        file.write((json.dumps(row) if row else line.decode(errors="replace")) + "\n")
+        file.write((json.dumps(row).encode() if row else line) + b"\n")
         bar.update()
 
-    with open(part, "w") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
+    with open(part, "wb") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{Path(source).name}:{number}"
@@ -430,11 +427,15 @@ def find_caption(teacher, row):
     return teacher.ask(row, ("audio",), CAPTION, 2 * MAX_CAPTION, accept)
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **PARSER)
     parser.add_argument("command", choices=["caption"], help="write audio_caption into every row")
     add_flags(parser, "captioner")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     teacher = from_args(args, args.captioner, args.captioner_model)
     try:
         find = lambda row: find_caption(teacher, row)  # noqa: E731

@@ -144,7 +144,7 @@ def write_internvl(folder):
     )  # fmt: skip
     size = dict(height=56, width=56)
     processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=size, crop_to_patches=False), tokenizer,
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True), tokenizer,
         InternVLVideoProcessor(size=size), image_seq_length=4,
         chat_template=TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n"),
     )  # fmt: skip

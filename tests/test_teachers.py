@@ -320,24 +320,22 @@ def test_captions_of_every_row_in_order(rows):
 def test_nothing_is_lost_and_a_second_run_goes_on(rows):
     lines = (rows / "in.jsonl").read_text().splitlines()
     broken = dict(json.loads(lines[1]), prompt_id="gone", video="clips/gone.mp4")
-    lines[1:1] = ["{not json", json.dumps(broken)]
-    (rows / "in.jsonl").write_text("\n".join(lines) + "\n")
+    lines[1:1] = ["{not json \u00e9", json.dumps(broken)]
+    (rows / "in.jsonl").write_bytes("\n".join(lines).encode("latin-1") + b"\n")
     third = row_of_text(lines[-1])
     down = lambda r, n: (503, {}, b"") if same_clip(r, rows, third) else "a tone"
     with ChatServer(down) as server:
         printed = caption(rows, server.url, code=1)
         assert "in.jsonl:2: " in printed and "row gone" in printed and "status 503" in printed
         assert "6 rows: 3 got their audio_caption, 0 had it, 0 need none, 3 without" in printed
-        out = (rows / "out.jsonl").read_text().splitlines()
+        out = (rows / "out.jsonl").read_text(encoding="latin-1").splitlines()
         assert out[1] == lines[1] and json.loads(out[2]) == broken and out[5] == lines[5]
         asked = len(server.requests)
         server.reply = lambda r, n: "a tone"
         caption(rows, server.url, code=1)
         assert len(server.requests) == asked + 1  # only the one that had failed
-    assert [
-        row.get("audio_caption")
-        for row in map(json.loads, (rows / "out.jsonl").read_text().splitlines()[3:])
-    ] == ["a tone"] * 3
+    after = (rows / "out.jsonl").read_bytes().splitlines()[3:]
+    assert [json.loads(line)["audio_caption"] for line in after] == ["a tone"] * 3
 
 
 def row_of_text(line):
@@ -506,10 +504,12 @@ SERVES = all(
 @pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements.txt")
 def test_every_command_against_a_real_server(rows, tiny):
     """transformers serve, over HTTP: captions by Omni, hints by Qwen2.5-VL, a judge by InternVL."""
+    lines = (rows / "in.jsonl").read_text().splitlines()[:2]
+    (rows / "in.jsonl").write_text("\n".join(lines) + "\n")
     with transformers_serve() as url:
         where = (url, "--captioner-model", tiny / "omni", "--timeout", 60)
         printed = caption(rows, *where, out="heard.jsonl")
-        assert "4 rows: 4 got their audio_caption" in printed
+        assert "2 rows: 2 got their audio_caption" in printed
         teacher = teacher_of(rows, url, str(tiny / "omni"), timeout=60.0)
         local = teacher_of(rows, tiny / "omni", None)
         asked = [
@@ -533,6 +533,6 @@ def hints_come(rows, url, tiny):
     teacher.answers = rows / "out.jsonl.answers"
     with ThreadPoolExecutor(1):
         try:
-            return all(hints.ask_hint(teacher, row_of(rows, i), 3) for i in range(4))
+            return all(hints.ask_hint(teacher, row_of(rows, i), 3) for i in range(2))
         except chat.NoAnswer:
             return False
