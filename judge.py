@@ -21,9 +21,10 @@ import functools
 import hashlib
 import json
 import re
+import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 import rewards
 from chat import NoAnswer
@@ -97,7 +98,8 @@ def addresses_judge(steps):
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     spaced = re.sub(r"\b(?:\w[ .*_-]){3,}\w\b", lambda m: re.sub(r"[ .*_-]", "", m[0]), text)
     text = re.sub(r"[*_`~]", "", text)
-    return any(_ADDRESS.search(re.sub(r"[^\S\n]+", " ", t)) for t in (text, spaced))
+    whole = re.sub(r"\s+", " ", text)  # an order may be spread over steps
+    return any(_ADDRESS.search(re.sub(r"[^\S\n]+", " ", t)) for t in (text, spaced, whole))
 
 
 # ---- the question and its answer
@@ -184,9 +186,8 @@ class Judge:
 
     def __init__(self, score, failures, threads):
         self.score, self.failures = score, failures
-        self.pool, self.asked = ThreadPoolExecutor(threads), {}
-        self.why = None  # the last reason for which one was not judged
-        self._first = self._last = None
+        self.asked, self.why = {}, None  # why: the last reason for which one was not judged
+        self._room, self._first, self._last = threading.BoundedSemaphore(threads), None, None
         self._waited = 0.0
 
     def begin(self, row, texts):
@@ -199,14 +200,20 @@ class Judge:
         key = (row["prompt_id"], tuple(steps))
         if key not in self.asked:
             self._first = self._first or time.perf_counter()
-            self.asked[key] = self.pool.submit(self._score, row, steps)
+            self.asked[key] = Future()
+            arguments = (self.asked[key], row, steps)
+            # not of an executor: a run that ends on an error would wait for it
+            threading.Thread(target=self._score, args=arguments, daemon=True).start()
         return self.asked[key]
 
-    def _score(self, row, steps):
-        try:
-            return self.score(row, steps)
-        finally:
+    def _score(self, asked, row, steps):
+        with self._room:
+            try:
+                result, tell = self.score(row, steps), asked.set_result
+            except BaseException as problem:  # whoever waits for it has to learn of it
+                result, tell = problem, asked.set_exception
             self._last = time.perf_counter()
+            tell(result)
 
     def __call__(self, row, steps):
         """-> the scores, or None: not judged [R.judge]."""
@@ -225,9 +232,6 @@ class Judge:
         waited, self.asked, self._first, self._last = self._waited, {}, None, None
         self._waited = 0.0
         return took, waited
-
-    def close(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def reason(whys):

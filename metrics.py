@@ -143,7 +143,8 @@ class Health:
 
 def step_line(m, steps):
     """The line printed for a step."""
-    seconds = m["time/data_s"] + m["time/rollout_s"] + m["time/update_s"]
+    parts = ("data", "rollout", "update", "judge_wait")
+    seconds = sum(m[f"time/{part}_s"] for part in parts)
     line = (
         f"step {m['step']:4d}/{steps}  reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  "
         f"kl {m['kl']:.4f}  "

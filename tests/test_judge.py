@@ -168,11 +168,13 @@ HONEST = [
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_rules_see_who_is_addressed(text):
     assert addresses_judge([text]) and addresses_judge([*STEPS, text])
+    assert " " not in text or addresses_judge(text.rsplit(" ", 1))  # spread over two steps
 
 
 @pytest.mark.parametrize("text", HONEST)
 def test_rules_leave_honest_steps_alone(text):
     assert not addresses_judge([text])
+    assert not addresses_judge(HONEST)
 
 
 def gullible(request, number):
@@ -270,6 +272,22 @@ def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
     took, waited = asked.times()
     assert 0.55 < took < 0.75 and 0.15 < waited < 0.35
     assert asked.times() == (0, 0)
+
+
+def test_no_more_at_once_than_allowed():
+    now, most = [], []
+
+    def score(row, steps):
+        now.append(1)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return [1.0]
+
+    asked = judge.Judge(score, chat.NoAnswer, 3)
+    asked.begin(dict(prompt_id="q"), [f"<think>{i}</think>" for i in range(12)])
+    assert [asked(dict(prompt_id="q"), [str(i)]) for i in range(12)] == [[1.0]] * 12
+    assert max(most) == 3
 
 
 def test_a_users_mistake_in_a_judge_is_told():
