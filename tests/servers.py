@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from safetensors import safe_open
 
+import judge
 import toy
 
 
@@ -88,10 +89,17 @@ def text_of(request):
     return "\n".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def verdict(request, score=0.5):
-    """What an obedient judge replies: `score` for every step."""
+def steps_of(request):
+    """The steps that a judge is asked about, the planted one too."""
+    text = text_of(request)
+    return json.JSONDecoder().raw_decode(text[text.index("{\n") :])[0]["steps"]
+
+
+def verdict(request, score=lambda step: 0.5, decoy=0.0):
+    """What a judge replies that sees through planted steps."""
     schema = request["response_format"]["json_schema"]["schema"]["properties"]
-    scores = [score] * schema["scores"]["minItems"]
+    scores = [decoy if step in judge.DECOYS else score(step) for step in steps_of(request)]
+    assert len(scores) == schema["scores"]["minItems"]
     return json.dumps(dict(ticket=schema["ticket"]["enum"][0], scores=scores))
 
 
