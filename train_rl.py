@@ -332,7 +332,9 @@ def main():
                 item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
                 groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
         if judged and num_off:
-            infos.append(update.update(policy, reference, groups, filler, step, args))
+            infos.append(
+                update.update(policy, reference, list(groups.values()), filler, step, args)
+            )
             groups = {}
 
         # ---- reward; then every rank knows what every rank made
@@ -363,7 +365,7 @@ def main():
                 groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
 
         # ---- update
-        infos.append(update.update(policy, reference, groups, filler, step, args))
+        infos.append(update.update(policy, reference, list(groups.values()), filler, step, args))
         info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
         grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)

@@ -20,12 +20,12 @@ def update(policy, reference, groups, filler, step, args):
     """
     Adds the step's gradient over micro-batches; a prompt is read once for all its completions.
 
-    groups   dict; its values are (Prompt, list of (Entry, advantage, weight in J))
+    groups   list of (Prompt, list of (Entry, advantage, weight in J))
     filler   such a pair of weight 0: what a rank reads that has less to do than others
     returns  dict of (N,) tensors, a number a completion, for metrics.py
     """
     pieces = []  # a group larger than --micro-tokens is read in parts
-    for prompt, items in groups.values():
+    for prompt, items in groups:
         room = args.micro_tokens - len(prompt.input_ids)
         for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
             pieces.append((prompt, [items[i] for i in pack]))
