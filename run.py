@@ -215,6 +215,8 @@ FREE = set(
 )
 FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside", "max_bad_frac", "feature_dir"}
 FREE |= {"on_bad_step", "max_ratio", "min_entropy"}
+# a judge may come back at another address: its model is what counts
+FREE |= {"judge", "judge_concurrency", "judge_timeout", "judge_retries", "max_unjudged_frac"}
 
 
 def add_flags(parser):

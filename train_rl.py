@@ -27,6 +27,7 @@ import buffer
 import checkpoint
 import data
 import hints
+import judge
 import metrics
 import model
 import rewards
@@ -52,19 +53,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     run.add_flags(parser)
-    flag(
-        "--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, localisation"
-    )
+    flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
     flag("--algo", choices=["avatar", "grpo"], default="avatar", help="grpo: 8 fresh, nothing else")
     # data
     data.add_flags(parser)
     flag("--feature-dir", help="also keep on disk, here, what the frozen towers made of a clip")
-    flag(
-        "--audio-captions",
-        action=boolean,
-        default=False,
-        help="put audio_caption in the prompt [U16]",
-    )
+    flag("--audio-captions", action=boolean, default=False, help="captions in prompts [U16]")
     flag("--eval-data", help="held-out JSONL (default: the toy's, if --data is the toy's)")
     # rollout
     flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
@@ -72,19 +66,16 @@ def parse_args(argv=None):
     flag("--num-off", type=int, default=4, help="replayed ones a prompt (paper); 0 = no replay")
     flag("--temperature", type=float, default=1.0, help="of sampling and of log-probs (script)")
     flag("--max-new-tokens", type=int, default=2048, help="length of a completion (script)")
+    flag("--rollout-parts", type=int, default=1, help="rollouts a step: a judge begins earlier")
     # objective
-    flag(
-        "--reward-weights", default="format=.5,acc=.5", help="of format, acc, self, judge [R.stage]"
-    )
-    flag("--judge", choices=["toy"], help="who scores reasoning steps [R.judge] [D5]")
+    flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
+    judge.add_flags(parser)
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
-    flag(
-        "--tas-equal-mean", action=boolean, default=False, help="rescale weights to mean 1 [TAS.w]"
-    )
+    flag("--tas-equal-mean", action=boolean, default=False, help="weights of mean 1 [TAS.w]")
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
@@ -95,12 +86,7 @@ def parse_args(argv=None):
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
     flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
     flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
-    flag(
-        "--micro-tokens",
-        type=int,
-        default=16384,
-        help="tokens read at one time; less = less memory",
-    )
+    flag("--micro-tokens", type=int, default=16384, help="tokens read at once; less = less memory")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
@@ -135,7 +121,7 @@ def parse_args(argv=None):
     run.check_at_least(
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
-        lora_rank=0, eval_every=0, eval_samples=1, keep=1,
+        lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
     )  # fmt: skip
     return args, source, weights
 
@@ -187,7 +173,8 @@ def main():
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
-    judge = toy.judge if args.judge == "toy" else None
+    judged = judge.open_judge(args, rows.path.parent, recipe, out, device)
+    judged = judged if "judge" in reward_weights else None
     nothing = buffer.Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
     filler = (build.filler, [(nothing, 0.0, 0.0)])
 
@@ -304,31 +291,19 @@ def main():
         data_s = time.perf_counter() - began
         num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
         seeds = [run.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        rolled = model.rollout(
-            policy, prompts, num_fresh[mine], args.temperature, args.max_new_tokens,
-            build.eos_ids, seeds[mine],
-        )  # fmt: skip
+        rolled, texts, size = [], [], -(-len(prompts) // args.rollout_parts)
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            rolled += model.rollout(
+                policy, prompts[part], num_fresh[mine][part], args.temperature,
+                args.max_new_tokens, build.eos_ids, seeds[mine][part],
+            )  # fmt: skip
+            texts += [build.texts(group) for group in rolled[part]]
+            if judged:  # it thinks from here on, also while the replayed gradient is made
+                for row, group_texts in zip(step_rows[mine][part], texts[part]):
+                    judged.begin(row, group_texts)
         source_rows.read_ahead()
         rollout_s = time.perf_counter() - began - data_s
-
-        # ---- reward; then every rank knows what every rank made
-        made = []
-        for row, group in zip(step_rows[mine], rolled):
-            q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
-            scored = rewards.reward_completions(
-                row, build.texts(group), means, reward_weights, judge
-            )
-            # what could not be judged has no reward: it leaves the group and is not counted as 0
-            made.append([
-                buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, q in hint)
-                for c, (reward, parts) in zip(group, scored)
-                if reward is not None
-            ])  # fmt: skip
-        made = [group for part in run.gather(made) for group in part]
-        if not any(made):
-            raise run.UserError(
-                f"step {step}: no completion could be judged: is the judge running?"
-            )
 
         # ---- what is replayed is read again; a clip that is gone by now leaves, on all ranks
         own = {}
@@ -343,27 +318,55 @@ def main():
             replay.forget(drawn[i][0].prompt_id)
             drawn[i] = []
 
-        # ---- advantages: fresh against its group, replayed against its prompt's history
-        num_on, num_off = sum(map(len, made)), sum(map(len, drawn))
-        fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
+        # ---- replayed completions are measured against their prompt's history
+        began_update = time.perf_counter()
+        num_off = sum(map(len, drawn))
         replayed = [e for group in drawn for e in group]
         off_advantages = replay_advantages(
             torch.tensor([e.reward for e in replayed]),
             torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
         ).split([len(group) for group in drawn])
-        groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
+        groups, infos = {}, []  # (prompt, hinted) -> its completions here: one prompt, read once
+        for i, prompt in replayed_prompts.items():
+            for e, advantage in zip(drawn[i], off_advantages[i].tolist()):
+                item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
+                groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
+        if judged and num_off:
+            infos.append(
+                update.update(policy, reference, list(groups.values()), filler, step, args)
+            )
+            groups = {}
+
+        # ---- reward; then every rank knows what every rank made
+        began_reward, made = time.perf_counter(), []
+        for row, group, group_texts in zip(step_rows[mine], rolled, texts):
+            q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
+            scored = rewards.reward_completions(row, group_texts, means, reward_weights, judged)
+            # what could not be judged has no reward: it leaves the group and is not counted as 0
+            made.append([
+                buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, q in hint)
+                for c, (reward, parts) in zip(group, scored)
+                if reward is not None
+            ])  # fmt: skip
+        made = [group for part in run.gather(made) for group in part]
+        num_on, reward_s = sum(map(len, made)), time.perf_counter() - began_reward
+        unjudged_frac = 1 - num_on / sum(num_fresh)
+        if unjudged_frac > args.max_unjudged_frac or not num_on:
+            save(step - 1, before_step)
+            why = f"step {step}: {unjudged_frac:.0%} of the completions could not be judged"
+            why += f", over --max-unjudged-frac: {judge.reason(run.gather(judged.why))}"
+            raise run.UserError(f"{why}; the state before it is saved: {run.how_to_go_on()}")
+
+        # ---- fresh completions are compared with their group
+        fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
         for i, prompt in enumerate(prompts, mine.start):
             for e, advantage in zip(made[i], fresh_advantages[i].tolist()):
                 item = (e, advantage, 1 / num_on)  # [J.on]
                 groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
-            for e, advantage in zip(drawn[i], off_advantages[i].tolist()):
-                item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
-                group = groups.setdefault((e.prompt_id, e.hinted), (replayed_prompts[i], []))
-                group[1].append(item)
 
         # ---- update
-        began_update = time.perf_counter()
-        info = update.update(policy, reference, list(groups.values()), filler, step, args)
+        infos.append(update.update(policy, reference, list(groups.values()), filler, step, args))
+        info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
         grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
         run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
         ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
@@ -378,7 +381,8 @@ def main():
         else:
             optimizer.step()
         optimizer.zero_grad()
-        update_s = time.perf_counter() - began_update
+        update_s = time.perf_counter() - began_update - reward_s
+        judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
 
         # ---- remember
         for group in filter(None, made):
@@ -395,7 +399,7 @@ def main():
         report = dict(step=step, completions_generated=num_generated)
         report |= metrics.step_metrics(info, made, fresh_advantages, off_advantages, build.eos_ids)
         report |= replay.stats(step) | {
-            "rewards/unjudged_frac": 1 - num_on / sum(num_fresh),
+            "rewards/unjudged_frac": unjudged_frac,
             "hints/frac": sum(q in hint for q in ids) / len(ids),
             "hints/entered": schedule.entered,
             "hints/withdrawn": schedule.withdrawn,
@@ -407,6 +411,8 @@ def main():
             "time/data_s": data_s,
             "time/rollout_s": rollout_s,
             "time/update_s": update_s,
+            "time/judge_s": judge_s,
+            "time/judge_wait_s": judge_wait_s,
         }
         if evaluated and accuracy is not None:
             report["eval/acc"] = accuracy
