@@ -272,7 +272,9 @@ def open_folder(args, source):
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
     if args.resume:
         before, now = json.loads((out / "run.json").read_text())["arguments"], vars(args)
-        changed = [k for k in now if k not in FREE and str(before.get(k)) != str(now[k])]
+        # a flag that the run did not have yet when it began is none of its arguments
+        known = [k for k in now if k in before and k not in FREE]
+        changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
             told = ", ".join(
                 f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in changed

@@ -43,7 +43,13 @@ def main():
     clip = work / "rows" / "clips" / "train-00003.mp4"
     clip.write_bytes(clip.read_bytes()[:1500])  # a bad clip must not matter either
 
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.processes),
+    ]
 
     def start(out, *more):
         words = [sys.executable, *(torchrun if args.processes > 1 else []), "train_rl.py"]
