@@ -216,7 +216,7 @@ class ReplayBuffer:
         """The prompt's entries born before step, in order of arrival, hinted and plain alike."""
         return [i.entry for i in self._items.get(prompt_id, []) if i.born_step < step]
 
-    def draw(self, num_groups, num_off, step, rng, exclude=()):
+    def draw(self, num_groups, num_off, step, rng, exclude=(), max_staleness=0):
         """
         tier: 40/35/25 % of the groups   q in tier: weight max(s (u + v), 1 % of the largest) [DRAW]
         u, v >= 0: how far the rewards of q reach above and below R̄(q); s = 2 if both do, else 1.
@@ -227,6 +227,7 @@ class ReplayBuffer:
         step        int           nothing born at or after it is drawn
         rng         numpy Generator
         exclude     prompt_ids not to draw
+        max_staleness  int        nothing born more steps ago is drawn; 0 = no limit
         returns     list of lists of num_off entries: no prompt twice; hinted and plain never
                     mixed, as their prompts differ; shorter when too little is stored
         raises      ValueError    num_groups or num_off out of range
@@ -237,28 +238,49 @@ class ReplayBuffer:
         """
         if num_groups < 0 or num_off < 1:
             raise ValueError(f"need num_groups >= 0, num_off >= 1, got {num_groups} and {num_off}")
-        exclude = set(exclude)
+        exclude, oldest = set(exclude), step - max_staleness if max_staleness else -math.inf
         pools = {tier: [] for tier in SHARES}  # [(usefulness, mean, items)], ordered as tiers()
         for prompt_id, tier in self.tiers().items():
             if prompt_id in exclude or prompt_id not in self._items:
                 continue
             mean, stored, options = self._means[prompt_id], self._items[prompt_id], []
             for hinted in (False, True):
-                items = [i for i in stored if i.born_step < step and i.entry.hinted == hinted]
+                items = [
+                    i for i in stored if oldest <= i.born_step < step and i.entry.hinted == hinted
+                ]
                 if len(items) >= num_off:
                     options.append((_usefulness(items, mean), mean, items))
             if options:
                 pools[tier].append(max(options, key=lambda option: option[0]))  # plain on a tie
+        # a flat prompt replays advantages of 0: only where the others do not suffice
+        useful = {tier: [o for o in pool if o[0] > 0] for tier, pool in pools.items()}
+        if sum(map(len, useful.values())) >= num_groups:
+            pools = useful
         groups = []
         quotas = _quotas(num_groups, [len(pool) for pool in pools.values()], rng)
         for pool, quota in zip(pools.values(), quotas):
             if quota:
                 weights = np.array([useful for useful, _, _ in pool])
-                # the floor keeps flat prompts possible, and 0/0 away when all of them are flat
+                # the floor keeps flat prompts behind the others, and 0/0 away where all are flat
                 weights = np.maximum(weights, 0.01 * weights.max() or 1.0)
                 picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
                 groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
         return groups
+
+    def replace_flat(self, made, drawn, num_off, step, rng, max_staleness):
+        """
+        [U22] Fresh groups of equal rewards have no gradient but the KL's: their place in the update
+        goes to as many more stored groups, of prompts not drawn yet.
+
+        made, drawn   lists of lists of Entry, a place each; they are not modified
+        returns       made, a replaced group being []; drawn, longer by a group for each
+        """
+        flat = [i for i, group in enumerate(made) if group and len({e.reward for e in group}) == 1]
+        taken = {e.prompt_id for group in drawn for e in group}
+        more = self.draw(len(flat), num_off, step, rng, taken, max_staleness)
+        more = [g for g in more if any(round(e.reward - self._means[e.prompt_id], 6) for e in g)]
+        gone = set(flat[: len(more)])
+        return [[] if i in gone else group for i, group in enumerate(made)], drawn + more
 
     def stats(self, step):
         """Metrics of the present content; 0 where there is nothing to average."""

@@ -25,7 +25,8 @@ def group_advantages(group_rewards):
     returns        (G,) float     0 for a group of one, or of equal rewards
     """
     assert group_rewards.ndim == 1, f"one group (G,), got {tuple(group_rewards.shape)}"
-    if len(group_rewards) < 2:
+    # equal rewards first: their mean may round to another number, which eps would blow up
+    if len(group_rewards) < 2 or (group_rewards == group_rewards[0]).all():
         return torch.zeros_like(group_rewards)
     return (group_rewards - group_rewards.mean()) / (group_rewards.std() + STD_EPS)
 
@@ -55,6 +56,7 @@ def grpo_loss(
     weights,
     clip_eps,
     kl_coef,
+    kl_ratio=False,
 ):
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
@@ -68,6 +70,8 @@ def grpo_loss(
     completion_mask   (N, T) bool    1 up to and including EOS: ending is an action too
     weights           (N,) float     1 / (fresh completions of the step on all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
+    kl_ratio          bool           KL_t times min(r, DUAL_CLIP), held fixed: the samples are b's,
+                                     not pi's, and exp(d) of a token pi has given up explodes [U20]
     returns           loss (), -J; info: dict of (N,) float without gradient
 
     On fresh completions r is 1, so the loss is about -mean(A) = 0 at first; its gradient is not.
@@ -88,6 +92,8 @@ def grpo_loss(
     if ref_logprobs is not None:
         d = ((ref_logprobs - logprobs) * mask).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
         kl = d.exp() - d - 1
+        if kl_ratio:
+            kl = kl * ratio.detach().clamp(max=DUAL_CLIP)
     objective = ((surrogate - kl_coef * kl) * mask).sum(1) / num_tokens  # (N,) per sequence
     with torch.no_grad():
         up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)

@@ -26,6 +26,7 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "frac_reward_zero_std": "share of fresh groups with all R equal: the vanishing advantage [GRPO.A]",
     "advantage_std": "std of A over fresh and replayed completions",
     "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
+    "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; A = 0 in none",
     "kl": "mean over completions of mean_t k3 to the reference, nats [KL]",
     "entropy": "mean over fresh completions of mean_t entropy, nats",
     "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
@@ -86,10 +87,11 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups),
         "advantage_std": advantages.std().item(),
         "advantage_zero_frac": (advantages == 0).float().mean().item(),
+        "advantage_hist": histogram(advantages),
         "kl": info["kl"].mean().item(),
-        "entropy": info["entropy"][fresh].mean().item(),
+        "entropy": info["entropy"][fresh if fresh.any() else off].mean().item(),
         "clip_frac": info["clip_frac"].mean().item(),
-        "logprob_gap": info["gap"][fresh].max().item(),
+        "logprob_gap": info["gap"][fresh].max().item() if fresh.any() else 0.0,
         "off/ratio_mean": log_w.clamp(max=20).exp().mean().item(),
         "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
         "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
@@ -99,6 +101,12 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),
         "num_valid_tokens": int(info["num_tokens"].sum()),
     }
+
+
+def histogram(advantages):
+    """advantages (N,) -> 60 counts, see METRICS: exact zeros are counted apart, as a share."""
+    bins = torch.histc(advantages[advantages != 0].float().clamp(-3, 3), bins=60, min=-3, max=3)
+    return bins.int().tolist()
 
 
 class Health:

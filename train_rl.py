@@ -26,6 +26,7 @@ import torch
 import buffer
 import checkpoint
 import data
+import held_out
 import hints
 import judge
 import metrics
@@ -39,7 +40,7 @@ from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  o
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
-EVAL_BATCH, SAMPLE_EVERY = 32, 10  # held-out prompts together; steps between samples.jsonl
+SAMPLE_EVERY = 10  # steps between samples.jsonl
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
@@ -71,6 +72,7 @@ def parse_args(argv=None):
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     judge.add_flags(parser)
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
+    flag("--kl-ratio", action=boolean, default=False, help="KL of replayed times r [U20]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
@@ -78,11 +80,16 @@ def parse_args(argv=None):
     flag("--tas-equal-mean", action=boolean, default=False, help="weights of mean 1 [TAS.w]")
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
+    flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")
+    choices = ["keep", "replace"]
+    flag("--flat-groups", choices=choices, default="keep", help="fresh, of equal rewards [U22]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
     flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
     flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
     # optimisation
     flag("--lr", type=float, default=5e-7, help="peak learning rate (script)")
+    flag("--cosine", action=boolean, default=False, help="lr falls to a tenth [U18]")
+    flag("--updates-per-rollout", type=int, default=1, help="gradient steps a step [U19]")
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
     flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
     flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
@@ -122,38 +129,9 @@ def parse_args(argv=None):
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
         lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
+        updates_per_rollout=1, max_staleness=0,
     )  # fmt: skip
     return args, source, weights
-
-
-def held_out_accuracy(policy, load, rows, build, args):
-    """
-    Share of right answers among --eval-samples completions, sampled as in training.
-
-    load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
-    """
-    count = min(len(rows), args.eval_samples)
-    per_row, right, told = max(1, round(args.eval_samples / count)), 0, []
-    for first in range(0, count, EVAL_BATCH * run.world_size()):  # as many rounds on every rank
-        places, batch = range(count)[first + run.rank() :: run.world_size()][:EVAL_BATCH], []
-        for i in places:
-            try:
-                row = rows[i]
-                batch.append((row, load(row), per_row, run.seed(args.seed, 0, i)))
-            except data.BadRow as problem:
-                told.append(str(problem))
-        batch = batch or [(None, build.filler, 1, 0)]  # FSDP: no rank may stay away
-        taken, prompts, counts, seeds = zip(*batch)
-        rolled = model.rollout(
-            policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
-        )
-        for row, group in zip(taken, rolled):
-            for text in build.texts(group) if row else ():
-                truth = (row["answer"], row["answer_type"], row.get("options"))
-                right += rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1
-    for problem in [line for part in run.gather(told) for line in part]:
-        run.print0(f"held-out, counted as wrong: {problem}")
-    return sum(run.gather(right)) / (count * per_row)
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -168,15 +146,15 @@ def main():
 
     # ---- data
     rows = data.Rows(args.data or toy_train)
-    held_out = args.eval_data or (toy_test if args.data is None else None)
-    held_out = data.Rows(held_out) if held_out and args.eval_every else None
+    held_out_rows = args.eval_data or (toy_test if args.data is None else None)
+    held_out_rows = data.Rows(held_out_rows) if held_out_rows and args.eval_every else None
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
     judged = judge.open_judge(args, rows.path.parent, recipe, out, device)
     judged = judged if "judge" in reward_weights else None
     nothing = buffer.Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
-    filler = (build.filler, [(nothing, 0.0, 0.0)])
+    filler = (build.filler, [nothing])
 
     # ---- policy, and the reference it stays close to
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
@@ -193,9 +171,9 @@ def main():
             store = stream.FeatureFolder(args.feature_dir, there, policy.towers)
         return stream.Reader(there, args.workers, cache, store)
 
-    def load(row, hint=None, held_out=False):
+    def load(row, hint=None, reader=None):
         """A prompt's inputs; when the towers are frozen their outputs, which never change."""
-        reader = held_out_reader if held_out else train_reader
+        reader = reader or train_reader
         prompt = reader.get(row, hint)
         if not args.train_towers and not prompt.encoded:
             with torch.no_grad():
@@ -204,7 +182,7 @@ def main():
             reader.put(row, prompt)
         return prompt
 
-    train_reader, held_out_reader = reader_of(rows), held_out and reader_of(held_out)
+    train_reader, held_out_reader = reader_of(rows), held_out_rows and reader_of(held_out_rows)
 
     # ---- what a checkpoint holds beside the weights
     replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
@@ -231,6 +209,37 @@ def main():
         state = state | dict(buffer=replay.state_dict())
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
+    def draw(step, again):
+        """Stored groups, the same on every rank, as all hold the same buffer.       [DRAW] [SPLIT]"""
+        wanted = args.prompts_per_step if args.num_off else 0
+        rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
+        return replay.draw(wanted, args.num_off or 1, step, rng, (), args.max_staleness)
+
+    def gradient_of_replayed(step, drawn):
+        """
+        Adds that of alpha J_off -> infos, advantages. A clip that is gone by now leaves `drawn` and
+        the buffer, on all ranks together.
+        """
+        own, mine = {}, run.share(len(drawn))
+        for i, group in enumerate(drawn[mine], mine.start):
+            for e in group[:1]:
+                row = rows[rows.index(e.prompt_id)]
+                own[i] = (row, row.get("hint") if e.hinted else None)
+        prompts, gone = stream.read_all(load, own)
+        for i, problem in gone.items():
+            bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
+            source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
+            replay.forget(drawn[i][0].prompt_id)
+            drawn[i] = []
+        replayed = [e for group in drawn for e in group]
+        advantages = replay_advantages(
+            torch.tensor([e.reward for e in replayed]),
+            torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
+        ).split([len(group) for group in drawn])
+        weight = args.off_policy_coef / max(len(replayed), 1)  # [J.off]
+        groups = [(prompt, drawn[i], advantages[i], weight) for i, prompt in prompts.items()]
+        return update.update(policy, reference, groups, filler, step, args), advantages
+
     def hint_of(row):
         """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
         q, hint = row["prompt_id"], row.get("hint") if args.hints else None
@@ -242,8 +251,8 @@ def main():
         return None if q in refused else hint
 
     def evaluate():
-        read = functools.partial(load, held_out=True)
-        return held_out and held_out_accuracy(policy, read, held_out, build, args)
+        read = functools.partial(load, reader=held_out_reader)
+        return held_out_rows and held_out.accuracy(policy, read, held_out_rows, build, args)
 
     # ---- loop
     before = accuracy = evaluate() if start == 0 else None
@@ -260,9 +269,8 @@ def main():
             bar.write(f"step {step:4d}/{steps}  replaced: {problem}")
         ids = [row["prompt_id"] for row in step_rows]
 
-        # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
-        rng = np.random.default_rng([args.seed, step])
-        drawn = replay.draw(args.prompts_per_step, args.num_off, step, rng) if args.num_off else []
+        # ---- what to replay
+        drawn = draw(step, again=0)
         drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
         for group in filter(None, drawn[mine]):
             train_reader.prefetch(rows[rows.index(group[0].prompt_id)])
@@ -305,37 +313,10 @@ def main():
         source_rows.read_ahead()
         rollout_s = time.perf_counter() - began - data_s
 
-        # ---- what is replayed is read again; a clip that is gone by now leaves, on all ranks
-        own = {}
-        for i, group in enumerate(drawn[mine], mine.start):
-            for e in group[:1]:
-                row = rows[rows.index(e.prompt_id)]
-                own[i] = (row, row.get("hint") if e.hinted else None)
-        replayed_prompts, gone = stream.read_all(load, own)
-        for i, problem in gone.items():
-            bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
-            source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
-            replay.forget(drawn[i][0].prompt_id)
-            drawn[i] = []
-
-        # ---- replayed completions are measured against their prompt's history
-        began_update = time.perf_counter()
-        num_off = sum(map(len, drawn))
-        replayed = [e for group in drawn for e in group]
-        off_advantages = replay_advantages(
-            torch.tensor([e.reward for e in replayed]),
-            torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
-        ).split([len(group) for group in drawn])
-        groups, infos = {}, []  # (prompt, hinted) -> its completions here: one prompt, read once
-        for i, prompt in replayed_prompts.items():
-            for e, advantage in zip(drawn[i], off_advantages[i].tolist()):
-                item = (e, advantage, args.off_policy_coef / num_off)  # [J.off]
-                groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
-        if judged and num_off:
-            infos.append(
-                update.update(policy, reference, list(groups.values()), filler, step, args)
-            )
-            groups = {}
+        # ---- while a judge thinks: the gradient that needs no fresh reward
+        began_update, early = time.perf_counter(), None
+        if judged and args.flat_groups == "keep":
+            early = gradient_of_replayed(step, drawn)
 
         # ---- reward; then every rank knows what every rank made
         began_reward, made = time.perf_counter(), []
@@ -357,30 +338,37 @@ def main():
             why += f", over --max-unjudged-frac: {judge.reason(run.gather(judged.why))}"
             raise run.UserError(f"{why}; the state before it is saved: {run.how_to_go_on()}")
 
-        # ---- fresh completions are compared with their group
-        fresh_advantages = [group_advantages(torch.tensor([e.reward for e in g])) for g in made]
-        for i, prompt in enumerate(prompts, mine.start):
-            for e, advantage in zip(made[i], fresh_advantages[i].tolist()):
-                item = (e, advantage, 1 / num_on)  # [J.on]
-                groups.setdefault((e.prompt_id, e.hinted), (prompt, []))[1].append(item)
-
-        # ---- update
-        infos.append(update.update(policy, reference, list(groups.values()), filler, step, args))
-        info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
-        run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=False)
-        ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
-        if problem := health.bad_step(info["loss"].sum().item(), grad_norm, ratio):
-            seen = sorted({*ids, *(e.prompt_id for e in replayed)})
-            problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
-            if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
-                save(step - 1, before_step)
-                remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
-                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
-            bar.write(f"skipped: {problem}")
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
+        # ---- update, and again with other stored groups: b is still near for the fresh ones [U19]
+        for again in range(args.updates_per_rollout):
+            used, drawn = made, draw(step, again) if again else drawn
+            if args.flat_groups == "replace" and args.num_off:
+                rng = np.random.default_rng([args.seed, step, again, 2])
+                stored = (args.num_off, step, rng, args.max_staleness)
+                used, drawn = replay.replace_flat(made, drawn, *stored)
+            infos, past = (not again and early) or gradient_of_replayed(step, drawn)
+            fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in used]
+            weight = 1 / max(sum(map(len, used)), 1)  # [J.on]
+            groups = [(p, used[i], fresh[i], weight) for i, p in enumerate(prompts, mine.start)]
+            infos = infos + update.update(policy, reference, groups, filler, step, args)
+            info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
+            norm = run.clip_grad_norm(policy, args.max_grad_norm)
+            run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
+            if not again:
+                first = (info, norm, fresh, past)  # what the step reports
+            ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
+            if problem := health.bad_step(info["loss"].sum().item(), norm, ratio):
+                seen = sorted({*ids, *(e.prompt_id for group in drawn for e in group)})
+                problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
+                stop = args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE
+                if stop and not again:  # a later one is left out: the step has moved the weights
+                    save(step - 1, before_step)
+                    remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
+                    raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                bar.write(f"skipped: {problem}")
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        info, grad_norm, fresh_advantages, off_advantages = first
         update_s = time.perf_counter() - began_update - reward_s
         judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
 
@@ -418,9 +406,8 @@ def main():
             report["eval/acc"] = accuracy
         run.log(out / "metrics.jsonl", report)
         if step % SAMPLE_EVERY == 1:
-            for sample in metrics.samples(
-                step, made[0], fresh_advantages[0], replay, build.tokenizer
-            ):
+            one = group_advantages(torch.tensor([e.reward for e in made[0]]))
+            for sample in metrics.samples(step, made[0], one, replay, build.tokenizer):
                 run.log(out / "samples.jsonl", sample)
         for event, q in events:
             if event:

@@ -343,6 +343,27 @@ def test_excluded_prompts_are_not_drawn():
     assert drawn == {f"q{i}" for i in range(20)} - {"q1", "q7"}
 
 
+def test_old_entries_rest_but_stay():
+    b = ReplayBuffer(100, 20)
+    b.observe("q", [0.5])
+    b.add([entry("q", reward, born) for born, reward in ((1, 0.0), (4, 1.0), (5, 0.0))])
+    (group,) = b.draw(1, 2, 6, rng(), max_staleness=2)  # 6 - 4 = 2 is in, 6 - 1 is not
+    assert sorted(e.born_step for e in group) == [4, 5]
+    assert b.draw(1, 3, 6, rng(), max_staleness=2) == [] and len(b) == 3
+    assert len(b.draw(1, 3, 6, rng(), max_staleness=0)[0]) == 3  # no limit
+
+
+def test_stored_groups_take_the_place_of_flat_ones():
+    b = filled(num_prompts=3)  # q0, q1, q2
+    flat, mixed = [entry("x", 0.5), entry("x", 0.5)], [entry("y", 0.5), entry("y", 1.0)]
+    drawn = b.draw(1, 4, 1, rng())
+    used, more = b.replace_flat([flat, mixed, flat, flat, []], drawn, 4, 1, rng(), 0)
+    # one of three prompts is drawn already: two are left, for the first two flat groups of three
+    assert used == [[], mixed, [], flat, []] and more[0] is drawn[0] and len(more) == 3
+    assert sorted(group[0].prompt_id for group in more) == ["q0", "q1", "q2"]
+    assert b.replace_flat([mixed], drawn, 4, 1, rng(), 0) == ([mixed], drawn)
+
+
 def test_prompts_with_too_few_entries_are_not_eligible():
     b = filled(num_prompts=20, per_prompt=3)
     assert b.draw(4, 4, 1, rng()) == []
@@ -361,10 +382,14 @@ def test_two_sided_prompts_are_preferred_and_flat_ones_rare():
     b.add([entry("b", reward) for reward in (1.5, 0.5, 0.5, 0.5)])
     b.add([entry("c", reward) for reward in (1.0, 0.0, 0.5, 0.5)])
     counts = Counter(b.draw(1, 4, 1, rng(seed))[0][0].prompt_id for seed in range(1500))
-    total = 2 + 1 + 0.02  # weights 2, 1 and the floor of 1 % of the largest
-    assert counts["c"] / 1500 == pytest.approx(2 / total, abs=0.05)
-    assert counts["b"] / 1500 == pytest.approx(1 / total, abs=0.05)
-    assert 0 < counts["a"] < 1500 * 0.03
+    assert counts["c"] / 1500 == pytest.approx(2 / 3, abs=0.05)  # weights 2 and 1
+    assert counts["b"] / 1500 == pytest.approx(1 / 3, abs=0.05)
+    assert counts["a"] == 0  # only where the others do not suffice:
+    assert {g[0].prompt_id for g in b.draw(3, 4, 1, rng())} == {"a", "b", "c"}
+    flat, mixed = [entry("x", 0.5), entry("x", 0.5)], [entry("y", 0.5), entry("y", 1.0)]
+    used, more = b.replace_flat([flat, mixed, flat, flat], [], 4, 1, rng(), 0)
+    assert used == [[], mixed, [], flat]  # a flat group is not replaced by a flat one
+    assert {g[0].prompt_id for g in more} == {"b", "c"}
 
 
 def test_defect_8_failures_are_drawn_as_well_as_successes():

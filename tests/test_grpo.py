@@ -25,7 +25,7 @@ def test_group_advantages_by_hand():
     )
 
 
-@pytest.mark.parametrize("group", [[0.7], [0.3, 0.3, 0.3], [0.0, 0.0]])
+@pytest.mark.parametrize("group", [[0.7], [0.3, 0.3, 0.3], [0.0, 0.0], [0.6] * 8, [0.2] * 8])
 def test_no_spread_no_advantage(group):
     assert (group_advantages(torch.tensor(group)) == 0).all()
 
@@ -111,7 +111,7 @@ def test_gradient_equals_finite_differences():
         assert grad[i, t].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-5)
 
 
-def one_token(log_ratio, advantage, kl_coef=0.0, ref=0.0, clip_eps=0.2):
+def one_token(log_ratio, advantage, kl_coef=0.0, ref=0.0, clip_eps=0.2, kl_ratio=False):
     logprobs = torch.tensor([[-1.0 + log_ratio]], requires_grad=True)
     old, reference = torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_ratio + ref]])
     loss, info = grpo_loss(
@@ -123,6 +123,7 @@ def one_token(log_ratio, advantage, kl_coef=0.0, ref=0.0, clip_eps=0.2):
         torch.ones(1),
         clip_eps,
         kl_coef,
+        kl_ratio,
     )
     loss.backward()
     return loss.item(), logprobs.grad.item(), info
@@ -157,6 +158,20 @@ def test_kl_is_k3_and_not_shaped():
     _, plain = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
     case[3] = case[3] * 7  # whatever TAS does to the advantages
     torch.testing.assert_close(grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)[1]["kl"], plain["kl"])
+
+
+def test_kl_of_a_token_that_the_policy_has_given_up():
+    """Sampled at b = exp(-1), reference as b, policy exp(-5) of it: k3's slope is exp(5) - 1."""
+    plain = one_token(-5.0, 0.0, kl_coef=1.0, ref=5.0)
+    assert plain[1] == pytest.approx(1 - math.exp(5), rel=1e-4)  # -147
+    ratio = math.exp(-5)
+    weighed = one_token(-5.0, 0.0, kl_coef=1.0, ref=5.0, kl_ratio=True)
+    assert weighed[0] == pytest.approx(ratio * (math.exp(5) - 6), rel=1e-4)
+    assert weighed[1] == pytest.approx(ratio - 1, rel=1e-4)  # never beyond pi_ref / b
+    fresh = [one_token(0.0, 0.0, kl_coef=1.0, ref=0.3, kl_ratio=flag)[:2] for flag in (True, False)]
+    assert fresh[0] == fresh[1]  # r = 1
+    far = one_token(3.0, 0.0, kl_coef=1.0, ref=-3.0, kl_ratio=True)  # r = 20 counts as 3
+    assert far[1] == pytest.approx(grpo.DUAL_CLIP * (1 - math.exp(-3)), rel=1e-4)
 
 
 def test_nothing_off_the_mask_matters():

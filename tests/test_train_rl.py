@@ -131,6 +131,21 @@ def test_features_from_disk_change_nothing(toy_dir, tmp_path):
         train_rl.parse_args(["--feature-dir", "x", "--train-towers"])
 
 
+def test_a_second_update_learns_more_from_the_same_completions(toy_dir, tmp_path):
+    """[U19] The first update is what it was; no completion more is made; the policy moves further."""
+    ours = "--flat-groups replace --max-staleness 2 --kl-ratio --cosine".split()
+    runs = {"one": ("--updates-per-rollout", 1), "two": ("--updates-per-rollout", 2, *ours)}
+    for name, flags in runs.items():
+        launch(*rl_flags(toy_dir, 2, tmp_path / name, "--eval-every", 0, *flags))
+    one, two = (read_metrics(tmp_path / name) for name in runs)
+    # the first step stores nothing yet, so that all that ours change is the second update
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-5)
+    made = [[m["completions_generated"] for m in metrics] for metrics in (one, two)]
+    assert made[0] == made[1]
+    assert one[1]["logprob_gap"] < 1e-4 and two[1]["logprob_gap"] < 1e-4  # r = 1 on fresh ones
+    assert two[1]["kl"] > one[1]["kl"] > 0  # one gradient step from the reference, and two
+
+
 def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     """On the shipped model: all plain completions wrong, then one with the hint is right [HINT]."""
     folder = tmp_path / "rows"

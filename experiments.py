@@ -1,0 +1,227 @@
+"""
+The experiments behind figures.py: each name is a list of runs; what they measured is kept as JSON.
+
+    python experiments.py                       # the names and their commands
+    python experiments.py efficiency            # all its seeds, then results/efficiency.json
+    python experiments.py efficiency --quick    # one seed, short, into results/quick/
+
+A run is a command of train_rl.py with a seed, in runs/experiments/; experiments that hold the same
+command share it. A finished run is skipped and an interrupted one begins anew, so the same command
+goes on where it stopped. The protocol, and what was found: README, Results.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import run
+
+RUNS = run.HERE / "runs" / "experiments"
+SERIES = (  # kept of every step; rounded to 4 digits
+    "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
+    "frac_reward_zero_std kl entropy off/ess_frac hints/frac"
+).split()
+LENGTH_EDGES = [0, 20, 40, 60]  # tokens; the paper's 1, 201, 401, 601 for chains ten times as long
+
+# ---- what is run: label -> flags of train_rl.py
+LOG = "--eval-every 4 --eval-samples 128 --save-every 0"
+OURS = "--updates-per-rollout 2 --flat-groups replace --max-staleness 16 --kl-ratio"
+DENSE = f"--stage 2 {LOG}"  # the paper's reward of stage 2: format, accuracy, self-consistency
+SPARSE = f"--stage 3 --reward-weights format=.5,acc=.5 --model {{hasty}} {LOG}"
+GRPO, AVATAR = "--algo grpo --lr 2e-4 --steps 28", f"--lr 1e-4 --steps 24 {OURS}"
+EXPERIMENTS = {
+    "efficiency": {"GRPO": f"{DENSE} {GRPO}", "AVATAR": f"{DENSE} {AVATAR}"},
+    "sparse": {"GRPO": f"{SPARSE} {GRPO}", "AVATAR": f"{SPARSE} {AVATAR}"},
+    "components": {  # no prompt comes three times, so that no hint enters: "full" is without too
+        "GRPO": f"{DENSE} {GRPO}",
+        "TAS only": f"{DENSE} {GRPO} --tas-shape parabolic",
+        "replay only": f"{DENSE} {AVATAR} --tas-shape uniform --no-hints",
+        "full": f"{DENSE} {AVATAR}",
+    },
+    "method": {  # the full method, and less one of our choices each
+        "full": f"{DENSE} {AVATAR}",
+        "1 update": f"{DENSE} {AVATAR} --updates-per-rollout 1",
+        "GRPO, 2 updates": f"{DENSE} {GRPO} --lr 1e-4 --updates-per-rollout 2",
+        "flat kept": f"{DENSE} {AVATAR} --flat-groups keep",
+        "no staleness limit": f"{DENSE} {AVATAR} --max-staleness 0",
+        "plain KL": f"{DENSE} {AVATAR} --no-kl-ratio",
+    },
+    "shaping": {
+        shape: f"{DENSE} {AVATAR} --tas-shape {shape}"
+        for shape in ("uniform", "parabolic", "linear-up", "linear-down", "inverse")
+    },
+    "splits": {
+        f"{on}/{off}": f"{DENSE} {AVATAR} --num-on {on} --num-off {off}"
+        for on, off in ((8, 0), (6, 2), (4, 4), (2, 6))
+    },
+    "alpha": {a: f"{DENSE} {AVATAR} --off-policy-coef {a}" for a in ("0.3", "0.6", "1.0")},
+    "lambda": {v: f"{DENSE} {AVATAR} --tas-lambda {v}" for v in ("0.1", "0.3", "1.0")},
+    "lengths": {
+        "uniform": f"{DENSE} {GRPO}",
+        "parabolic": f"{DENSE} {GRPO} --tas-shape parabolic",
+    },
+    "curriculum": {  # each starts from the one before
+        "SFT": "",
+        **{f"+{k}": f"--stage {k} {AVATAR} --eval-every 0 --save-every 0" for k in (1, 2, 3)},
+    },
+}
+CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, item by item
+SEEDS = dict.fromkeys(EXPERIMENTS, 3) | dict(efficiency=5, sparse=5)
+
+
+def python(script, *words, log):
+    """Runs a script of ours; its output goes to a file, whose tail explains a failure."""
+    command = [sys.executable, str(run.HERE / script), *map(str, words)]
+    with open(log, "a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE)
+    if done.returncode:
+        tail = log.read_text()[-600:]
+        raise run.UserError(f"{script} ended with {done.returncode}, see {log}:\n{tail}")
+
+
+def hasty_model():
+    """
+    The start of "sparse": a model that answers without looking. Stage-0 rows whose reasoning is
+    hasty, and every twentieth of the others, for 40 steps of SFT from the shipped weights.
+    """
+    folder = RUNS / "hasty"
+    if (folder / "final" / "config.json").exists():
+        return folder / "final"
+    shutil.rmtree(folder, ignore_errors=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    log = RUNS / "hasty.log"
+    python("toy.py", "--stages", 0, log=log)
+    rows = [json.loads(line) for line in (run.HERE / "toy/stage0/train.jsonl").open()]
+    is_hasty = lambda row: row["reasoning"].startswith("it seems")
+    kinds = [
+        [row for row in rows if is_hasty(row)],
+        [row for row in rows if row["reasoning"].startswith("1:") and "hint" not in row][::20],
+        [row for row in rows if "hint" in row][::20],
+    ]
+    data = run.HERE / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
+    run.write_text(data, "".join(json.dumps(row) + "\n" for kind in kinds for row in kind))
+    flags = "--steps 40 --lr 2e-4 --save-every 0".split()
+    python("train_sft.py", "--data", data, "--out", folder, *flags, log=log)
+    return folder / "final"
+
+
+def quick(flags):
+    """The same flags, 12 steps."""
+    return re.sub(r"--steps \d+", "--steps 12", flags)
+
+
+def train(flags, seed, start=None):
+    """-> the folder of the finished run; `start`: the run that it starts from, or None."""
+    words = [*flags.split(), "--seed", str(seed)]
+    name = " ".join(words) + (f" from {start.name}" if start else "")
+    out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
+    if (out / "done.json").exists():
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    words = [str(hasty_model()) if word == "{hasty}" else word for word in words]
+    words += ["--model", str(start / "final")] if start else []
+    python("train_rl.py", *words, "--out", out, log=log)
+    before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
+    about = dict(command=f"python train_rl.py {name}", before=before and float(before[1]))
+    run.write_text(out / "done.json", json.dumps(about))
+    return out
+
+
+def read_run(folder):
+    """-> what figures.py needs of a run."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    about = json.loads((folder / "done.json").read_text())
+    curve = [[m["completions_generated"], m["eval/acc"]] for m in steps if "eval/acc" in m]
+    if about["before"] is not None:
+        curve = [[0, about["before"]], *curve]
+    return dict(
+        accuracy=curve,
+        series={name: [float(f"{m[name]:.4g}") for m in steps] for name in SERIES},
+        advantage_hist=[sum(bins) for bins in zip(*(m["advantage_hist"] for m in steps))],
+        seconds=sum(m[f"time/{part}_s"] for m in steps for part in ("data", "rollout", "update")),
+        commit=json.loads((folder / "run.json").read_text())["commit"],
+    )
+
+
+def evaluate(folder, model, seed):
+    """eval.py on every stage's held-out rows, at temperature 1 -> accuracy by stage, all items."""
+    from transformers import AutoTokenizer
+
+    out = folder / "eval"
+    if not (out / "scores.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        flags = ["--temperature", 1, "--seed", seed] + (["--model", model] if model else [])
+        python("eval.py", *flags, "--out", out, log=folder.with_suffix(".log"))
+    scores = json.loads((out / "scores.json").read_text())
+    records = [json.loads(line) for line in (out / "records.jsonl").open()]
+    tokenizer = AutoTokenizer.from_pretrained(model or run.HERE / "toy/model")
+    stage = lambda path: Path(path).parent.name
+    items = [
+        [stage(r["file"]), len(tokenizer(r["completion"] or "").input_ids), r["score"]]
+        for r in sorted(records, key=lambda r: (r["file"], r["prompt_id"]))
+    ]
+    names = {stage(f): s["accuracy"] for f, s in scores["scores"].items() if f.endswith(".jsonl")}
+    return dict(scores=names, items=items)
+
+
+def experiment(name, seeds, is_quick):
+    """Makes every run of an experiment that is not there yet -> its JSON."""
+    runs, commands = [], EXPERIMENTS[name]
+    commands = {k: quick(flags) if is_quick else flags for k, flags in commands.items()}
+    for seed in seeds:
+        folder = None
+        for label, flags in commands.items():
+            start = folder if name in CHAINED else None
+            if flags:
+                folder = train(flags, seed, start)
+                one = read_run(folder)
+            else:  # the shipped weights: only evaluated
+                folder, one = None, dict(series={}, accuracy=[], advantage_hist=[], seconds=0)
+            if name in EVALUATED:
+                where = folder or RUNS / f"start-{seed}"
+                where.mkdir(parents=True, exist_ok=True)
+                one |= evaluate(where, folder and folder / "final", seed)
+            runs.append(dict(label=label, seed=seed, **one))
+            print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
+    commits = sorted({one["commit"] for one in runs if one.get("commit")})
+    told = {k: f"python train_rl.py {v} --seed S" if v else "the shipped weights"
+            for k, v in commands.items()}  # fmt: skip
+    about = dict(name=name, commit=" ".join(commits), quick=is_quick, commands=told)
+    return about | dict(edges=LENGTH_EDGES, runs=runs)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
+    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: as in SEEDS)")
+    parser.add_argument("--quick", action="store_true", help="short runs, one seed")
+    parser.add_argument("--out", default="results", help="folder for NAME.json")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    if not args.name:
+        for name, commands in EXPERIMENTS.items():
+            print(f"{name}: {SEEDS[name]} seeds")
+            for label, flags in commands.items():
+                print(f"  {label:14} train_rl.py {flags}" if flags else f"  {label}")
+        return
+    seeds = range(args.seeds or (1 if args.quick else SEEDS[args.name]))
+    result = experiment(args.name, seeds, args.quick)
+    out = Path(args.out) / ("quick" if args.quick else "")
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_text(out / f"{args.name}.json", json.dumps(result))
+    print(f"{out / args.name}.json: draw it with python figures.py --results {out}")
+
+
+if __name__ == "__main__":
+    run.main_guard(main)

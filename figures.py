@@ -1,0 +1,447 @@
+"""
+The paper's figures and tables from our own runs, and a picture of any one run.
+
+    python figures.py runs/stage2                  # runs/stage2/dashboard.png
+    python figures.py --results results            # every PNG, and results/tables.md, in seconds
+
+The runs themselves are made by experiments.py, which leaves their numbers in results/NAME.json.
+What has no such file is not drawn, and is said to be not run.
+
+A curve is a list of (completions generated, held-out accuracy), the first at 0. Intervals: 95 %
+percentile bootstrap over seeds; two labels that share seeds are resampled together.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import run  # before torch: it sets how torch's threads wait
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot
+
+import tas
+
+matplotlib.use("Agg")
+
+FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best either method reaches
+RESAMPLES = 2000
+HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
+COLOR = {"AVATAR": BLUE, "GRPO": ORANGE}
+
+# name of the results file -> title, what the paper finds (None: no claim), reference label
+TABLES = {
+    "components": ("Components", "GRPO, TAS only < replay only < full", "GRPO"),
+    "method": ("What our choices are worth", "silent", "full"),
+    "shaping": ("Shape of the weights", "parabolic is best, inverse worst", "uniform"),
+    "splits": ("Fresh / replayed completions a prompt", "4/4", "8/0"),
+    "alpha": ("Weight of the replayed half, alpha", "0.6", "0.6"),
+    "lambda": ("Extra weight at the ends, lambda", "0.3", "0.3"),
+}  # fmt: skip
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+def mean_curve(curves):
+    """
+    The mean of several curves at the points of all, each interpolated between its own.
+
+    curves   list of (k, 2) array-likes: completions, accuracy
+    returns  (K, 2) array, as far as the shortest curve goes
+    """
+    curves = [np.asarray(curve, dtype=float) for curve in curves]
+    end = min(curve[-1, 0] for curve in curves)
+    x = np.unique([x for curve in curves for x in curve[:, 0] if x <= end])
+    return np.stack([x, np.mean([np.interp(x, *curve.T) for curve in curves], axis=0)], axis=1)
+
+
+def completions_to(curve, target):
+    """Completions at which the curve first reaches target, linear in between; inf if never."""
+    curve = np.asarray(curve, dtype=float)
+    above = np.flatnonzero(curve[:, 1] >= target)
+    if not len(above):
+        return np.inf
+    if not above[0]:
+        return curve[0, 0]
+    (x0, y0), (x1, y1) = curve[above[0] - 1 : above[0] + 1]
+    return x0 + (target - y0) / (y1 - y0) * (x1 - x0)
+
+
+def targets_of(*methods):
+    """-> (start, best, accuracies at FRACTIONS of the way); each method a list of curves."""
+    means = [mean_curve(curves) for curves in methods]
+    start = float(np.mean([mean[0, 1] for mean in means]))
+    best = float(max(mean[:, 1].max() for mean in means))
+    return start, best, [start + fraction * (best - start) for fraction in FRACTIONS]
+
+
+def percentile_interval(values):
+    """2.5 % and 97.5 %, without arithmetic on inf."""
+    values = np.sort(np.asarray(values, dtype=float))
+    return values[int(0.025 * (len(values) - 1))], values[int(np.ceil(0.975 * (len(values) - 1)))]
+
+
+def bootstrap(num_seeds, statistic, seed=0):
+    """95 % interval of statistic(indices of the seeds drawn); one seed has none: (nan, nan)."""
+    if num_seeds < 2:
+        return (np.nan, np.nan)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(num_seeds, size=(RESAMPLES, num_seeds))
+    return percentile_interval([statistic(pick) for pick in picks])
+
+
+def ratio_at(slow, fast, target):
+    """
+    Completions that `slow` needs for target / those that `fast` needs, from their mean curves, with
+    its interval over seeds; slow[i] and fast[i] share a seed.
+
+    returns  (ratio, low, high): inf if only fast gets there, 0 if only slow does, nan if neither
+    """
+
+    def ratio(pick):
+        a = completions_to(mean_curve([slow[i] for i in pick]), target)
+        b = completions_to(mean_curve([fast[i] for i in pick]), target)
+        return np.nan if np.isinf(a) and np.isinf(b) else a / max(b, 1)
+
+    everyone = range(len(slow))
+    return (ratio(everyone), *bootstrap(len(slow), lambda pick: np.nan_to_num(ratio(pick), nan=1)))
+
+
+def area(curve, end):
+    """Mean accuracy over the completions from 0 to end: the area under the curve."""
+    curve = np.asarray(curve, dtype=float)
+    x = np.unique([*curve[curve[:, 0] < end, 0], end])
+    return float(np.trapezoid(np.interp(x, *curve.T), x) / end)
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_results(folder):
+    return {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def by_label(result):
+    """-> {label: its runs, by seed}, labels as in the commands."""
+    runs = {label: [] for label in result["commands"]}
+    for one in sorted(result["runs"], key=lambda one: one["seed"]):
+        runs[one["label"]].append(one)
+    return {label: found for label, found in runs.items() if found}
+
+
+def curves_of(runs):
+    return [one["accuracy"] for one in runs]
+
+
+def share(runs, name):
+    """Mean of a metric over all steps and runs."""
+    return float(np.mean([np.mean(one["series"][name]) for one in runs]))
+
+
+def number(value, digits=2):
+    return "not reached" if np.isinf(value) else f"{value:.{digits}f}"
+
+
+# ---- the paper's figures -----------------------------------------------------------------------
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path.name
+
+
+def plot_tas(folder):
+    """Fig. 2: the weight of a token by its place, and the ablation's other shapes."""
+    figure, axes = pyplot.subplots(figsize=(5, 3))
+    mask = torch.ones(1, 101)
+    for shape in tas.SHAPES:
+        weights = tas.tas_weights(mask, shape, 0.3)[0]
+        wide = 3 if shape == "parabolic" else 1
+        axes.plot(np.linspace(0, 1, 101), weights, linewidth=wide, label=shape)
+    axes.set(xlabel="place in the completion", ylabel="weight, lambda = 0.3")
+    axes.legend(fontsize=8)
+    return save(figure, folder / "tas.png")
+
+
+def plot_advantages(result, path):
+    """Fig. 4: advantages of all completions trained on; exact zeros are a bar of their own."""
+    runs = by_label(result)
+    figure, row = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 3), sharey=True)
+    for axes, (label, found) in zip(np.atleast_1d(row), runs.items()):
+        zero, std = share(found, "advantage_zero_frac"), share(found, "advantage_std")
+        counts = np.sum([one["advantage_hist"] for one in found], axis=0)
+        rest = (1 - zero) * counts / max(counts.sum(), 1)
+        axes.bar(HIST[:-1] + 0.05, rest, width=0.1, color=COLOR.get(label, GREY))
+        axes.bar(0, zero, width=0.1, color="black", label=f"exactly 0: {zero:.0%}")
+        axes.set(title=f"{label}: std {std:.2f}", xlabel="advantage (ends: and beyond)")
+        axes.legend(fontsize=8)
+    row[0].set_ylabel("share of completions")
+    return save(figure, path)
+
+
+def plot_efficiency(result, path):
+    """Fig. 5: held-out accuracy and reward over completions generated; mean, 95 % band, seeds."""
+    runs = by_label(result)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for label, found in runs.items():
+        color, curves = COLOR.get(label), curves_of(found)
+        mean = mean_curve(curves)
+        at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
+        rng = np.random.default_rng(0)
+        drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        (line,) = left.plot(*mean.T, color=color, label=f"{label} ({len(found)} seeds)")
+        left.fill_between(mean[:, 0], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        x = np.asarray(found[0]["series"]["completions_generated"], float)
+        y = np.mean([np.interp(x, o["series"]["completions_generated"], o["series"]["reward"])
+                     for o in found], axis=0)  # fmt: skip
+        width = min(9, len(y))
+        smooth = np.convolve(y, np.ones(width) / width, "valid")
+        right.plot(x[width - 1 :], smooth, color=line.get_color(), label=label)
+    if {"GRPO", "AVATAR"} <= set(runs):
+        for target in targets_of(*(curves_of(runs[k]) for k in ("GRPO", "AVATAR")))[2]:
+            left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
+    left.set(xlabel="completions generated", ylabel="held-out accuracy")
+    right.set(xlabel="completions generated", ylabel="training reward (mean of 9 steps)")
+    left.legend(fontsize=8)
+    return save(figure, path)
+
+
+def efficiency_table(result):
+    """The ratio at each target, and the vanishing advantage, as Markdown lines."""
+    runs = by_label(result)
+    slow, fast = (curves_of(runs[label]) for label in ("GRPO", "AVATAR"))
+    start, best, targets = targets_of(slow, fast)
+    yield f"Start {start:.3f}, best {best:.3f}, {len(slow)} seeds."
+    yield ""
+    yield "| target | GRPO | AVATAR | ratio | 95 % interval |"
+    yield "|---|---|---|---|---|"
+    for fraction, target in zip(FRACTIONS, targets):
+        need = [number(completions_to(mean_curve(c), target), 0) for c in (slow, fast)]
+        ratio, low, high = (number(v, 1) for v in ratio_at(slow, fast, target))
+        yield f"| {fraction:.0%}: {target:.3f} | {need[0]} | {need[1]} | {ratio} | {low} – {high} |"
+    yield ""
+    yield "| | std of advantages | exact zeros |"
+    yield "|---|---|---|"
+    for label, found in runs.items():
+        zero, std = share(found, "advantage_zero_frac"), share(found, "advantage_std")
+        yield f"| {label} | {std:.3f} | {zero:.1%} |"
+
+
+def ablation_table(result, reference):
+    """Accuracy of each label at equal completions, and the paired difference to the reference."""
+    runs = by_label(result)
+    end = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
+    yield f"At {end:.0f} completions; area: mean accuracy on the way there."
+    yield ""
+    yield f"| | seeds | accuracy | area | area minus {reference} | 95 % interval | exact zeros |"
+    yield "|---|---|---|---|---|---|---|"
+    base = {one["seed"]: area(one["accuracy"], end) for one in runs.get(reference, [])}
+    for label, found in runs.items():
+        last = np.mean([late(one["accuracy"], end) for one in found])
+        areas = {one["seed"]: area(one["accuracy"], end) for one in found}
+        gain = np.array([areas[seed] - base[seed] for seed in areas if seed in base])
+        told = "– | –"
+        if label != reference and len(gain):
+            low, high = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
+            told = f"{gain.mean():+.3f} | {low:+.3f} – {high:+.3f}"
+        zero = share(found, "advantage_zero_frac")
+        mean = np.mean(list(areas.values()))
+        yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
+
+
+def late(curve, end):
+    """Accuracy around the end: the mean over the last quarter of the completions up to it."""
+    return 4 * area(curve, end) - 3 * area(curve, 0.75 * end)
+
+
+def curriculum_table(result):
+    """Accuracy on every stage's held-out rows after each stage."""
+    runs = by_label(result)
+    names = list(next(iter(runs.values()))[0]["scores"])
+    yield "| | seeds | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 2) + "|"
+    for label, found in runs.items():
+        cells = []
+        for name in names:
+            values = np.array([one["scores"][name] for one in found])
+            low, high = bootstrap(len(values), lambda pick: values[pick].mean())  # noqa: B023
+            cells.append(f"{values.mean():.3f} ({low:.3f} – {high:.3f})")
+        yield f"| {label} | {len(found)} | " + " | ".join(cells) + " |"
+
+
+def length_gains(result, edges):
+    """
+    Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
+
+    edges    tokens; the last bin is open
+    returns  list of (name, items, gain, low, high): the interval over seeds
+    """
+    runs = by_label(result)
+    pairs = list(zip(runs["uniform"], runs["parabolic"]))
+    rows = []
+    for low, high in zip(edges, [*edges[1:], np.inf]):
+        gains = []
+        for plain, shaped in pairs:
+            _, lengths, scores = map(np.array, zip(*plain["items"]))
+            picked = (lengths > low) & (lengths <= high)
+            gains.append(
+                (np.array([s for _, _, s in shaped["items"]])[picked] - scores[picked]).tolist()
+            )
+        total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
+        name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
+        items = sum(map(len, gains))
+        if items:
+            rows.append((name, items, total(range(len(pairs))), *bootstrap(len(pairs), total)))
+    return rows
+
+
+def plot_lengths(rows, path):
+    figure, axes = pyplot.subplots(figsize=(5, 3))
+    names, _, gains, low, high = zip(*rows)
+    error = np.nan_to_num([np.subtract(gains, low), np.subtract(high, gains)])
+    axes.bar(names, gains, yerr=error, color=BLUE, capsize=3)
+    axes.axhline(0, color="black", linewidth=0.7)
+    axes.set(xlabel="tokens of the completion without TAS", ylabel="gain in accuracy from TAS")
+    return save(figure, path)
+
+
+# ---- one run -----------------------------------------------------------------------------------
+
+PANELS = {  # title -> metrics drawn together, in the order of the README's table
+    "reward": ["reward", "rewards/format", "rewards/acc", "rewards/self", "rewards/judge"],
+    "accuracy": ["rewards/acc", "eval/acc"],
+    "zero advantages": ["frac_reward_zero_std", "advantage_zero_frac"],
+    "std of advantages": ["advantage_std", "reward_std"],
+    "KL, nats": ["kl"],
+    "entropy, nats": ["entropy"],
+    "clip and ESS": ["clip_frac", "off/clip_frac", "off/ess_frac"],
+    "tiers": ["buffer/frac_hard", "buffer/frac_medium", "buffer/frac_easy"],
+    "hints": ["hints/frac", "hints/entered", "hints/withdrawn"],
+    "lengths, tokens": ["completions/mean_length"],
+    "gradient norm": ["grad_norm"],
+    "seconds a step": ["time/data_s", "time/rollout_s", "time/update_s"],
+}
+
+
+def dashboard(folder):
+    """RUN/metrics.jsonl -> RUN/dashboard.png; of SFT, the panels that it has."""
+    folder = Path(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
+    if not steps:
+        raise SystemExit(f"{folder}: no step is logged yet")
+    panels = {"loss": ["loss"], **PANELS, "seconds of SFT": ["time/data_s", "time/step_s"]}
+    if "reward" in steps[0]:
+        del panels["seconds of SFT"]
+    seen = {
+        title: [n for n in names if any(n in m for m in steps)] for title, names in panels.items()
+    }
+    seen = {title: names for title, names in seen.items() if names}
+    figure, grid = pyplot.subplots(-(-len(seen) // 4), 4, figsize=(16, 3 * -(-len(seen) // 4)))
+    for axes, (title, names) in zip(grid.flat, seen.items()):
+        for name in names:
+            points = [(m["step"], m[name]) for m in steps if name in m]
+            marker = "o" if len(points) < len(steps) / 2 or len(points) == 1 else None
+            axes.plot(*zip(*points), label=name.split("/")[-1], marker=marker, linewidth=1)
+        axes.set_title(title, fontsize=9)
+        axes.legend(fontsize=7)
+    for axes in grid.flat[len(seen) :]:
+        axes.axis("off")
+    figure.suptitle(f"{folder.name}: {steps[-1]['step']} steps")
+    return folder / save(figure, folder / "dashboard.png")
+
+
+# ---- all of them -------------------------------------------------------------------------------
+
+
+def write_all(folder):
+    """Draws what there are results for, writes tables.md beside it -> the names not run."""
+    folder = Path(folder)
+    results, lines, missing = read_results(folder), ["# Figures and tables", ""], []
+    lines += ["## Fig. 2: temporal advantage shaping", "", f"![tas]({plot_tas(folder)})", ""]
+
+    def section(name, title, write):
+        lines.extend([f"## {title}", ""])
+        if name not in results:
+            missing.append(name)
+            lines.extend([f"Not run: `python experiments.py {name}`.", ""])
+            return
+        result = results[name]
+        seeds = ", ".join(str(s) for s in sorted({one["seed"] for one in result["runs"]}))
+        quick = ", quick" if result.get("quick") else ""
+        lines.append(
+            f"`python experiments.py {name}`{quick}, commit {result['commit']}, seeds {seeds}."
+        )
+        lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
+        lines.extend(["", *write(result), ""])
+
+    def efficiency(name):
+        def write(result):
+            yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
+            yield ""
+            yield f"![advantages]({plot_advantages(result, folder / f'{name}-advantages.png')})"
+            yield ""
+            yield from efficiency_table(result)
+
+        return write
+
+    def ablation(name, paper, reference):
+        def write(result):
+            yield f"Paper: {paper}."
+            yield ""
+            yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
+            yield ""
+            yield from ablation_table(result, reference)
+
+        return write
+
+    def lengths(result):
+        rows = length_gains(result, result["edges"])
+        yield f"![lengths]({plot_lengths(rows, folder / 'lengths.png')})"
+        yield ""
+        yield "| tokens without TAS | items | gain | 95 % interval |"
+        yield "|---|---|---|---|"
+        for name, items, gain, low, high in rows:
+            yield f"| {name} | {items} | {gain:+.3f} | {low:+.3f} – {high:+.3f} |"
+
+    section("efficiency", "Fig. 4 and 5: AVATAR against GRPO", efficiency("efficiency"))
+    section("sparse", "Fig. 4 and 5 where rewards are sparse", efficiency("sparse"))
+    section("lengths", "Fig. 6: TAS by length of the reasoning", lengths)
+    section("curriculum", "Curriculum", curriculum_table)
+    for name, (title, paper, reference) in TABLES.items():
+        section(name, title, ablation(name, paper, reference))
+    (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
+    return missing
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser.add_argument("run", nargs="?", help="folder with metrics.jsonl: draw its dashboard")
+    parser.add_argument("--results", metavar="DIR", help="folder of experiments.py's JSON")
+    args = parser.parse_args(argv)
+    if bool(args.run) == bool(args.results):
+        parser.error("give either a run's folder or --results DIR")
+    return args
+
+
+def main():
+    args = parse_args()
+    folder = Path(args.run or args.results)
+    if not (folder / "metrics.jsonl" if args.run else folder).exists():
+        raise SystemExit(f"figures.py: nothing to draw in {folder}")
+    if args.run:
+        print(dashboard(folder))
+    else:
+        missing = write_all(folder)
+        print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""
+The figures: completions to a target, the bootstrap, tables, and pictures of true runs.
+
+    python -m pytest tests/test_figures.py
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import launch
+
+import experiments
+import figures
+import metrics
+
+# ---- numbers by hand
+
+
+def test_completions_to_a_target():
+    curve = [[0, 0.2], [100, 0.4], [200, 0.3], [300, 0.7]]
+    assert figures.completions_to(curve, 0.3) == pytest.approx(50)  # halfway in the first 100
+    assert figures.completions_to(curve, 0.4) == 100
+    assert figures.completions_to(curve, 0.5) == pytest.approx(250)  # the dip at 200 is not it
+    assert figures.completions_to(curve, 0.1) == 0
+    assert math.isinf(figures.completions_to(curve, 0.8))
+
+
+def test_mean_curve_interpolates_and_stops_where_the_shortest_ends():
+    mean = figures.mean_curve([[[0, 0.2], [50, 0.4], [100, 0.6]], [[0, 0.4], [80, 0.8]]])
+    np.testing.assert_allclose(mean, [[0, 0.3], [50, (0.4 + 0.65) / 2], [80, (0.52 + 0.8) / 2]])
+
+
+def test_targets_are_on_the_way_from_the_start_to_the_better_method():
+    slow, fast = [[[0, 0.2], [64, 0.4]]], [[[0, 0.2], [32, 0.6]]]
+    start, best, targets = figures.targets_of(slow, fast)
+    assert (start, best) == (0.2, 0.6)
+    np.testing.assert_allclose(targets, [0.3, 0.4, 0.5])
+
+
+def test_area_is_the_mean_height():
+    curve = [[0, 0.0], [100, 1.0], [200, 1.0]]
+    assert figures.area(curve, 200) == pytest.approx(0.75)
+    assert figures.area(curve, 50) == pytest.approx(0.25)
+    assert figures.late(curve, 200) == pytest.approx(1.0)
+    assert figures.late([[0, 0.0], [100, 1.0]], 100) == pytest.approx(0.875)  # .75 to 1
+
+
+def test_ratio_and_its_interval():
+    line = lambda end: [[0, 0.0], [end, 1.0], [400, 1.0]]
+    # each method's two seeds agree: whatever is drawn, 400 x .5 against 100 x .5
+    slow, fast = [line(400), line(400)], [line(100), line(100)]
+    assert figures.ratio_at(slow, fast, 0.5) == (4, 4, 4)
+    # seeds that differ: the first twice gives 200 / 100, the second twice 200 / 25, and both
+    # 200 / 40, as their mean is .5 at 40 = (40 / 200 + 40 / 50) / 2
+    slow, fast = [line(400), line(400)], [line(200), line(50)]
+    np.testing.assert_allclose(figures.ratio_at(slow, fast, 0.5), (5, 2, 8))
+    # one seed has no interval; a target only one method reaches
+    ratio, low, high = figures.ratio_at([line(400)], [line(100)], 0.5)
+    assert ratio == 4 and math.isnan(low) and math.isnan(high)
+    flat = [[0, 0.0], [400, 0.1]]
+    assert math.isinf(figures.ratio_at([flat], [line(100)], 0.5)[0])
+    assert figures.ratio_at([line(100)], [flat], 0.5)[0] == 0
+
+
+def test_percentiles_by_hand():
+    values = [*range(39), math.inf]  # 40 values: places .975 and 38.025 of 0 .. 39
+    assert figures.percentile_interval(values) == (0, math.inf)
+    assert figures.percentile_interval(range(101)) == (2, 98)  # 2.5 and 97.5, outwards
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    """Of 200 samples of 20 normal numbers, the interval of the mean holds 0 in 95 % less a few."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        x = rng.normal(size=20)
+        low, high = figures.bootstrap(20, lambda pick: x[pick].mean())
+        hits += low <= 0 <= high
+    assert 0.86 <= hits / 200 <= 0.99
+
+
+def test_gain_by_length_is_binned_by_the_run_without_tas():
+    items = lambda *pairs: [["stage2", n, s] for n, s in pairs]
+    runs = [
+        dict(label="uniform", seed=0, items=items((10, 0), (20, 1), (30, 0))),
+        dict(label="parabolic", seed=0, items=items((90, 1), (20, 1), (10, 0))),
+    ]
+    result = dict(commands=dict(uniform="", parabolic=""), runs=runs)
+    rows = figures.length_gains(result, [0, 20])
+    assert [row[:3] for row in rows] == [("1–20", 2, 0.5), ("over 20", 1, 0.0)]
+
+
+def test_histogram_of_advantages():
+    bins = metrics.histogram(torch.tensor([0.0, 0.0, -9.0, 0.05, 0.05, 2.99, 9.0]))
+    assert len(bins) == 60 and sum(bins) == 5
+    assert bins[0] == 1 and bins[30] == 2 and bins[59] == 2  # zeros are in no bin
+
+
+# ---- pictures
+
+
+def a_run(label, seed, end, accuracy):
+    series = dict.fromkeys(experiments.SERIES, [0.5, 0.5])
+    curve = [[0, 0.2], [end / 2, (0.2 + accuracy) / 2], [end, accuracy]]
+    return dict(label=label, seed=seed, accuracy=curve, series=series | dict(
+        completions_generated=[end / 2, end]), advantage_hist=[1] * 60)  # fmt: skip
+
+
+def test_everything_is_redrawn_from_the_json(tmp_path):
+    runs = [a_run("GRPO", s, 800, 0.6 - s / 50) for s in (0, 1)]
+    runs += [a_run("AVATAR", s, 400, 0.6 - s / 50) for s in (0, 1)]
+    result = dict(commands=dict(GRPO="g", AVATAR="a"), commit="abc", runs=runs)
+    (tmp_path / "efficiency.json").write_text(json.dumps(result))
+    result["commands"] = {"8/0": "", "4/4": ""}
+    result["runs"] = [a | dict(label={"GRPO": "8/0", "AVATAR": "4/4"}[a["label"]]) for a in runs]
+    (tmp_path / "splits.json").write_text(json.dumps(result))
+    printed = launch("figures.py", "--results", tmp_path)
+    for name in ("tas.png", "efficiency.png", "efficiency-advantages.png", "splits.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert not (tmp_path / "shaping.png").exists() and "not run: sparse" in printed
+    text = (tmp_path / "tables.md").read_text()
+    assert text.count("| 2.0 | 2.0 – 2.0 |") == 3  # every target takes GRPO twice as many
+    assert "Not run: `python experiments.py shaping`" in text and "commit abc, seeds 0, 1" in text
+
+
+def test_dashboard_of_a_true_run_and_what_an_experiment_keeps(toy_dir, tmp_path, monkeypatch):
+    rows = toy_dir / "stage2"
+    flags = f"--stage 2 --model {toy_dir}/model --data {rows}/train.jsonl --judge toy"
+    flags += f" --eval-data {rows}/test.jsonl --eval-samples 8 --eval-every 1 --save-every 0"
+    flags += " --max-new-tokens 16 --prompts-per-step 2 --steps 2"
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    calls = []
+
+    def python(script, *words, log):
+        calls.append(script)
+        log.write_text(launch(script, *words))
+
+    monkeypatch.setattr(experiments, "python", python)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "splits", {"8/0": flags, "same": flags})
+    result = json.loads(json.dumps(experiments.experiment("splits", [0], is_quick=False)))
+    assert calls == ["train_rl.py"]  # one command is run once, and a finished run is not run again
+    one = result["runs"][0]
+    assert [n for n, _ in one["accuracy"]] == [0, 16, 24]
+    assert len(one["series"]["reward"]) == 2
+    zeros = sum(z * n for z, n in zip(one["series"]["advantage_zero_frac"], (16, 16)))
+    assert sum(one["advantage_hist"]) == pytest.approx(32 - zeros)
+    folder = next(tmp_path.glob("*/metrics.jsonl")).parent
+    launch("figures.py", folder)
+    assert (folder / "dashboard.png").stat().st_size > 20000
+
+
+def test_a_quick_run_is_short_and_otherwise_the_same():
+    assert (
+        experiments.quick("--lr 1 --steps 60 --eval-every 4") == "--lr 1 --steps 12 --eval-every 4"
+    )
+
+
+def test_every_experiment_parses():
+    import train_rl
+
+    for commands in experiments.EXPERIMENTS.values():
+        for flags in filter(None, commands.values()):
+            train_rl.parse_args(flags.format(hasty="toy/model").split())
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    printed = launch("figures.py", tmp_path / "none", code=1)
+    assert "nothing to draw" in printed and "Traceback" not in printed
