@@ -195,7 +195,9 @@ def print0(*words):
 def progress(start, steps, title):
     """A bar on rank 0; without a terminal only what is written through it appears."""
     if rank():
-        return tqdm(disable=True, file=open(os.devnull, "w"))
+        bar = tqdm(disable=True)
+        bar.write = lambda line: None  # tqdm's own would print
+        return bar
     bar = tqdm(total=steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
     bar.write = print0 if bar.disable else bar.write
     return bar

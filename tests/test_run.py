@@ -113,7 +113,8 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     flags += ("--eval-samples", 7, "--eval-every", 2)
     flags += ("--data", rows / "train.jsonl")
     launch(*rl_flags(toy_dir, 2, tmp_path / "one", *flags))
-    launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
+    assert printed.count("step    1/4  reward") == 1
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
     exact = ("step", "completions_generated", "buffer/size", "hints/entered", "hints/frac")
     exact += ("data/bad_rows",)
