@@ -235,7 +235,7 @@ def _read_answer(answer, kind, options, name):
 def _check_media(row, name):
     images = row.get("images") or []
     row["images"] = images if isinstance(images, list) else [images]
-    paths = [row[key] for key in ("video", "audio") if row.get(key)] + row["images"]
+    paths = media_paths(row)
     if not paths:
         raise BadRow(f"{name}: no media: give video, audio or images")
     if not all(isinstance(path, str) and path and "\0" not in path for path in paths):
@@ -249,6 +249,12 @@ def _check_media(row, name):
     if not (numbers and 0 <= (start or 0) < (1e9 if end is None else end)):
         times = f"start {start!r:.20}, end {end!r:.20}"
         raise BadRow(f"{name}: {times}: give seconds, start before end")
+
+
+def media_paths(row):
+    """All files that a row names: its video, its sound or sounds, its images."""
+    sounds = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
+    return [path for path in (row.get("video"), *sounds, *(row.get("images") or [])) if path]
 
 
 def option_table(options):
