@@ -79,11 +79,8 @@ class Policy(nn.Module):
         if self.train_towers and dist.is_initialized():
             # sharded towers: a rank that skips one leaves the others waiting in its collectives
             video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
-            out.append(
-                dict(
-                    video=video, audio=dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
-                )
-            )
+            sound = dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
+            out.append(dict(video=video, audio=sound))
         seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
         heard = [o for o in out if isinstance(o.get("audio"), dict)]
         if seen:
