@@ -90,10 +90,8 @@ def main():
             made = {r["prompt_id"]: r["completion"] for r in map(json.loads, lines)}
             same = sum(made[str(i)] == text for i, text in enumerate(said)) / len(said)
             ours = seconds / len(rows)
-            print(
-                f"{len(rows)} items, {per_clip} a clip: {ours:.3f} s an item, generate {theirs:.3f} s,"
-                f" {theirs / ours:.1f} times; the same text {same:.0%}"
-            )
+            print(f"{len(rows)} items, {per_clip} a clip: {ours:.3f} s an item, generate "
+                  f"{theirs:.3f} s, {theirs / ours:.1f} times; the same text {same:.0%}")  # fmt: skip
 
 
 if __name__ == "__main__":
