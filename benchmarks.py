@@ -152,7 +152,7 @@ def av_odyssey(root):
     """Media stand where the question or an option names them: [audio1], [img2], [video1]."""
     files = annotations(root, "av_odyssey.json", "av_odyssey.jsonl", "*.parquet", "data/*.parquet")
     for _, item in files:
-        paths = {kind: item.get(f"{kind}_path") or [] for kind in ("image", "video", "audio")}
+        paths = {kind: item[f"{kind}_path"] or [] for kind in ("image", "video", "audio")}
         sounds = paths["audio"]
         yield dict(
             prompt_id=item["question_id"],
@@ -417,8 +417,8 @@ def load(name, root):
     root     folder of the benchmark, or one that holds a folder of its name
     raises   BadRow   there are no annotations, or not of the published form
     """
-    known = BENCHMARKS[name]
-    folder = Path(root) / name if (Path(root) / name).is_dir() else Path(root)
+    known, home = BENCHMARKS[name], Path(root) / name.removesuffix("-ref")
+    folder = home if home.is_dir() else Path(root)
     where = f"{name} is published as {known.source}: put it there as it is, archives unpacked"
     rows, seen = [], {}
     try:

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     flag("--data", nargs="+", help="JSONL files (default: the toy's held-out rows, all stages)")
     names = list(benchmarks.BENCHMARKS)
     flag("--benchmark", nargs="+", choices=["all", *names], metavar="NAME",
-         help=f"of the paper: all, {', '.join(names)}")  # fmt: skip
+         help=f"of the paper: all (fifteen), {', '.join(names)}")  # fmt: skip
     flag(
         "--root", help="folder that holds the benchmarks, each in a folder of its name, or the one"
     )
@@ -104,8 +104,10 @@ def load_sets(args, toy_tests):
     for file in args.data or ([] if args.benchmark else toy_tests):
         rows = data.Rows(file)
         sets[str(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
-    chosen = args.benchmark or []
-    for name in benchmarks.BENCHMARKS if "all" in chosen else chosen:
+    chosen = set(args.benchmark or [])
+    if "all" in chosen:
+        chosen |= {name for name in benchmarks.BENCHMARKS if not name.endswith("-ref")}
+    for name in [name for name in benchmarks.BENCHMARKS if name in chosen]:
         if args.protocol == "paper" and name not in protocol.TOKENS:
             raise run.UserError(f"--protocol paper: the authors published no script for {name}")
         folder, rows = sets[name] = benchmarks.load(name, args.root)
@@ -176,14 +178,13 @@ def by_clip(items):
 
 
 def words_of(name, row, args, template):
-    """-> system prompt and the user's turn, where they are not what model.py writes for a row."""
-    if template:
-        return protocol.from_template(template, row)
-    if args.protocol == "paper":
+    """-> system prompt, and the user's turn: text, or pieces with the media among them."""
+    if args.protocol == "paper" and not template:
         return protocol.authors_words(name, row)
-    if row.get("inline"):
-        text = data.question_text(row, None, args.audio_captions)
-        return data.SYSTEM_PROMPT, protocol.in_place(text, row)
+    text = data.question_text(row, None, args.audio_captions)
+    if template:
+        text = template.replace("{question}", protocol.question_and_options(row))
+    return data.SYSTEM_PROMPT, protocol.in_place(text, row) if row.get("inline") else text
 
 
 def read_clip(group):
@@ -268,6 +269,7 @@ def main():
         return tables.print_tables(args.table, args.seed)
     device = run.init_processes(args.device)
     out = Path(args.out)
+    run.lock(out)  # two evaluations would mix their records
     done = tables.read_records(out)
     run.gather(None)  # every rank has looked before one writes
     if done and not args.resume:

@@ -40,11 +40,6 @@ def question_and_options(row):
     return "\n".join([row["question"], *(f"{k}. {text}" for k, text in options.items())])
 
 
-def from_template(template, row):
-    """What `--template` asks: {question} in it is the question with its options, a line each."""
-    return data.SYSTEM_PROMPT, template.replace("{question}", question_and_options(row))
-
-
 MARK = re.compile(r"\[(audio|img|video)(\d+)\]")
 
 
@@ -64,14 +59,14 @@ def in_place(text, row):
             raise data.BadRow(f"row {row['prompt_id']}: the text names {told}: mend it")
         named.add((kind, int(number)))
         medium = dict(type="image" if kind == "img" else kind, index=int(number) - 1)
-        pieces += [dict(type="text", text=before), medium]
+        pieces += [dict(type="text", text=before)] * bool(before) + [medium]
     first = [
         dict(type="image" if kind == "img" else kind, index=i)
         for kind, count in held.items()
         for i in range(count)
         if (kind, i + 1) not in named
     ]
-    return [*first, *pieces, dict(type="text", text=rest)]
+    return [*first, *pieces, *([dict(type="text", text=rest)] if rest else [])]
 
 
 def authors_words(name, row):

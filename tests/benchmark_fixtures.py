@@ -417,5 +417,4 @@ def benchmark_root(tmp_path_factory, media):
     root = tmp_path_factory.mktemp("benchmarks")
     for name, write in WRITERS.items():
         write(root / name, media)
-    shutil.copytree(root / "av-counting", root / "av-counting-ref")
     return root

@@ -23,8 +23,9 @@ import tables
 
 
 def eval_flags(toy_dir, out, *more):
-    return ("eval.py", "--model", toy_dir / "model", "--data", toy_dir / "stage2" / "test.jsonl",
-            toy_dir / "stage1" / "test.jsonl", "--out", out, "--max-new-tokens", 24, *more)  # fmt: skip
+    return ("eval.py", "--model", toy_dir / "model", "--data",
+            toy_dir / "stage2" / "test.jsonl", toy_dir / "stage1" / "test.jsonl",
+            "--out", out, "--max-new-tokens", 24, *more)  # fmt: skip
 
 
 def by_id(records):
