@@ -46,8 +46,8 @@ RESERVED = re.compile(r"<\|\w+\|>")
 TAGS = re.compile(r"</?(?:think|answer)>")
 
 
-def add_flags(parser):
-    """The media limits, the same for every entry point."""
+def add_flags(parser, keeps_clips=True):
+    """The media limits, the same for every entry point; and, where clips come again, the cache."""
     flag = parser.add_argument
     flag("--fps", type=float, default=2.0, help="video frames per second")
     flag("--max-frames", type=int, default=32, help="even; more are thinned out (paper: 32)")
@@ -60,7 +60,8 @@ def add_flags(parser):
         default=False,
         help="media may lie outside the JSONL's folder (absolute paths, .., links)",
     )
-    flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
+    if keeps_clips:
+        flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
     flag("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
 
 

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=2048, help="enough to reason and still to answer")
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
     flag("--audio-captions", action=boolean, default=False, help="put audio_caption in the prompt")
-    data.add_flags(parser)
+    data.add_flags(parser, keeps_clips=False)
 
     def overrides(first):
         if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
@@ -284,7 +284,7 @@ def main():
     # ---- the recipe: every score carries it, and what is resumed has the same
     template = args.template and Path(args.template).read_text()
     result = recipe_of(args, folder, template)
-    changed = tables.recipe_changes(result, out) if done else []
+    changed = tables.recipe_changes(result, out, "model") if done else []
     if changed:
         raise run.UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
     run.gather(None)
@@ -342,8 +342,6 @@ def main():
     result["heard"] = dict(videos=len(videos), with_sound=sum(bool(r["use_audio"]) for r in videos))
     if others:
         result["against"] = tables.compare(records, others, args.seed)
-        if not result["against"]:
-            raise run.UserError("--against: the two folders share no item")
     keep(out, records)
     run.write_text(out / "scores.json", json.dumps(result, indent=1))
     for record in records:
@@ -354,6 +352,8 @@ def main():
     print(f"{folder}  protocol {args.protocol}  commit {result['commit']}\n{told}")
     print(f"sound heard in {result['heard']['with_sound']} of {len(videos)} videos asked about")
     tables.print_scores(result)
+    if others and not result["against"]:
+        raise run.UserError(f"--against: {args.against} shares no item with {out}")
     if others and (changed := tables.recipe_changes(result, args.against)):
         print(f"not like with like: other {', '.join(changed)} than in {args.against}")
     if args.html:

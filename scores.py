@@ -64,7 +64,8 @@ def bootstrap(values, clusters, seed, groups=None, shares=None):
     clusters  (n,) anything printable: items of one cluster are drawn together
     groups    (n,) or None    given: of the mean of the groups' means, each weighed by its share
     shares    {group: weight} or None; 1 where not given
-    returns   (mean, low, high)
+    returns   (mean, low, high); low and high are None where there is one cluster: it says nothing
+              about what another one would give
     """
     _, cluster = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     groups = np.asarray(["all"] * len(values) if groups is None else groups, dtype=str)
@@ -78,12 +79,14 @@ def bootstrap(values, clusters, seed, groups=None, shares=None):
         there = weights * (sizes > 0)
         return (there * sums / np.maximum(sizes, 1)).sum(-1) / there.sum(-1)
 
-    count = len(sums)
+    whole = mean(sums.sum(0), sizes.sum(0)).item()
+    if (count := len(sums)) == 1:
+        return whole, None, None
     picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     picks += np.arange(RESAMPLES)[:, None] * count
     times = np.bincount(picks.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count)
     low, high = np.percentile(mean(times @ sums, times @ sizes), [2.5, 97.5])  # (R, K) each
-    return mean(sums.sum(0), sizes.sum(0)).item(), low.item(), high.item()
+    return whole, low.item(), high.item()
 
 
 # ---- summaries -----------------------------------------------------------------------------------
@@ -151,8 +154,18 @@ def compare(records, others, seed, macro=None, shares=None):
 
 
 def dagger(difference):
-    """The paper's mark of a difference whose interval includes zero."""
-    return "" if difference["low"] > 0 or difference["high"] < 0 else "†"
+    """The paper's mark of a difference whose interval includes zero, or is not known."""
+    low, high = difference["low"], difference["high"]
+    return "" if low is not None and (low > 0 or high < 0) else "†"
+
+
+def interval(part, form=".3f"):
+    """An interval as text."""
+    if part["score"] is None:
+        return ""
+    if part["low"] is None:
+        return "one clip"
+    return f"{part['low']:{form}} .. {part['high']:{form}}"
 
 
 def markdown(title, columns, rows):

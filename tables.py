@@ -28,8 +28,9 @@ def about(name):
 
 def summary(records, seed):
     """-> {name: scores.summarize(...)}: each set, and all files together."""
-    table = {}
-    for name in dict.fromkeys(r["file"] for r in records):
+    table, names = {}, dict.fromkeys(r["file"] for r in records)
+    order = [*(n for n in names if n not in benchmarks.BENCHMARKS), *benchmarks.BENCHMARKS]
+    for name in [name for name in order if name in names]:
         table[name] = scores.summarize(
             [r for r in records if r["file"] == name], seed, **about(name)
         )
@@ -37,12 +38,12 @@ def summary(records, seed):
     return {"all": scores.summarize(files, seed), **table} if files else table
 
 
-def recipe_changes(now, folder):
-    """Keys of the recipe, which two runs must share, that differ from a folder's; model apart."""
+def recipe_changes(now, folder, *more):
+    """Keys of the recipe (and more) that differ from the one that a folder was made with."""
     path = Path(folder) / "recipe.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     now = json.loads(json.dumps(now))
-    return [key for key in RECIPE if key in before and before[key] != now[key]]
+    return [key for key in [*more, *RECIPE] if key in before and before[key] != now[key]]
 
 
 def compare(records, others, seed):
@@ -60,8 +61,7 @@ def print_scores(result):
 
     def line(name, s, more=""):
         told = "-" if s["score"] is None else f"{s['score']:.3f}"
-        interval = "" if s["score"] is None else f"{s['low']:.3f} .. {s['high']:.3f}"
-        print(f"{name[-42:]:42} {s['n']:5d} {told:>7} {interval:>16}{more}")
+        print(f"{name[-42:]:42} {s['n']:5d} {told:>7} {scores.interval(s):>16}{more}")
 
     for name, s in result["scores"].items():
         line(name, s, f" {s['failures']:9d} {s['not_scored']:10d}")
@@ -74,7 +74,7 @@ def print_scores(result):
             for value, part in values.items():
                 line(f"  {group}: {value}", part)
     for name, d in result.get("against", {}).items():
-        interval = f"{d['low']:+.3f} .. {d['high']:+.3f}"
+        interval = scores.interval(d, "+.3f")
         name = f"{name} minus {result['arguments']['against']}"[-42:]
         print(f"{name:42} {d['n']:5d} {d['score']:+7.3f} {interval:>16} {scores.dagger(d)}")
 

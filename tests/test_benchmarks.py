@@ -70,7 +70,12 @@ def test_score_by_hand(name, scripted):
     count, not_scored, score, groups = EXPECTED[name]
     assert (found["n"], found["not_scored"]) == (count, not_scored)
     assert found["score"] == pytest.approx(score)
-    assert found["low"] <= found["score"] <= found["high"]
+    one_clip = name in ("av-counting", "av-counting-ref", "lvbench", "video-holmes", "mmvu",
+                        "tomato", "vsi-bench", "video-tt")  # fmt: skip
+    if one_clip:
+        assert found["low"] is found["high"] is None  # one clip says nothing about another
+    else:
+        assert found["low"] <= found["score"] <= found["high"]
     for group, values in groups.items():
         for value, expected in values.items():
             assert found["groups"][group][value]["score"] == pytest.approx(expected), (group, value)

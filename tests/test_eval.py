@@ -177,6 +177,12 @@ def test_clusters_widen_the_interval():
     assert tenfold[2] - tenfold[1] > 2.5 * (high - low)
 
 
+def test_one_clip_has_no_interval():
+    assert scores.bootstrap([1, 0, 0, 1], ["v"] * 4, 0) == (0.5, None, None)
+    part = dict(score=0.5, low=None, high=None)
+    assert scores.interval(part) == "one clip" and scores.dagger(part) == "†"
+
+
 def test_macro_means_by_hand():
     """A group counts as one, whatever its size; a share weighs it."""
     values, groups = [1, 1, 1, 0, 0, 1], ["x", "x", "x", "x", "y", "z"]
@@ -239,6 +245,10 @@ def test_another_recipe_is_not_resumed_and_is_told_in_a_comparison(toy_dir, tmp_
     other = ("--max-frames", 4)
     line = launch(*eval_flags(toy_dir, tmp_path / "a", "--resume", *other), code=1)
     assert "--resume: other recipe than in" in line
+    flags = list(eval_flags(toy_dir, tmp_path / "a", "--resume"))
+    shutil.copytree(toy_dir / "model", tmp_path / "other")
+    flags[flags.index("--model") + 1] = tmp_path / "other"
+    assert "--resume: other model than in" in launch(*flags, code=1)
     more = ("--against", tmp_path / "a", *other)
     printed = launch(*eval_flags(toy_dir, tmp_path / "b", *more))
     assert "not like with like: other recipe than in" in printed
