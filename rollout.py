@@ -109,7 +109,7 @@ def families_of(prompts):
     """-> lists of indices: prompts with the very same media together, in the order of the first."""
     families = {}
     for b, prompt in enumerate(prompts):
-        families.setdefault(id(prompt.media), []).append(b)
+        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
     return list(families.values())
 
 

@@ -385,6 +385,14 @@ def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
     assert encoded == [1] and read[0] < lengths[0] + 0.6 * sum(lengths[1:])
 
 
+def test_prompts_without_media_are_no_family(setup):
+    policy, _, _, build = setup
+    prompt = model.Prompt(torch.tensor([12]), torch.zeros(3, 1, dtype=torch.long), {})
+    assert rollout.families_of([prompt, prompt]) == [[0], [1]]
+    (a,), (b,) = model.rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
+    assert a.ids.tolist() == b.ids.tolist()
+
+
 def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
     policy, _, prompts, build = setup
     twice = model.rollout(policy, [prompts[0]] * 2, [2, 2], 1.0, 8, build.eos_ids, seeds=[1, 1])
