@@ -67,13 +67,18 @@ class DecodeAttention:
     where they are, by all its completions at once: no copy per completion.
 
     prompt_kv   layer -> (k, v), each (B, K, P, E), padded; prompt_mask (B, P) says what is real
-    own_kv      layer -> (k, v), each (B G, K, room, E), filled up to `length`
+    own_kv      layer -> (k, v), each (B G, K, room, E), filled up to `length`: what a completion
+                has already, such as its own question after a clip that it shares with others;
+                own_mask (B G, length) says what of it is real
     """
 
-    def __init__(self, prompt_kv, prompt_mask, group_size):
-        self.prompt_kv, self.group_size, self.own_kv, self.length = prompt_kv, group_size, {}, 0
-        self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device)
-        self.bias.masked_fill_(~prompt_mask, -torch.inf)  # (B, P)
+    def __init__(self, prompt_kv, prompt_mask, group_size, own_kv, own_mask):
+        self.prompt_kv, self.group_size = prompt_kv, group_size
+        self.own_kv, self.length = own_kv, own_mask.shape[1]
+        self.bias, self.own_bias = (
+            torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+            for mask in (prompt_mask, own_mask)
+        )
 
     def attend(self, layer, q, k, v, scaling):
         """q (B G, H, 1, E), k and v (B G, K, 1, E) -> (B G, 1, H, E)"""
@@ -94,14 +99,14 @@ class DecodeAttention:
         q = q.view(num_rows, num_kv, share, width)
         to_prompt = (by_prompt(q) @ prompt_k.mT).float() * scaling + self.bias[:, None, None]
         to_own = (q @ own_k.mT).float() * scaling  # (B G, K, share, length + 1)
+        to_own[..., : self.own_bias.shape[1]] += self.own_bias[:, None, None]
         weights = torch.cat([by_row(to_prompt), to_own], dim=-1).softmax(-1).to(q.dtype)
         out = weights[..., num_prompt_tokens:] @ own_v
         out = out + by_row(by_prompt(weights[..., :num_prompt_tokens]) @ prompt_v)
         return out.reshape(num_rows, 1, num_heads, width)
 
     def _append(self, layer, k, v):
-        empty = (k[:, :, :0], v[:, :, :0])
-        stores = self.own_kv.get(layer, empty)
+        stores = self.own_kv[layer]
         if stores[0].shape[2] == self.length:  # full: double the room
             stores = tuple(F.pad(x, (0, 0, 0, max(64, self.length))) for x in stores)
             self.own_kv[layer] = stores
@@ -113,7 +118,8 @@ class DecodeAttention:
         """Only these prompts (index tensor) and rows (index tensor, group_size a prompt) go on."""
         self.prompt_kv = {i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()}
         self.own_kv = {i: (k[rows], v[rows]) for i, (k, v) in self.own_kv.items()}
-        self.bias, self.group_size = self.bias[prompts], group_size
+        self.bias, self.own_bias = self.bias[prompts], self.own_bias[rows]
+        self.group_size = group_size
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):

@@ -271,8 +271,7 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
             for c, r in zip(group, reward.tolist())
         ]
         weight = 1 / (num_prompts * group_size)
-        items = [(e, a, weight) for e, a in zip(entries, group_advantages(reward).tolist())]
-        groups.append((prompt, items))
+        groups.append((prompt, entries, group_advantages(reward), weight))
     update.update(policy, reference, groups, None, step, args)
     run.clip_grad_norm(policy, 1.0)
     optimizer.step()
@@ -341,7 +340,7 @@ def bench_steps(args, policy):
         print("\nstep beside TRL: not run (pip install trl datasets)")
         return None
     rows, settings = [], argparse.Namespace(
-        micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2,
+        micro_tokens=16384, kl_coef=0.1, kl_ratio=False, temperature=1.0, clip_eps=0.2,
         tas_shape="uniform", tas_lambda=0.0, tas_equal_mean=False,
     )  # fmt: skip
     for size in STEPS[1:2] if args.quick else STEPS:

@@ -45,7 +45,7 @@ class Clip(NamedTuple):
 
     frames: torch.Tensor | None  # (T, 3, H, W) uint8
     fps: float | None  # of the frames really taken: T / span
-    audio: np.ndarray | None  # (S,) float32 at 16 kHz
+    audio: np.ndarray | list | None  # (S,) float32 at 16 kHz; a list of them if the row has one
     images: list  # of (3, H, W) uint8
     use_audio: bool  # the audio is the video's own, interleaved with it in time
 
@@ -69,8 +69,11 @@ def decode_clip(row, folder, recipe):
         if use_audio:
             audio = decode_audio(path, name, *span, recipe, of_video=True)
     if row.get("audio"):
-        path = _find(name, folder, row["audio"], recipe)
-        audio = decode_audio(path, name, start, end, recipe, of_video=False)
+        several = isinstance(row["audio"], list)
+        paths = row["audio"] if several else [row["audio"]]
+        paths = [_find(name, folder, path, recipe) for path in paths]
+        sounds = [decode_audio(path, name, start, end, recipe, of_video=False) for path in paths]
+        audio = sounds if several else sounds[0]
     return Clip(frames, fps, audio, images, use_audio)
 
 

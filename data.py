@@ -46,8 +46,8 @@ RESERVED = re.compile(r"<\|\w+\|>")
 TAGS = re.compile(r"</?(?:think|answer)>")
 
 
-def add_flags(parser):
-    """The media limits, the same for every entry point."""
+def add_flags(parser, keeps_clips=True):
+    """The media limits, the same for every entry point; and, where clips come again, the cache."""
     flag = parser.add_argument
     flag("--fps", type=float, default=2.0, help="video frames per second")
     flag("--max-frames", type=int, default=32, help="even; more are thinned out (paper: 32)")
@@ -60,7 +60,8 @@ def add_flags(parser):
         default=False,
         help="media may lie outside the JSONL's folder (absolute paths, .., links)",
     )
-    flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
+    if keeps_clips:
+        flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
     flag("--workers", type=int, default=2, help="threads that decode clips ahead of the loop")
 
 
@@ -235,7 +236,7 @@ def _read_answer(answer, kind, options, name):
 def _check_media(row, name):
     images = row.get("images") or []
     row["images"] = images if isinstance(images, list) else [images]
-    paths = [row[key] for key in ("video", "audio") if row.get(key)] + row["images"]
+    paths = media_paths(row)
     if not paths:
         raise BadRow(f"{name}: no media: give video, audio or images")
     if not all(isinstance(path, str) and path and "\0" not in path for path in paths):
@@ -249,6 +250,12 @@ def _check_media(row, name):
     if not (numbers and 0 <= (start or 0) < (1e9 if end is None else end)):
         times = f"start {start!r:.20}, end {end!r:.20}"
         raise BadRow(f"{name}: {times}: give seconds, start before end")
+
+
+def media_paths(row):
+    """All files that a row names: its video, its sound or sounds, its images."""
+    sounds = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
+    return [path for path in (row.get("video"), *sounds, *(row.get("images") or [])) if path]
 
 
 def option_table(options):

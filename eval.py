@@ -1,30 +1,39 @@
 """
-Accuracy of a model on rows, with a record of every item and an interval around every number.
+Scores of a model on rows or on the paper's benchmarks, with a record of every item and an interval
+around every number.
 
     python eval.py                                                   # the toy's held-out rows
     python eval.py --model runs/stage2/final --data test.jsonl --out scores/stage2
-    torchrun --nproc-per-node 8 eval.py --model M --data test.jsonl --out DIR --against scores/base
+    python eval.py --model M --benchmark daily-omni --root DIR --out scores/M --html 200
+    torchrun --nproc-per-node 8 eval.py --model M --benchmark all --root DIR --out scores/M
+    python eval.py --table scores/base scores/grpo scores/avatar     # the paper's tables
 
 An item that cannot be read counts as wrong and is named; the denominator is the number of items.
-Intervals: 95 % bootstrap over clips, since questions about one clip stand or fall together.
+Intervals: 95 % bootstrap over clips, since questions about one clip stand or fall together. A clip
+is decoded, encoded and read once for all questions about it.
 """
 
 import argparse
 import json
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import run  # before torch: it sets how torch's threads wait
 
+import av
 import numpy as np
 
+import benchmarks
 import data
 import model
+import page
+import protocol
 import rewards
-import stream
+import scores
+import tables
 import toy
-
-RESAMPLES = 2000
 
 
 def parse_args(argv=None):
@@ -32,9 +41,25 @@ def parse_args(argv=None):
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
     flag("--data", nargs="+", help="JSONL files (default: the toy's held-out rows, all stages)")
+    names = list(benchmarks.BENCHMARKS)
+    flag("--benchmark", nargs="+", choices=["all", *names], metavar="NAME",
+         help=f"of the paper: all (fifteen), {', '.join(names)}")  # fmt: skip
+    flag(
+        "--root", help="folder that holds the benchmarks, each in a folder of its name, or the one"
+    )
+    flag(
+        "--allow-missing", action="store_true", help="go on without media that are not there: wrong"
+    )
+    flag(
+        "--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'"
+    )
+    flag("--template", metavar="FILE", help="the user's turn in other words, with {question} in it")
     flag("--out", default="scores/toy", help="folder for records.jsonl and scores.json")
     flag("--against", metavar="DIR", help="an earlier --out: report the paired difference too")
     flag("--resume", action="store_true", help="keep the items that --out already holds")
+    flag("--html", type=int, default=0, metavar="N", help="N items to look at, wrong ones first")
+    flag("--table", nargs="+", metavar="DIR", help="only print Markdown tables of these --outs, "
+         "differences to the first")  # fmt: skip
     flag("--seed", type=int, default=0, help="of sampling and of the bootstrap")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="to compute in")
@@ -42,171 +67,299 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=2048, help="enough to reason and still to answer")
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
     flag("--audio-captions", action=boolean, default=False, help="put audio_caption in the prompt")
-    data.add_flags(parser)
+    data.add_flags(parser, keeps_clips=False)
 
     def overrides(first):
-        if toy.is_toy(first.model):
+        if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
+            yield "paper", dict(fps=2.0, max_frames=32, max_pixels=768 * 28 * 28)
+        if not first.table and toy.is_toy(first.model):
             tokens = toy.OVERRIDES["rl"]["max_new_tokens"]
             yield "toy", toy.OVERRIDES["media"] | dict(max_new_tokens=tokens, batch_size=64)
 
-    return run.parse(parser, argv, overrides)
+    args = run.parse(parser, argv, overrides)
+    if args[0].benchmark and not args[0].root:
+        parser.error("--benchmark needs --root, the folder that holds the benchmarks")
+    return args
 
 
-def bootstrap(scores, clusters, seed):
+def recipe_of(args, folder, template):
+    """What a score depends on beside the items: kept with it, and the same where it is resumed."""
+    recipe = dict(model=str(folder), protocol=args.protocol, template=template)
+    recipe |= dict(recipe=data.recipe_from(args)._asdict(), temperature=args.temperature)
+    recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
+    recipe |= dict(dtype=args.dtype, commit=run.commit(), arguments=vars(args))
+    if args.protocol == "paper":
+        words = dict(system=protocol.SYSTEM, instructions=protocol.ASKED)
+        return recipe | words | dict(max_new_tokens=protocol.TOKENS)
+    words = dict(system=data.SYSTEM_PROMPT, instructions=data.INSTRUCTIONS)
+    return recipe | words | dict(max_new_tokens=args.max_new_tokens)
+
+
+# ---- items -------------------------------------------------------------------------------------
+
+
+def load_sets(args, toy_tests):
+    """-> {name: (folder of its media, rows)}: of files as they are, of benchmarks raw."""
+    sets = {}
+    for file in args.data or ([] if args.benchmark else toy_tests):
+        rows = data.Rows(file)
+        sets[str(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
+    chosen = set(args.benchmark or [])
+    if "all" in chosen:
+        chosen |= {name for name in benchmarks.BENCHMARKS if not name.endswith("-ref")}
+    for name in [name for name in benchmarks.BENCHMARKS if name in chosen]:
+        if args.protocol == "paper" and name not in protocol.TOKENS:
+            raise run.UserError(f"--protocol paper: the authors published no script for {name}")
+        folder, rows = sets[name] = benchmarks.load(name, args.root)
+        missing = benchmarks.missing_media(folder, rows)
+        for path in missing[:10]:
+            run.print0(f"missing: {folder / path}")
+        if missing and not args.allow_missing:
+            raise run.UserError(
+                f"{name}: {len(missing)} media files are not in {folder}, the first are above: put "
+                f"them there, from {benchmarks.BENCHMARKS[name].source}, or --allow-missing"
+            )
+    return sets
+
+
+def hears(path, row, recipe):
+    """Whether a clip's own sound is given: it has some, and not more than the recipe takes."""
+    try:
+        with av.open(str(path)) as container:
+            length = (container.duration or 0) / av.time_base
+            span = (row.get("end") or length) - (row.get("start") or 0)
+            return bool(container.streams.audio) and span <= recipe.max_audio_seconds
+    except (av.FFmpegError, OSError):
+        return False  # what is wrong with the file is told when its frames are read
+
+
+def new_record(name, row):
+    """An item before it is asked: wrong, until something is known."""
+    keys = "prompt_id answer_type options video audio images start end use_audio groups".split()
+    record = dict(file=name) | {key: row.get(key) for key in keys}
+    record["groups"] = record["groups"] or {"answer type": row.get("answer_type")}
+    paths = data.media_paths(row)
+    record["clip"] = paths[0] if paths else str(row["prompt_id"])
+    record |= dict(question=row.get("question"), truth=row.get("answer"), prompt=None)
+    record |= dict(completion=None, parsed=None, score=0.0, failure=None)
+    return record | ({"score": None} if row.get("scoring") == "open" else {})
+
+
+def new_items(name, rows, have, args):
+    """-> [(row, record)] to ask, and records of what is not: it breaks the format, or is open."""
+    asked, settled = [], []
+    for row in rows:
+        if (name, str(row["prompt_id"])) in have:
+            continue
+        record = new_record(name, row)
+        try:
+            row = data.normalize_row(row)
+        except data.BadRow as problem:
+            settled.append(record | dict(failure=str(problem)))
+            continue
+        record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
+        record["prompt"] = data.question_text(row, None, args.audio_captions)
+        if name not in benchmarks.BENCHMARKS:  # there it is decided by the clip
+            record["use_audio"] = bool(row.get("use_audio"))
+        if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
+            settled.append(record)
+        else:
+            asked.append((row, record))
+    return asked, settled
+
+
+def by_clip(items):
+    """[(row, record)] -> lists of those about one clip, the same span and sound of it."""
+    groups = {}
+    for row, record in items:
+        clip = [record[key] for key in ("video", "audio", "images", "start", "end", "use_audio")]
+        groups.setdefault(json.dumps(clip), []).append((row, record))
+    return [dict(items=items) for items in groups.values()]
+
+
+def words_of(name, row, args, template):
+    """-> system prompt, and the user's turn: text, or pieces with the media among them."""
+    if args.protocol == "paper" and not template:
+        return protocol.authors_words(name, row)
+    text = data.question_text(row, None, args.audio_captions)
+    if template:
+        text = template.replace("{question}", protocol.question_and_options(row))
+    return data.SYSTEM_PROMPT, protocol.in_place(text, row) if row.get("inline") else text
+
+
+def read_clip(group):
     """
-    95 % interval of a mean by resampling clusters with replacement.
-
-    scores    (n,) float
-    clusters  (n,) anything hashable: items of one cluster are drawn together
-    returns   (low, high)
+    A clip's questions -> for each its Prompt, or the BadRow that says why there is none. The clip
+    is decoded once, and the prompts hold the very same media: a rollout reads these once.
     """
-    _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    sums, sizes = np.bincount(index, weights=scores), np.bincount(index)
-    picks = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[picks].sum(1) / sizes[picks].sum(1)
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    build, words, clip, first, prompts = group["build"], group["words"], None, None, []
+    for row, record in group["items"]:
+        try:
+            if clip is None:
+                known = record["use_audio"]
+                if known is None and row.get("video") and not row.get("audio"):
+                    known = hears(build.root / row["video"], row, build.recipe)
+                clip = data.decode_clip(row | dict(use_audio=known), build.root, build.recipe)
+            record["use_audio"] = clip.use_audio
+            if first is not None and not row.get("inline"):
+                prompts.append(build.with_text(first, row, words=words(row)))
+                continue
+            prompts.append(build.from_clip(row, clip, words=words(row)))
+            if not row.get("inline"):  # there the media stand in other places each time
+                first = prompts[-1]
+        except data.BadRow as problem:
+            prompts.append(problem)
+    return prompts
 
 
-def clip_of(record):
-    return record["video"] or record["audio"] or record["prompt_id"]
+def judge(record, row, text, truncated, name, authors):
+    """Fills in what the completion says and what it is worth."""
+    if authors:
+        answer, form = protocol.authors_reading(name, row, text)
+    else:
+        answer, form = protocol.our_reading(row, text, truncated)
+    scoring = row.get("scoring") or "exact"
+    if authors and scoring == "f1":
+        scoring = "exact"  # of the whole set
+    truth = rewards.normalize_answer(row["answer"], row["answer_type"], row.get("options"))
+    record |= dict(completion=text, parsed=answer) | scores.measure(form, truth, scoring)
+    if form is None:
+        why = "cut off by --max-new-tokens" if truncated else "no answer found"
+        record["failure"] = why if answer is None else "an answer that cannot be read for certain"
 
 
-def summary(records, seed):
-    """-> {name: dict(n, accuracy, low, high, failures)}: all, then by file and answer type."""
-    groups = {"all": records}
-    for key in ("file", "answer_type"):
-        for name in sorted({r[key] for r in records}):
-            groups[name] = [r for r in records if r[key] == name]
-    table = {}
-    for name, items in groups.items():
-        scores = np.array([r["score"] for r in items], dtype=float)
-        low, high = bootstrap(scores, [clip_of(r) for r in items], seed)
-        failures = sum(r["failure"] is not None for r in items)
-        table[name] = dict(
-            n=len(items), accuracy=scores.mean().item(), low=low, high=high, failures=failures
-        )
-    return table
+def answer(policy, build, name, items, prompts, args):
+    """Asks the model about the items [(row, record)] that have a Prompt; fills in their records."""
+    asked = []
+    for (row, record), prompt in zip(items, prompts):
+        if isinstance(prompt, data.BadRow):  # wrong, and named at the end
+            record["failure"] = str(prompt)
+        else:
+            asked.append((row, record, prompt))
+    if not asked:
+        return
+    authors = args.protocol == "paper"
+    tokens = protocol.TOKENS[name] if authors else args.max_new_tokens
+    ids = [f"{name} {row['prompt_id']}".encode() for row, _, _ in asked]
+    groups = model.rollout(
+        policy, [prompt for _, _, prompt in asked], [1] * len(asked), args.temperature, tokens,
+        build.eos_ids, [run.seed(args.seed, zlib.crc32(i)) for i in ids],
+    )  # fmt: skip
+    for (row, record, _), (made,) in zip(asked, groups):
+        judge(record, row, build.texts([made])[0], made.truncated, name, authors)
 
 
-def compare(records, others, seed):
-    """The paired difference on the items both hold -> dict(n, difference, low, high)."""
-    other = {(r["file"], r["prompt_id"]): r["score"] for r in others}
-    both = [r for r in records if (r["file"], r["prompt_id"]) in other]
-    if not both:
-        raise run.UserError("--against: the two folders share no item")
-    delta = np.array([r["score"] - other[r["file"], r["prompt_id"]] for r in both])
-    low, high = bootstrap(delta, [clip_of(r) for r in both], seed)
-    return dict(n=len(both), difference=delta.mean().item(), low=low, high=high)
+def keep(out, records):
+    """Writes whole records in one file, and removes what single ranks had written."""
+    if records:
+        run.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    for path in out.glob("records-*.jsonl"):
+        path.unlink()
 
 
-def read_records(folder):
-    """What a folder holds; of an interrupted evaluation also what each rank had done."""
-    texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
-    lines = [line for text in texts for line in text.splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
-
-
-def score(record, row, text, truncated):
-    """Fills in what the completion says: right or wrong, no partial credit here."""
-    answer = rewards.parse_answer(text)
-    truth = (row["answer"], row["answer_type"], row.get("options"))
-    record |= dict(completion=text, parsed=answer)
-    record["score"] = float(rewards.accuracy_reward(answer, *truth) == 1)
-    if answer is None:
-        record["failure"] = "cut off by --max-new-tokens" if truncated else "no answer found"
+# ---- the run -----------------------------------------------------------------------------------
 
 
 def main():
     args, _ = parse_args()
+    if args.table:
+        for folder in args.table:
+            if not tables.read_records(folder):
+                raise run.UserError(f"--table: no records in {folder}")
+        return tables.print_tables(args.table, args.seed)
     device = run.init_processes(args.device)
     out = Path(args.out)
-    done = read_records(out)
+    run.lock(out)  # two evaluations would mix their records
+    done = tables.read_records(out)
     run.gather(None)  # every rank has looked before one writes
     if done and not args.resume:
         raise run.UserError(f"{out} already holds records: add --resume, or choose another --out")
-    if args.against and not read_records(args.against):
+    others = tables.read_records(args.against) if args.against else None
+    if others == []:
         raise run.UserError(f"--against: no records in {args.against}")
-    toy_paths = [toy.defaults(args, stage) for stage in (1, 2, 3)]
-    sets = {str(f): data.Rows(f) for f in args.data or [test for _, _, test in toy_paths]}
-    folder = args.model or toy_paths[0][0]
+    toy_paths = [] if args.benchmark else [toy.defaults(args, stage) for stage in (1, 2, 3)]
+    folder = args.model or (toy_paths or [toy.defaults(args, 1)])[0][0]
+    sets = load_sets(args, [test for _, _, test in toy_paths])
+
+    # ---- the recipe: every score carries it, and what is resumed has the same
+    template = args.template and Path(args.template).read_text()
+    result = recipe_of(args, folder, template)
+    changed = tables.recipe_changes(result, out, "model") if done else []
+    if changed:
+        raise run.UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
+    run.gather(None)
+    if run.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        run.write_text(out / "recipe.json", json.dumps(result, indent=1))
+        keep(out, done)
+    run.gather(None)
+
     policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
     model.cast(policy.to(device), run.compute_dtype(device, args.dtype))
     build = model.InputBuilder(folder, data.recipe_from(args), ".", args.audio_captions)
-    cache = int(args.cache_gb * 1e9)
-    readers = {
-        name: stream.Reader(build.at(rows.path.parent), args.workers, cache)
-        for name, rows in sets.items()
-    }
-    out.mkdir(parents=True, exist_ok=True)
 
-    # ---- this rank's items, decoded together, the next ones read meanwhile
-    have = {(r["file"], r["prompt_id"]) for r in done}
-    todo = [(name, rows[i]) for name, rows in sets.items() for i in range(len(rows))]
-    todo = [item for item in todo if (item[0], item[1]["prompt_id"]) not in have]
-    todo = todo[run.rank() :: run.world_size()]
-    records, began = [], time.perf_counter()
-    bar = run.progress(0, len(todo), "eval")
-    for first in range(0, len(todo), args.batch_size):
-        for name, row in todo[first : first + 2 * args.batch_size]:
-            readers[name].prefetch(row)
-        prompts, readable = [], []
-        for name, row in todo[first : first + args.batch_size]:
-            record = dict(file=name, prompt_id=row["prompt_id"], video=row.get("video"))
-            record |= dict(
-                audio=row.get("audio"), answer_type=row["answer_type"], truth=row["answer"]
-            )
-            record |= dict(prompt=data.question_text(row, None, args.audio_captions))
-            record |= dict(completion=None, parsed=None, score=0.0, failure=None)
-            records.append(record)
-            try:
-                prompts.append(readers[name].get(row))
-                readable.append((record, row))
-            except data.BadRow as problem:  # wrong, and named below
-                record["failure"] = str(problem)
-            bar.update()
-        seeds = [run.seed(args.seed, first, i) for i in range(len(prompts))]
-        groups = model.rollout(
-            policy, prompts, [1] * len(prompts), args.temperature, args.max_new_tokens,
-            build.eos_ids, seeds,
-        ) if prompts else []  # fmt: skip
-        for (record, row), group in zip(readable, groups):
-            score(record, row, build.texts(group)[0], group[0].truncated)
-        with open(out / f"records-{run.rank()}.jsonl", "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records[first:])
-        bar.set_postfix(accuracy=f"{np.mean([r['score'] for r in records]):.3f}")
+    # ---- this rank's clips; those with as many questions are decoded together
+    have, packs, records = {(r["file"], r["prompt_id"]) for r in done}, [], []
+    for name, (root, rows) in sets.items():
+        asked, settled = new_items(name, rows, have, args)
+        records += settled if run.rank() == 0 else []
+        clips = sorted(by_clip(asked), key=lambda group: len(group["items"]))
+        clips = clips[run.rank() :: run.world_size()]
+        for group in clips:
+            words = lambda row, name=name: words_of(name, row, args, template)  # noqa: E731
+            group |= dict(build=build.at(root), words=words)
+        sizes = [len(group["items"]) for group in clips]
+        for pack in run.micro_batches(sizes, args.batch_size):
+            packs.append((name, [clips[i] for i in pack]))
+
+    bar = run.progress(0, sum(len(g["items"]) for _, pack in packs for g in pack), "eval")
+    began, right = time.perf_counter(), []
+    path, reading = out / f"records-{run.rank()}.jsonl", {}
+    with open(path, "a") as file, ThreadPoolExecutor(max(args.workers, 1)) as pool:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        for k, (name, pack) in enumerate(packs):
+            for j in range(k, min(k + 2, len(packs))):  # the next clips are read meanwhile
+                if j not in reading:
+                    reading[j] = [pool.submit(read_clip, group) for group in packs[j][1]]
+            prompts = [prompt for clip in reading.pop(k) for prompt in clip.result()]
+            items = [item for group in pack for item in group["items"]]
+            answer(policy, build, name, items, prompts, args)
+            new = [record for _, record in items]
+            records += new
+            file.writelines(json.dumps(record) + "\n" for record in new)
+            file.flush()
+            right += [record["score"] for record in new]
+            bar.update(len(new))
+            bar.set_postfix(score=f"{np.mean(right):.3f}")
     bar.close()
 
     # ---- what all ranks found
     records = done + [r for part in run.gather(records) for r in part]
     if run.rank():
         return
-    result = dict(model=str(folder), commit=run.commit(), recipe=data.recipe_from(args)._asdict())
-    result |= dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    result |= dict(audio_captions=args.audio_captions, seconds=time.perf_counter() - began)
-    result["scores"] = summary(records, args.seed)
-    if args.against:
-        result["against"] = compare(records, read_records(args.against), args.seed)
-    lines = [json.dumps(record) + "\n" for record in records]
-    run.write_text(out / "records.jsonl", "".join(lines))
-    for path in out.glob("records-*.jsonl"):
-        path.unlink()
+    result |= dict(seconds=time.perf_counter() - began, scores=tables.summary(records, args.seed))
+    videos = [r for r in records if r["video"] and r["completion"] is not None]
+    result["heard"] = dict(videos=len(videos), with_sound=sum(bool(r["use_audio"]) for r in videos))
+    if others:
+        result["against"] = tables.compare(records, others, args.seed)
+    keep(out, records)
     run.write_text(out / "scores.json", json.dumps(result, indent=1))
     for record in records:
         if record["failure"] and record["completion"] is None:
             print(f"wrong: {record['failure']}")
-    recipe = "  ".join(f"{name} {value:g}" for name, value in result["recipe"].items())
-    print(f"{folder}  {recipe}  temperature {args.temperature:g}")
-    print(f"{'':42} {'n':>5} {'accuracy':>9} {'95 % interval':>16} {'failures':>9}")
-    for name, s in result["scores"].items():
-        interval = f"{s['low']:.3f} .. {s['high']:.3f}"
-        print(f"{name[-42:]:42} {s['n']:5d} {s['accuracy']:9.3f} {interval:>16} {s['failures']:9d}")
-    if args.against:
-        d = result["against"]
-        mark = "" if d["low"] > 0 or d["high"] < 0 else " †"  # the paper's mark: not significant
-        interval = f"{d['low']:+.3f} .. {d['high']:+.3f}"
-        print(
-            f"{'minus ' + args.against:42} {d['n']:5d} {d['difference']:+9.3f} {interval:>16}{mark}"
-        )
+    told = "  ".join(f"{name} {value:g}" for name, value in result["recipe"].items())
+    told += f"  temperature {args.temperature:g}  max_new_tokens {result['max_new_tokens']}"
+    print(f"{folder}  protocol {args.protocol}  commit {result['commit']}\n{told}")
+    print(f"sound heard in {result['heard']['with_sound']} of {len(videos)} videos asked about")
+    tables.print_scores(result)
+    if others and not result["against"]:
+        raise run.UserError(f"--against: {args.against} shares no item with {out}")
+    if others and (changed := tables.recipe_changes(result, args.against)):
+        print(f"not like with like: other {', '.join(changed)} than in {args.against}")
+    if args.html:
+        roots = {name: root for name, (root, _) in sets.items()}
+        page.write(out / "items.html", str(folder), records, roots, args.html)
+        print(f"wrote {out / 'items.html'}")
 
 
 if __name__ == "__main__":

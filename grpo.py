@@ -47,21 +47,6 @@ def replay_advantages(replayed_rewards, mean_rewards):
     return (replayed_rewards - mean_rewards) / sigma.clamp(min=SIGMA_FLOOR)
 
 
-def step_advantages(made, drawn, mean_reward):
-    """
-    Both halves of a step.
-
-    made, drawn  lists of groups of entries, which have .reward and .prompt_id; a group may be empty
-    mean_reward  callable(prompt_id) -> R̄(q), for the prompts in drawn
-    returns      two lists of (G,) tensors, as made and as drawn
-    """
-    fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in made]
-    replayed = [e for group in drawn for e in group]
-    rewards = torch.tensor([e.reward for e in replayed])
-    means = torch.tensor([mean_reward(e.prompt_id) for e in replayed])
-    return fresh, list(replay_advantages(rewards, means).split([len(group) for group in drawn]))
-
-
 def grpo_loss(
     logprobs,
     old_logprobs,

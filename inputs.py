@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoConfig, Qwen2_5OmniProcessor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
@@ -77,38 +78,49 @@ class InputBuilder:
         other.root = Path(root)
         return other
 
-    def chat(self, processor, media, row, hint):
-        """The prompt as text, with one placeholder for each of `media`."""
-        text = data.question_text(row, hint, self.audio_captions)
-        content = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
+    def chat(self, processor, media, row, hint, words):
+        """
+        The prompt as text, with one placeholder for each of `media`.
+
+        words   None, or (system prompt, the user's turn) in the place of ours: text, or a list of
+                pieces {"type": "text", "text"} and {"type", "index"} with the media among them
+        """
+        question = data.question_text(row, hint, self.audio_captions)
+        system, text = words or (data.SYSTEM_PROMPT, question)
+        pieces = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
+        content = text if isinstance(text, list) else pieces
         messages = [
-            {"role": "system", "content": [{"type": "text", "text": data.SYSTEM_PROMPT}]},
+            {"role": "system", "content": [{"type": "text", "text": system}]},
             {"role": "user", "content": content},
         ]
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def from_clip(self, row, clip, hint=None):
+    def own_processor(self):
         if not hasattr(self.in_thread, "processor"):
             self.in_thread.processor = copy.deepcopy(self.processor)
-        processor = self.in_thread.processor
+        return self.in_thread.processor
+
+    def from_clip(self, row, clip, hint=None, words=None):
+        processor = self.own_processor()
+        sounds = [clip.audio] if isinstance(clip.audio, np.ndarray) else clip.audio or []
         media = ["image"] * len(clip.images)  # media first: it moves scores by points
         media += ["video"] * (clip.frames is not None)
-        media += ["audio"] * (clip.audio is not None and not clip.use_audio)
-        text = self.chat(processor, media, row, hint)
+        media += ["audio"] * (0 if clip.use_audio else len(sounds))
+        text = self.chat(processor, media, row, hint, words)
         kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
         kwargs["videos_kwargs"] = dict(
             do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
         )
         if clip.images:
-            kwargs["images"] = clip.images
+            kwargs["images"] = in_order(clip.images, "image", words)
         if clip.frames is not None:
             kwargs["videos"] = [clip.frames]
             # of the frames really taken: the positions tell their time
             kwargs["videos_kwargs"]["fps"] = clip.fps
-        if clip.audio is not None:
+        if sounds:
             # without max_length the extractor pads every clip to 300 s
-            kwargs["audio"] = [clip.audio]
-            length = -(-len(clip.audio) // 160) * 160
+            kwargs["audio"] = sounds if clip.use_audio else in_order(sounds, "audio", words)
+            length = -(-max(map(len, sounds)) // 160) * 160
             kwargs["audio_kwargs"] = dict(max_length=length, truncation=False)
             if clip.use_audio:
                 kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
@@ -123,12 +135,14 @@ class InputBuilder:
             )
         return prompt
 
-    def with_text(self, prompt, row, hint=None):
-        """The prompt of another question, or of a hint, about the same clip; for one thread."""
+    def with_text(self, prompt, row, hint=None, words=None):
+        """The prompt of another question, or of a hint, about the same clip: the same media."""
         is_end = torch.isin(prompt.input_ids, torch.tensor(self.media_end_ids))
         media = int(is_end.nonzero().max()) + 1  # tokens up to the end of the last medium
-        text = self.chat(self.processor, ["audio"], row, hint)
-        tail = torch.tensor(self.tokenizer(text.split(self.tokenizer.audio_eos_token)[1]).input_ids)
+        processor = self.own_processor()
+        text = self.chat(processor, ["audio"], row, hint, words)
+        text = text.split(self.tokenizer.audio_eos_token)[1]
+        tail = torch.tensor(processor.tokenizer(text).input_ids)
         positions = prompt.position_ids[:, :media]
         after = int(positions.max()) + 1 + torch.arange(len(tail))  # text: all three the same
         positions = torch.cat([positions, after.expand(3, -1)], dim=1)
@@ -137,10 +151,10 @@ class InputBuilder:
 
     def key(self, row):
         """What tells one clip from another: rows with the same key differ only in their texts."""
-        media = (row.get("video"), row.get("audio"), *(row.get("images") or []))
         return (
             str(self.root),
-            *media,
+            row.get("video"),
+            *data.media_paths(row),
             bool(row.get("use_audio")),
             row.get("start"),
             row.get("end"),
@@ -154,8 +168,8 @@ class InputBuilder:
             media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
         if "input_features" in batch:
             mel_lengths = batch["feature_attention_mask"].sum(1)
-            mel = batch["input_features"][0, :, : mel_lengths[0]]  # without the padding
-            media["audio"] = dict(mel=mel.clone())
+            mels = [x[:, :n] for x, n in zip(batch["input_features"], mel_lengths)]  # no padding
+            media["audio"] = dict(mel=torch.cat(mels, dim=1), lengths=mel_lengths)
         seconds = batch.get("video_second_per_grid")
         position_ids, _ = self.position_index.get_rope_index(
             input_ids,
@@ -167,6 +181,13 @@ class InputBuilder:
             second_per_grids=None if seconds is None else torch.as_tensor(seconds),
         )
         return Prompt(input_ids[0], position_ids[:, 0].clone(), media)
+
+
+def in_order(media, kind, words):
+    """Media in the order in which words name them, if they name any."""
+    if words and isinstance(words[1], list):
+        return [media[piece["index"]] for piece in words[1] if piece["type"] == kind]
+    return media
 
 
 def from_pretrained(kind, folder, **kwargs):

@@ -57,6 +57,8 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "time/data_s": "seconds before the rollout: waiting for clips, encoding new ones, hints",
     "time/rollout_s": "seconds of sampling",
     "time/update_s": "seconds of log-probs, backward passes and the optimizer",
+    "time/judge_s": "seconds from the first question to the judge to its last answer; rank 0",
+    "time/judge_wait_s": "seconds of them in which the loop had to wait",
     "eval/acc": "share of right answers on held-out rows, at --temperature",
 }
 
@@ -149,7 +151,8 @@ class Health:
 
 def step_line(m, steps):
     """The line printed for a step."""
-    seconds = m["time/data_s"] + m["time/rollout_s"] + m["time/update_s"]
+    parts = ("data", "rollout", "update", "judge_wait")
+    seconds = sum(m[f"time/{part}_s"] for part in parts)
     line = (
         f"step {m['step']:4d}/{steps}  reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  "
         f"kl {m['kl']:.4f}  "

@@ -79,7 +79,8 @@ class Policy(nn.Module):
         if self.train_towers and dist.is_initialized():
             # sharded towers: a rank that skips one leaves the others waiting in its collectives
             video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
-            out.append(dict(video=video, audio=dict(mel=torch.zeros(128, 200))))
+            sound = dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
+            out.append(dict(video=video, audio=sound))
         seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
         heard = [o for o in out if isinstance(o.get("audio"), dict)]
         if seen:
@@ -89,16 +90,15 @@ class Policy(nn.Module):
             for o, m in seen:
                 o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
         if heard:
-            lengths = torch.tensor([o["audio"]["mel"].shape[1] for o in heard])
-            mels = pad_sequence(
-                [o["audio"]["mel"].T.to(self.device) for o in heard], batch_first=True
-            )
+            lengths = torch.cat([o["audio"]["lengths"] for o in heard])
+            mels = torch.cat([o["audio"]["mel"].T.to(self.device) for o in heard])
+            mels = pad_sequence(mels.split(lengths.tolist()), batch_first=True)
             mask = (torch.arange(mels.shape[1]) < lengths[:, None]).long().to(self.device)
             sound = core.get_audio_features(mels.transpose(1, 2), mask, return_dict=True)
-            sound = sound.last_hidden_state
             sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
-            for o, piece in zip(heard, sound.split(sizes)):
-                o["audio"] = piece
+            pieces = list(sound.last_hidden_state.split(sizes))
+            for o in heard:
+                o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
         return out
 
     def embed(self, prompts):

@@ -261,6 +261,24 @@ def normalize_answer(answer, answer_type, options=None):
     return None if answer is None else _READERS[answer_type](answer, options)
 
 
+def bare_answer(text, answer_type, options=None):
+    """
+    The answer of a completion without any answer tag, for evaluating models that never learned
+    them; no reward is given for it.
+
+    returns      str      what stands after the reasoning, or its last line: the first of the two
+                          that normalize_answer can read; None if neither, or if there is a tag
+    """
+    tail = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    if re.search("</?answer>|<think>", tail):
+        return None
+    tail = tail.strip()
+    for part in (tail, tail.split("\n")[-1]):
+        if normalize_answer(part, answer_type, options) is not None:
+            return part.strip()
+    return None
+
+
 # ------------------------------------------------------------------------------------------
 # the rewards of an answer
 

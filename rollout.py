@@ -2,14 +2,16 @@
 The sampling loop: prompts are read once, the completions of all of them are decoded together, and
 the log-prob of every sampled token is recorded under the distribution it was sampled from.
 
-B prompts, G completions each, P prompt tokens, T completion tokens, V vocabulary.
+Prompts that hold the very same media (one object: the questions about one clip) are a family. What
+they begin with alike, the clip above all, is encoded and read once for the whole family.
+
+B prompts, G completions each, F families, P prompt tokens, T completion tokens, V vocabulary.
 """
 
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from attention import DecodeAttention, PackedAttention
 
@@ -56,15 +58,19 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
     eos = torch.tensor(eos_ids, device=device)
 
     # a row decodes one completion; slot[row] says which, -1 if the row is only there to fill up
-    slot = torch.arange(len(noise)).view(num_prompts, group_size)
-    slot[torch.arange(group_size) >= torch.tensor(num_completions)[:, None]] = -1
-    slot = slot.flatten().to(device)
+    families = families_of(prompts)
+    slots = [
+        [b * group_size + g for b in family for g in range(num_completions[b])]
+        for family in families
+    ]
+    width = max(map(len, slots))  # rows of a family
+    slot = torch.tensor([s + [-1] * (width - len(s)) for s in slots], device=device).flatten()
+    owner = slot.clamp(min=0) // group_size  # (rows,) the prompt that a row goes on from
     with gathered(policy):
-        logits, attention = prefill(policy, prompts, group_size)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (B G, V)
-        after = torch.tensor(
-            [int(p.position_ids.max()) + 1 for p in prompts], device=device
-        )  # (B,)
+        logits, attention = prefill(policy, prompts, families, owner)
+        logits = logits[owner]  # (rows, V)
+        after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
+        after = after[owner]
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
             alive = slot >= 0
@@ -78,15 +84,14 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
             if num_alive <= 0.75 * len(slot):
-                prompts_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
+                families_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
                 if len(rows) < len(slot):  # finished rows leave
-                    attention.keep(prompts_left, rows, size)
-                    slot, token, after = slot[rows], token[rows], after[prompts_left]
+                    attention.keep(families_left, rows, size)
+                    slot, token, after = slot[rows], token[rows], after[rows]
             embeds = policy.thinker.get_input_embeddings()(token[:, None])  # (rows, 1, D)
-            position = (after + step).repeat_interleave(attention.group_size)
             hidden = policy.thinker.model.language_model(
                 inputs_embeds=embeds,
-                position_ids=position[None, :, None].expand(3, -1, 1),
+                position_ids=(after + step)[None, :, None].expand(3, -1, 1),
                 use_cache=False,
                 shared=attention,
             ).last_hidden_state
@@ -100,28 +105,90 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
     return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
 
 
-def prefill(policy, prompts, group_size):
-    """Reads every prompt once -> logits of the next token (B, V), the attention to decode with."""
-    lengths = [len(p.input_ids) for p in prompts]
-    packed = PackedAttention([(n, []) for n in lengths], policy.device, record=True)
-    position_ids = torch.cat([p.position_ids for p in prompts], dim=1)
-    hidden = policy.read(torch.cat(policy.embed(prompts)), position_ids, packed)
-    lengths = torch.tensor(lengths, device=policy.device)
-    logits = policy.thinker.lm_head(hidden[lengths.cumsum(0) - 1]).float()
-    cache = {}
-    for layer in list(packed.kept):  # the packed row (1, K, L, E) as a padded batch (B, K, P, E)
-        rows = [x[0].transpose(0, 1).split(lengths.tolist()) for x in packed.kept.pop(layer)]
-        cache[layer] = tuple(pad_sequence(x, True).transpose(1, 2).contiguous() for x in rows)
-    mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
-    return logits, DecodeAttention(cache, mask, group_size)
+def families_of(prompts):
+    """-> lists of indices: prompts with the very same media together, in the order of the first."""
+    families = {}
+    for b, prompt in enumerate(prompts):
+        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
+    return list(families.values())
+
+
+def num_alike(rows):
+    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
+    if len(rows) == 1:
+        return len(rows[0])
+    room = min(map(len, rows)) - 1
+    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
+    return int(alike.cumprod(0).sum())
+
+
+def prefill(policy, prompts, families, owner):
+    """
+    Reads every prompt once, and what a family begins with once for all of it. In the packed row
+
+        [ family 1 | tail | tail | family 2 | tail | ... ]
+
+    the tail of a prompt, what is its own, stands where a completion stands in the update.
+
+    owner     (rows,)    the prompt that each row of the decoding goes on from
+    returns   logits of the next token (B, V), the attention to decode with
+    """
+    device = policy.device
+    shared = [num_alike([prompts[b].input_ids for b in family]) for family in families]
+    order = [(b, n) for n, family in zip(shared, families) for b in family]
+    tails = {b: prompts[b].input_ids[n:] for b, n in order}
+    tail_ids = torch.cat(list(tails.values())).to(device)
+    check_no_media(policy, tail_ids)
+    tail_embeds = policy.thinker.get_input_embeddings()(tail_ids)
+    tail_embeds = dict(zip(tails, tail_embeds.split([len(ids) for ids in tails.values()])))
+
+    # where, in the packed row, a family begins and a prompt ends
+    embeds, positions, groups, begins, ends, row = [], [], [], [], {}, 0
+    firsts = [prompts[family[0]] for family in families]
+    for n, family, first, embed in zip(shared, families, firsts, policy.embed(firsts)):
+        embeds += [embed[:n], *(tail_embeds[b] for b in family)]
+        positions += [first.position_ids[:, :n], *(prompts[b].position_ids[:, n:] for b in family)]
+        groups.append((n, [len(tails[b]) for b in family]))
+        begins.append(row)
+        row += n
+        for b in family:
+            row += len(tails[b])
+            ends[b] = row
+    packed = PackedAttention(groups, device, record=True)
+    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), packed)
+    ends = torch.tensor([ends[b] for b in range(len(prompts))], device=device)  # (B,)
+    logits = policy.thinker.lm_head(hidden[ends - 1]).float()
+
+    # keys and values of the packed row (K, L, E) as padded batches: families, and tails of the rows
+    shared, begins = (torch.tensor(x, device=device)[:, None] for x in (shared, begins))
+    lengths = torch.tensor([len(tails[b]) for b in range(len(prompts))], device=device)
+    ahead = torch.arange(int(shared.max()), device=device)
+    back = torch.arange(int(lengths.max()), 0, -1, device=device)  # all tails end at one place
+    family_at = (begins + ahead).clamp(max=row - 1)  # (F, P)
+    tail_at = (ends[owner, None] - back).clamp(min=0)  # (rows, tail)
+    family_kv, tail_kv = {}, {}
+    for layer in list(packed.kept):
+        pair = [x[0] for x in packed.kept.pop(layer)]
+        family_kv[layer] = tuple(x[:, family_at].transpose(0, 1).contiguous() for x in pair)
+        tail_kv[layer] = tuple(x[:, tail_at].transpose(0, 1) for x in pair)
+    masks = ahead < shared, back <= lengths[owner, None]
+    width = len(owner) // len(families)
+    return logits, DecodeAttention(family_kv, masks[0], width, tail_kv, masks[1])
+
+
+def check_no_media(policy, ids):
+    """A tail is only text: a placeholder there would be read without its features, in silence."""
+    media = [getattr(policy.thinker.config, f"{m}_token_id") for m in ("image", "video", "audio")]
+    found = torch.isin(ids, torch.tensor(media, device=ids.device)).any()
+    assert not found, "prompts that share their media differ before the last of it"
 
 
 def compact(alive):
-    """alive (B, G) bool -> prompts with a row left, the rows to keep, rows a prompt then."""
-    prompts_left = alive.any(1).nonzero()[:, 0]
+    """alive (F, rows) bool -> families with a row left, the rows to keep, rows a family then."""
+    families_left = alive.any(1).nonzero()[:, 0]
     size = int(alive.sum(1).max())
-    first = alive[prompts_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
-    return prompts_left, (prompts_left[:, None] * alive.shape[1] + first).flatten(), size
+    first = alive[families_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
+    return families_left, (families_left[:, None] * alive.shape[1] + first).flatten(), size
 
 
 def sample(logits, temperature, noise):

@@ -195,7 +195,9 @@ def print0(*words):
 def progress(start, steps, title):
     """A bar on rank 0; without a terminal only what is written through it appears."""
     if rank():
-        return tqdm(disable=True, file=open(os.devnull, "w"))
+        bar = tqdm(disable=True)
+        bar.write = lambda line: None  # tqdm's own would print
+        return bar
     bar = tqdm(total=steps, initial=start, desc=title, disable=None, dynamic_ncols=True)
     bar.write = print0 if bar.disable else bar.write
     return bar
@@ -215,6 +217,8 @@ FREE = set(
 )
 FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside", "max_bad_frac", "feature_dir"}
 FREE |= {"on_bad_step", "max_ratio", "min_entropy"}
+# a judge may come back at another address: its model is what counts
+FREE |= {"judge", "judge_concurrency", "judge_timeout", "judge_retries", "max_unjudged_frac"}
 
 
 def add_flags(parser):
@@ -270,7 +274,9 @@ def open_folder(args, source):
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
     if args.resume:
         before, now = json.loads((out / "run.json").read_text())["arguments"], vars(args)
-        changed = [k for k in now if k not in FREE and str(before.get(k)) != str(now[k])]
+        # a flag that the run did not have yet when it began is none of its arguments
+        known = [k for k in now if k in before and k not in FREE]
+        changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
             told = ", ".join(
                 f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in changed

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 from clips import BadRow
+from data import media_paths
 from inputs import Prompt
 
 FEW = 64  # rows: before as many are read, a share of them says little
@@ -196,10 +197,9 @@ class FeatureFolder:
 
     def path(self, row):
         key = [str(part) for part in self.build.key(row)]
-        for file in (row.get("video"), row.get("audio"), *row["images"]):
-            if file:
-                about = (self.build.root / file).stat()
-                key += [str(about.st_size), str(about.st_mtime_ns)]
+        for file in media_paths(row):
+            about = (self.build.root / file).stat()
+            key += [str(about.st_size), str(about.st_mtime_ns)]
         key += [str(self.build.recipe), self.weights]
         return self.folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest() + ".safetensors")
 

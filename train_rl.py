@@ -26,7 +26,9 @@ import torch
 import buffer
 import checkpoint
 import data
+import held_out
 import hints
+import judge
 import metrics
 import model
 import rewards
@@ -34,11 +36,11 @@ import stream
 import tas
 import toy
 import update
-from grpo import group_advantages, grpo_loss, replay_advantages, step_advantages  # noqa: F401
+from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
-EVAL_BATCH, SAMPLE_EVERY = 32, 10  # held-out prompts together; steps between samples.jsonl
+SAMPLE_EVERY = 10  # steps between samples.jsonl
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
@@ -52,14 +54,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     run.add_flags(parser)
-    flag(
-        "--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, localisation"
-    )
+    flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
     flag("--algo", choices=["avatar", "grpo"], default="avatar", help="grpo: 8 fresh, nothing else")
     # data
     data.add_flags(parser)
     flag("--feature-dir", help="also keep on disk, here, what the frozen towers made of a clip")
-    flag("--audio-captions", action=boolean, default=False, help="into the prompt [U16]")
+    flag("--audio-captions", action=boolean, default=False, help="captions in prompts [U16]")
     flag("--eval-data", help="held-out JSONL (default: the toy's, if --data is the toy's)")
     # rollout
     flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
@@ -67,20 +67,17 @@ def parse_args(argv=None):
     flag("--num-off", type=int, default=4, help="replayed ones a prompt (paper); 0 = no replay")
     flag("--temperature", type=float, default=1.0, help="of sampling and of log-probs (script)")
     flag("--max-new-tokens", type=int, default=2048, help="length of a completion (script)")
+    flag("--rollout-parts", type=int, default=1, help="rollouts a step: a judge begins earlier")
     # objective
-    flag(
-        "--reward-weights", default="format=.5,acc=.5", help="of format, acc, self, judge [R.stage]"
-    )
-    flag("--judge", choices=["toy"], help="who scores reasoning steps [R.judge] [D5]")
+    flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
+    judge.add_flags(parser)
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
+    flag("--kl-ratio", action=boolean, default=False, help="KL of replayed times r [U20]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
-    flag("--kl-ratio", action=boolean, default=False, help="weigh the KL's tokens by r [U20]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
-    flag(
-        "--tas-equal-mean", action=boolean, default=False, help="rescale weights to mean 1 [TAS.w]"
-    )
+    flag("--tas-equal-mean", action=boolean, default=False, help="weights of mean 1 [TAS.w]")
     # replay and hints
     flag("--buffer-size", type=int, default=10000, help="completions (paper)")
     flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")
@@ -96,7 +93,7 @@ def parse_args(argv=None):
     flag("--warmup-frac", type=float, default=0.05, help="share of steps with rising lr (script)")
     flag("--weight-decay", type=float, default=0.0, help="of AdamW [U18]")
     flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
-    flag("--micro-tokens", type=int, default=16384, help="read at one time; less = less memory")
+    flag("--micro-tokens", type=int, default=16384, help="tokens read at once; less = less memory")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
@@ -130,41 +127,11 @@ def parse_args(argv=None):
         raise run.UserError("--feature-dir is for frozen towers: leave out --train-towers")
     run.check_at_least(
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
-        updates_per_rollout=1, max_staleness=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
-        lora_rank=0, eval_every=0, eval_samples=1, keep=1,
+        lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
+        updates_per_rollout=1, max_staleness=0,
     )  # fmt: skip
     return args, source, weights
-
-
-def held_out_accuracy(policy, load, rows, build, args):
-    """
-    Share of right answers among --eval-samples completions, sampled as in training.
-
-    load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
-    """
-    count = min(len(rows), args.eval_samples)
-    per_row, right, told = max(1, round(args.eval_samples / count)), 0, []
-    for first in range(0, count, EVAL_BATCH * run.world_size()):  # as many rounds on every rank
-        places, batch = range(count)[first + run.rank() :: run.world_size()][:EVAL_BATCH], []
-        for i in places:
-            try:
-                row = rows[i]
-                batch.append((row, load(row), per_row, run.seed(args.seed, 0, i)))
-            except data.BadRow as problem:
-                told.append(str(problem))
-        batch = batch or [(None, build.filler, 1, 0)]  # FSDP: no rank may stay away
-        taken, prompts, counts, seeds = zip(*batch)
-        rolled = model.rollout(
-            policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
-        )
-        for row, group in zip(taken, rolled):
-            for text in build.texts(group) if row else ():
-                truth = (row["answer"], row["answer_type"], row.get("options"))
-                right += rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1
-    for problem in [line for part in run.gather(told) for line in part]:
-        run.print0(f"held-out, counted as wrong: {problem}")
-    return sum(run.gather(right)) / (count * per_row)
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -179,14 +146,15 @@ def main():
 
     # ---- data
     rows = data.Rows(args.data or toy_train)
-    held_out = args.eval_data or (toy_test if args.data is None else None)
-    held_out = data.Rows(held_out) if held_out and args.eval_every else None
+    held_out_rows = args.eval_data or (toy_test if args.data is None else None)
+    held_out_rows = data.Rows(held_out_rows) if held_out_rows and args.eval_every else None
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
-    judge = toy.judge if args.judge == "toy" else None
+    judged = judge.open_judge(args, rows.path.parent, recipe, out, device)
+    judged = judged if "judge" in reward_weights else None
     nothing = buffer.Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
-    filler = (build.filler, [(nothing, 0.0, 0.0)])
+    filler = (build.filler, [nothing])
 
     # ---- policy, and the reference it stays close to
     policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
@@ -203,9 +171,9 @@ def main():
             store = stream.FeatureFolder(args.feature_dir, there, policy.towers)
         return stream.Reader(there, args.workers, cache, store)
 
-    def load(row, hint=None, held_out=False):
+    def load(row, hint=None, reader=None):
         """A prompt's inputs; when the towers are frozen their outputs, which never change."""
-        reader = held_out_reader if held_out else train_reader
+        reader = reader or train_reader
         prompt = reader.get(row, hint)
         if not args.train_towers and not prompt.encoded:
             with torch.no_grad():
@@ -214,7 +182,7 @@ def main():
             reader.put(row, prompt)
         return prompt
 
-    train_reader, held_out_reader = reader_of(rows), held_out and reader_of(held_out)
+    train_reader, held_out_reader = reader_of(rows), held_out_rows and reader_of(held_out_rows)
 
     # ---- what a checkpoint holds beside the weights
     replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
@@ -241,9 +209,36 @@ def main():
         state = state | dict(buffer=replay.state_dict())
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
-    def draw(step, rng):
+    def draw(step, again):
+        """Stored groups, the same on every rank, as all hold the same buffer.       [DRAW] [SPLIT]"""
         wanted = args.prompts_per_step if args.num_off else 0
+        rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
         return replay.draw(wanted, args.num_off or 1, step, rng, (), args.max_staleness)
+
+    def gradient_of_replayed(step, drawn):
+        """
+        Adds that of alpha J_off -> infos, advantages. A clip that is gone by now leaves `drawn` and
+        the buffer, on all ranks together.
+        """
+        own, mine = {}, run.share(len(drawn))
+        for i, group in enumerate(drawn[mine], mine.start):
+            for e in group[:1]:
+                row = rows[rows.index(e.prompt_id)]
+                own[i] = (row, row.get("hint") if e.hinted else None)
+        prompts, gone = stream.read_all(load, own)
+        for i, problem in gone.items():
+            bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
+            source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
+            replay.forget(drawn[i][0].prompt_id)
+            drawn[i] = []
+        replayed = [e for group in drawn for e in group]
+        advantages = replay_advantages(
+            torch.tensor([e.reward for e in replayed]),
+            torch.tensor([replay.mean_reward(e.prompt_id) for e in replayed]),
+        ).split([len(group) for group in drawn])
+        weight = args.off_policy_coef / max(len(replayed), 1)  # [J.off]
+        groups = [(prompt, drawn[i], advantages[i], weight) for i, prompt in prompts.items()]
+        return update.update(policy, reference, groups, filler, step, args), advantages
 
     def hint_of(row):
         """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
@@ -256,8 +251,8 @@ def main():
         return None if q in refused else hint
 
     def evaluate():
-        read = functools.partial(load, held_out=True)
-        return held_out and held_out_accuracy(policy, read, held_out, build, args)
+        read = functools.partial(load, reader=held_out_reader)
+        return held_out_rows and held_out.accuracy(policy, read, held_out_rows, build, args)
 
     # ---- loop
     before = accuracy = evaluate() if start == 0 else None
@@ -274,8 +269,8 @@ def main():
             bar.write(f"step {step:4d}/{steps}  replaced: {problem}")
         ids = [row["prompt_id"] for row in step_rows]
 
-        # ---- what to replay [SPLIT]: the same on every rank, as they hold the same buffer
-        drawn = draw(step, np.random.default_rng([args.seed, step]))
+        # ---- what to replay
+        drawn = draw(step, again=0)
         drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
         for group in filter(None, drawn[mine]):
             train_reader.prefetch(rows[rows.index(group[0].prompt_id)])
@@ -304,19 +299,30 @@ def main():
         data_s = time.perf_counter() - began
         num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
         seeds = [run.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        rolled = model.rollout(
-            policy, prompts, num_fresh[mine], args.temperature, args.max_new_tokens,
-            build.eos_ids, seeds[mine],
-        )  # fmt: skip
+        rolled, texts, size = [], [], -(-len(prompts) // args.rollout_parts)
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            rolled += model.rollout(
+                policy, prompts[part], num_fresh[mine][part], args.temperature,
+                args.max_new_tokens, build.eos_ids, seeds[mine][part],
+            )  # fmt: skip
+            texts += [build.texts(group) for group in rolled[part]]
+            if judged:  # it thinks from here on, also while the replayed gradient is made
+                for row, group_texts in zip(step_rows[mine][part], texts[part]):
+                    judged.begin(row, group_texts)
         source_rows.read_ahead()
         rollout_s = time.perf_counter() - began - data_s
 
+        # ---- while a judge thinks: the gradient that needs no fresh reward
+        began_update, early = time.perf_counter(), None
+        if judged and args.flat_groups == "keep":
+            early = gradient_of_replayed(step, drawn)
+
         # ---- reward; then every rank knows what every rank made
-        made = []
-        for row, group in zip(step_rows[mine], rolled):
+        began_reward, made = time.perf_counter(), []
+        for row, group, group_texts in zip(step_rows[mine], rolled, texts):
             q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
-            texts = build.texts(group)
-            scored = rewards.reward_completions(row, texts, means, reward_weights, judge)
+            scored = rewards.reward_completions(row, group_texts, means, reward_weights, judged)
             # what could not be judged has no reward: it leaves the group and is not counted as 0
             made.append([
                 buffer.Entry(q, c.ids, c.logprobs, reward, parts, step, q in hint)
@@ -324,50 +330,34 @@ def main():
                 if reward is not None
             ])  # fmt: skip
         made = [group for part in run.gather(made) for group in part]
-        if not any(made):
-            raise run.UserError(f"step {step}: nothing could be judged: is the judge running?")
+        num_on, reward_s = sum(map(len, made)), time.perf_counter() - began_reward
+        unjudged_frac = 1 - num_on / sum(num_fresh)
+        if unjudged_frac > args.max_unjudged_frac or not num_on:
+            save(step - 1, before_step)
+            why = f"step {step}: {unjudged_frac:.0%} of the completions could not be judged"
+            why += f", over --max-unjudged-frac: {judge.reason(run.gather(judged.why))}"
+            raise run.UserError(f"{why}; the state before it is saved: {run.how_to_go_on()}")
 
         # ---- update, and again with other stored groups: b is still near for the fresh ones [U19]
-        began_update = time.perf_counter()
         for again in range(args.updates_per_rollout):
-            rng = np.random.default_rng([args.seed, step, again, 1])
-            drawn, used = draw(step, rng) if again else drawn, made
+            used, drawn = made, draw(step, again) if again else drawn
             if args.flat_groups == "replace" and args.num_off:
+                rng = np.random.default_rng([args.seed, step, again, 2])
                 stored = (args.num_off, step, rng, args.max_staleness)
                 used, drawn = replay.replace_flat(made, drawn, *stored)
-
-            # what is replayed is read again; a clip that is gone by now leaves, on all ranks
-            own, off = {}, run.share(len(drawn))
-            for i, group in enumerate(drawn[off], off.start):
-                for e in group[:1]:
-                    row = rows[rows.index(e.prompt_id)]
-                    own[i] = (row, row.get("hint") if e.hinted else None)
-            replayed_prompts, gone = stream.read_all(load, own)
-            for i, problem in gone.items():
-                bar.write(f"step {step:4d}/{steps}  no longer replayed: {problem}")
-                source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
-                replay.forget(drawn[i][0].prompt_id)
-                drawn[i] = []
-
-            # advantages: fresh against its group, replayed against its prompt's history
-            on, past = step_advantages(used, drawn, replay.mean_reward)
-            share_on = 1 / max(sum(map(len, used)), 1)  # [J.on]
-            share_off = args.off_policy_coef / max(sum(map(len, drawn)), 1)  # [J.off]
-            parts = [(p, used[i], on[i], share_on) for i, p in enumerate(prompts, mine.start)]
-            parts += [(p, drawn[i], past[i], share_off) for i, p in replayed_prompts.items()]
-            groups = {}  # (prompt, hinted) -> its completions on this rank: one prompt, read once
-            for prompt, entries, advantages, weight in parts:
-                for e, advantage in zip(entries, advantages.tolist()):
-                    group = groups.setdefault((e.prompt_id, e.hinted), (prompt, []))
-                    group[1].append((e, advantage, weight))
-            now = update.update(policy, reference, list(groups.values()), filler, step, args)
+            infos, past = (not again and early) or gradient_of_replayed(step, drawn)
+            fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in used]
+            weight = 1 / max(sum(map(len, used)), 1)  # [J.on]
+            groups = [(p, used[i], fresh[i], weight) for i, p in enumerate(prompts, mine.start)]
+            infos = infos + update.update(policy, reference, groups, filler, step, args)
+            info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
             norm = run.clip_grad_norm(policy, args.max_grad_norm)
             run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
             if not again:
-                info, grad_norm, fresh_advantages, off_advantages = now, norm, on, past
-            ratio = (now["log_ratio"] / now["num_tokens"]).abs().max().exp().item()
-            if problem := health.bad_step(now["loss"].sum().item(), norm, ratio):
-                seen = sorted({*ids, *(g[0].prompt_id for g in drawn if g)})
+                first = (info, norm, fresh, past)  # what the step reports
+            ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
+            if problem := health.bad_step(info["loss"].sum().item(), norm, ratio):
+                seen = sorted({*ids, *(e.prompt_id for group in drawn for e in group)})
                 problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
                 stop = args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE
                 if stop and not again:  # a later one is left out: the step has moved the weights
@@ -378,7 +368,9 @@ def main():
             else:
                 optimizer.step()
             optimizer.zero_grad()
-        update_s = time.perf_counter() - began_update
+        info, grad_norm, fresh_advantages, off_advantages = first
+        update_s = time.perf_counter() - began_update - reward_s
+        judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
 
         # ---- remember
         for group in filter(None, made):
@@ -395,7 +387,7 @@ def main():
         report = dict(step=step, completions_generated=num_generated)
         report |= metrics.step_metrics(info, made, fresh_advantages, off_advantages, build.eos_ids)
         report |= replay.stats(step) | {
-            "rewards/unjudged_frac": 1 - sum(map(len, made)) / sum(num_fresh),
+            "rewards/unjudged_frac": unjudged_frac,
             "hints/frac": sum(q in hint for q in ids) / len(ids),
             "hints/entered": schedule.entered,
             "hints/withdrawn": schedule.withdrawn,
@@ -407,6 +399,8 @@ def main():
             "time/data_s": data_s,
             "time/rollout_s": rollout_s,
             "time/update_s": update_s,
+            "time/judge_s": judge_s,
+            "time/judge_wait_s": judge_wait_s,
         }
         if evaluated and accuracy is not None:
             report["eval/acc"] = accuracy

@@ -2,7 +2,7 @@
 One update of the policy: the gradient of [J] over the step's completions, fresh and replayed, in
 packed micro-batches; and how far the policy has moved on stored completions.
 
-An item is (Entry, advantage, weight in J); a group is (Prompt, list of items). N completions.
+N completions in all, G of a group.
 """
 
 import run  # before torch: it sets how torch's threads wait
@@ -20,12 +20,13 @@ def update(policy, reference, groups, filler, step, args):
     """
     Adds the step's gradient over micro-batches; a prompt is read once for all its completions.
 
-    groups   list of (Prompt, list of (Entry, advantage, weight in J))
-    filler   such a pair of weight 0: what a rank reads that has less to do than others
-    returns  dict of (N,) tensors, a number a completion, for metrics.py
+    groups   list of (Prompt, list of G Entry, advantages (G,), weight of each in J), this rank's
+    filler   (Prompt, [Entry]): what a rank reads that has less to do than others, with weight 0
+    returns  list, of all ranks, of dicts of tensors, a number a completion, for metrics.py
     """
     pieces = []  # a group larger than --micro-tokens is read in parts
-    for prompt, items in groups:
+    for prompt, entries, advantages, weight in groups:
+        items = [(e, a, weight) for e, a in zip(entries, advantages.tolist())]
         room = args.micro_tokens - len(prompt.input_ids)
         for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
             pieces.append((prompt, [items[i] for i in pack]))
@@ -33,7 +34,8 @@ def update(policy, reference, groups, filler, step, args):
     packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
     infos = []
     for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
-        part = packs[k] if k < len(packs) else [filler]
+        idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
+        part = packs[k] if k < len(packs) else idle
         prompts = [prompt for prompt, _ in part]
         completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
         entries, advantages, weights = zip(*(item for _, items in part for item in items))
@@ -61,8 +63,7 @@ def update(policy, reference, groups, filler, step, args):
             info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
             info["fresh"] = torch.tensor([e.born_step == step for e in entries])
             infos.append({name: value.cpu() for name, value in info.items()})
-    infos = [info for part in run.gather(infos) for info in part]
-    return {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
+    return [info for part in run.gather(infos) for info in part]
 
 
 def stored_kls(policy, stored, filler, temperature):
@@ -75,8 +76,7 @@ def stored_kls(policy, stored, filler, temperature):
     """
     kls, todo = {}, list(stored.items())
     for k in range(max(run.gather(len(todo)))):  # the same on every rank, or FSDP would hang
-        idle = (filler[0], [entry for entry, _, _ in filler[1]])
-        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, idle)
+        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, filler)
         completions = [e.completion_ids.long() for e in entries]
         with torch.no_grad():
             inputs = ([prompt], [completions], temperature)

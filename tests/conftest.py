@@ -45,6 +45,7 @@ def launch(script, *flags, code=0, processes=1):
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",  # a port of its own
             "--nproc-per-node",
             str(processes),
         ]

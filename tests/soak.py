@@ -43,7 +43,13 @@ def main():
     clip = work / "rows" / "clips" / "train-00003.mp4"
     clip.write_bytes(clip.read_bytes()[:1500])  # a bad clip must not matter either
 
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.processes),
+    ]
 
     def start(out, *more):
         words = [sys.executable, *(torchrun if args.processes > 1 else []), "train_rl.py"]
@@ -53,7 +59,7 @@ def main():
         env = dict(os.environ, OMP_NUM_THREADS="1")
         log = open(work / f"{out.name}.log", "a")
         command, quiet = [*words, *flags.split(), *more], dict(stdout=log, stderr=log)
-        return subprocess.Popen(command, cwd=run.HERE, env=env, start_new_session=True, **quiet)
+        return subprocess.Popen(command, cwd=run.HERE, env=env, **quiet)
 
     def steps_done(out):
         log = out / "metrics.jsonl"
@@ -75,7 +81,9 @@ def main():
         assert process.poll() is None, (
             f"it ended by itself: raise --steps, or see {work}/killed.log"
         )
-        os.killpg(process.pid, signal.SIGKILL)
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        for pid in (process.pid, *map(int, ranks.stdout.split())):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
         kills += 1
         bar.update()

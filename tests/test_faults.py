@@ -32,7 +32,7 @@ KEEP += ("--hint-patience", 1, "--hint-kl", 10, "--prompts-per-step", 8)
 
 def start(*command, processes=1, **options):
     """The command as a process of its own, with what it prints in one pipe."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, command)]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(words, cwd=ROOT, **pipe, **options)

@@ -7,14 +7,13 @@ The objective: advantages, loss and gradients, by hand, by a slow loop, by finit
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import grpo
-from grpo import group_advantages, grpo_loss, replay_advantages, step_advantages
+from grpo import group_advantages, grpo_loss, replay_advantages
 
 # ---- advantages: by hand
 
@@ -48,20 +47,6 @@ def test_sigma_off_is_of_the_step_not_of_one_sample():
     equal = replay_advantages(torch.full((4,), 0.5), torch.full((4,), 0.45))
     assert (equal <= 0.5 + 1e-6).all()  # nearly equal rewards do not explode
     assert replay_advantages(torch.zeros(0), torch.zeros(0)).shape == (0,)
-
-
-def test_both_halves_of_a_step_by_hand():
-    of = lambda q, *rewards: [SimpleNamespace(prompt_id=q, reward=r) for r in rewards]
-    made, drawn = [of("a", 0.6, 0.6), [], of("b", 1.0, 0.0)], [of("c", 1.0, 0.0), of("d", 0.5)]
-    fresh, replayed = step_advantages(made, drawn, {"c": 0.25, "d": 0.5}.get)
-    assert [len(a) for a in fresh] == [2, 0, 2] and (fresh[0] == 0).all()
-    std = math.sqrt(0.5) + grpo.STD_EPS
-    torch.testing.assert_close(fresh[2], torch.tensor([0.5, -0.5]) / std)
-    # sigma_off of 1, 0, .5 is .5, over both groups together
-    torch.testing.assert_close(replayed[0], torch.tensor([1.5, -0.5]))
-    torch.testing.assert_close(replayed[1], torch.tensor([0.0]))
-    fresh, replayed = step_advantages(made, [], None)
-    assert replayed == []
 
 
 def test_layout_mistakes_are_errors():

@@ -20,7 +20,7 @@ import metrics
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ENTRY_POINTS = ("train_sft", "train_rl", "eval")
-LEAVES = ("attention", "buffer", "grpo", "hints", "metrics", "rewards", "tas")
+LEAVES = "attention buffer chat grpo hints metrics rewards scores tas".split()
 LEAVES_MAY_IMPORT = {"numpy", "torch", *sys.stdlib_module_names}
 
 

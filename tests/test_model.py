@@ -338,3 +338,65 @@ def test_micro_batches():
     assert run.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
     assert run.micro_batches([3], 1) == [[0]]
     assert np.concatenate(run.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
+
+
+# ---- questions about one clip
+
+
+def about_one_clip(toy_dir, build, row, questions):
+    """A Prompt a question, about one clip: as they would come alone, and sharing their media."""
+    prompts = [build(dict(row, prompt_id=str(i), question=q)) for i, q in enumerate(questions)]
+    return prompts, [p._replace(media=prompts[0].media) for p in prompts]
+
+
+QUESTIONS = ["Which color?", "How many shapes are shown, and which tone is heard?", "Which color is it?"]
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1], [3, 1, 2, 4, 2]])
+def test_questions_about_one_clip_share_it(setup, toy_dir, counts):
+    """The same completions as from prompts that are read one by one, with log-probs to 1e-5."""
+    policy, _, prompts, build = setup
+    rows = data.Rows(toy_dir / "stage2" / "train.jsonl")
+    alone, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
+    order = [shared[0], prompts[1], shared[1], prompts[0], shared[2]]  # other clips in between
+    flat = [alone[0], prompts[1], alone[1], prompts[0], alone[2]]
+    assert [len(f) for f in rollout.families_of(order)] == [3, 1, 1]
+    for temperature in (0.0, 1.0):
+        made, known = (
+            model.rollout(policy, batch, counts, temperature, 20, build.eos_ids, seeds=range(5))
+            for batch in (order, flat)
+        )
+        for group, other in zip(made, known, strict=True):
+            assert [c.ids.tolist() for c in group] == [c.ids.tolist() for c in other]
+            for c, o in zip(group, other):
+                torch.testing.assert_close(c.logprobs, o.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
+    policy, _, _, build = setup
+    rows = data.Rows(toy_dir / "stage2" / "train.jsonl")
+    _, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
+    read, encoded = [], []
+    keep = policy.read, policy.encode
+    monkeypatch.setattr(policy, "read", lambda e, *x: read.append(len(e)) or keep[0](e, *x))
+    monkeypatch.setattr(policy, "encode", lambda p: encoded.append(len(p)) or keep[1](p))
+    model.rollout(policy, shared, [1] * 3, 0.0, 4, build.eos_ids, seeds=range(3))
+    lengths = [len(p.input_ids) for p in shared]
+    assert encoded == [1] and read[0] < lengths[0] + 0.6 * sum(lengths[1:])
+
+
+def test_prompts_without_media_are_no_family(setup):
+    policy, _, _, build = setup
+    prompt = model.Prompt(torch.tensor([12]), torch.zeros(3, 1, dtype=torch.long), {})
+    assert rollout.families_of([prompt, prompt]) == [[0], [1]]
+    (a,), (b,) = model.rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
+    assert a.ids.tolist() == b.ids.tolist()
+
+
+def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
+    policy, _, prompts, build = setup
+    twice = model.rollout(policy, [prompts[0]] * 2, [2, 2], 1.0, 8, build.eos_ids, seeds=[1, 1])
+    assert [c.ids.tolist() for c in twice[0]] == [c.ids.tolist() for c in twice[1]]
+    other = prompts[0]._replace(input_ids=prompts[0].input_ids.roll(1))
+    with pytest.raises(AssertionError, match="before the last of it"):
+        model.rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])

@@ -1,0 +1,130 @@
+"""
+A page to look at items: frames, sound, question, reasoning, parsed answer, truth. One file that
+holds all it shows; it runs no script, and every text in it is escaped: completions are hostile.
+"""
+
+import base64
+import html
+import io
+
+import av
+import numpy as np
+from torchvision.io import encode_jpeg
+
+import clips
+import rewards
+
+RECIPE = clips.Recipe(2.0, 6, 112 * 112, 60.0, 0, allow_outside=True)  # six small frames
+STYLE = """
+body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+article { border-top: 1px solid #bbb; padding: 1em 0 } pre { white-space: pre-wrap; margin: .4em 0 }
+img { margin-right: 4px } .wrong b, .failed b { color: #b00 } .right b { color: #070 }
+audio { display: block; height: 32px } small { color: #666 }
+#only-wrong:checked ~ .right, #only-wrong:checked ~ .open { display: none }
+#only-failed:checked ~ .right, #only-failed:checked ~ .wrong, #only-failed:checked ~ .open
+{ display: none }
+"""
+
+
+def write(path, title, records, roots, count):
+    """
+    Writes the page of at most `count` items, the wrong ones first.
+
+    records   as eval.py keeps them
+    roots     {a record's `file`: the folder that its media are relative to}
+    """
+    ranked = sorted(records, key=lambda r: (r["score"] is None, r["score"] or 0.0))[:count]
+    parts = [article(record, roots.get(record["file"])) for record in ranked]
+    path.write_text(document(title, parts, len(records)), encoding="utf-8")
+
+
+def document(title, parts, total):
+    title = html.escape(title)
+    choices = "".join(
+        f'<input type="radio" name="show" id="{key}"{checked}><label for="{key}">{text}</label> '
+        for key, checked, text in (
+            ("everything", " checked", "all"),
+            ("only-wrong", "", "wrong and failed"),
+            ("only-failed", "", "failed: no answer"),
+        )
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; media-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>"
+        f"<p>{len(parts)} of {total} items, the wrong ones first.</p>\n{choices}\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def article(record, root):
+    """One item as HTML."""
+    score = record["score"]
+    kind = "open" if score is None else "right" if score == 1 else "wrong"
+    kind = "failed" if record["failure"] and score is not None else kind
+    think, _ = rewards.split_completion(record["completion"] or "")
+    told = {
+        "question": record["prompt"] or record["question"],
+        "reasoning": think,
+        "completion": record["completion"] if not think else None,
+        "answer": record["parsed"],
+        "truth": record["truth"],
+        "failure": record["failure"],
+    }
+    lines = [f"<b>{kind}{'' if score is None else f' {score:.2f}'}</b> "]
+    lines.append(f"<small>{text(record['file'])} {text(record['prompt_id'])}</small>")
+    lines.append(media(record, root))
+    lines += [
+        f"<div><small>{name}</small><pre>{text(value)}</pre></div>"
+        for name, value in told.items()
+        if value not in (None, "")
+    ]
+    return f'<article class="{kind}">{"".join(lines)}</article>'
+
+
+def text(value):
+    return html.escape(str(value), quote=True)
+
+
+def media(record, root):
+    """The frames, pictures and sound of an item, embedded; or why they are not there."""
+    try:
+        clip = clips.decode_clip(record, root, RECIPE)
+    except clips.BadRow as problem:
+        return f"<p><small>{text(problem)}</small></p>"
+    pictures = [*clip.images, *(clip.frames if clip.frames is not None else ())]
+    shown = "".join(
+        f'<img alt="" src="data:image/jpeg;base64,{encoded(jpeg(picture))}">'
+        for picture in pictures
+    )
+    sounds = [clip.audio] if isinstance(clip.audio, np.ndarray) else clip.audio or []
+    shown += "".join(
+        f'<audio controls src="data:audio/ogg;base64,{encoded(ogg(sound))}"></audio>'
+        for sound in sounds
+    )
+    return f"<div>{shown}</div>"
+
+
+def encoded(content):
+    return base64.b64encode(content).decode()
+
+
+def jpeg(picture):
+    """(3, H, W) uint8 -> bytes"""
+    return encode_jpeg(picture.contiguous(), quality=70).numpy().tobytes()
+
+
+def ogg(samples):
+    """(S,) float32 at 16 kHz -> Opus at 24 kbit/s, bytes"""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="ogg") as container:
+        stream = container.add_stream("libopus", rate=48000, layout="mono", bit_rate=24000)
+        frame = av.AudioFrame.from_ndarray(np.asarray(samples, np.float32)[None], "flt", "mono")
+        frame.sample_rate = clips.AUDIO_RATE
+        resampler = av.AudioResampler("flt", "mono", 48000, stream.codec_context.frame_size or 960)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()

@@ -1,0 +1,414 @@
+"""
+Evaluation: how an answer becomes a score, intervals, resuming, several processes, tables, the page.
+
+    python -m pytest tests/test_eval.py
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import launch
+
+import eval as evaluation
+import page
+import rewards
+import run
+import scores
+import tables
+
+
+def eval_flags(toy_dir, out, *more):
+    return ("eval.py", "--model", toy_dir / "model", "--data",
+            toy_dir / "stage2" / "test.jsonl", toy_dir / "stage1" / "test.jsonl",
+            "--out", out, "--max-new-tokens", 24, *more)  # fmt: skip
+
+
+def by_id(records):
+    return sorted(records, key=lambda r: (r["file"], r["prompt_id"]))
+
+
+# ---- one item, by hand
+
+
+@pytest.mark.parametrize(
+    "answer, truth, scoring, expected",
+    [
+        ("B", "B", "exact", dict(score=1)),
+        (None, "B", "exact", dict(score=0)),
+        (frozenset("AB"), frozenset("AC"), "f1", dict(score=0.5, exact=0, f1=0.5)),
+        (frozenset("AC"), frozenset("AC"), "f1", dict(score=1, exact=1, f1=1)),
+        (frozenset("ABCD"), frozenset("A"), "f1", dict(score=0.4, exact=0, f1=0.4)),
+        (None, frozenset("A"), "f1", dict(score=0, exact=0, f1=0)),
+        (10.0, 10.0, "mra", dict(score=1)),
+        (5.0, 10.0, "mra", dict(score=0.1)),  # off by .5: only the first threshold
+        (4.9, 10.0, "mra", dict(score=0)),
+        (6.7, 10.0, "mra", dict(score=0.4)),  # off by .33: .50 .55 .60 .65
+        (11.2, 10.0, "mra", dict(score=0.8)),  # off by .12: up to .85
+        (None, 10.0, "mra", dict(score=0)),
+        (4.0, 5.0, "count", dict(score=0, off_by_one=1, error=1)),
+        (5.0, 5.0, "count", dict(score=1, off_by_one=1, error=0)),
+        (None, 1.0, "count", dict(score=0, off_by_one=0, error=1)),  # wrong, though 0 is near
+        (90.0, 5.0, "count", dict(score=0, off_by_one=0, error=85)),
+        (500.0, 5.0, "count", dict(score=0, off_by_one=0, error=10)),  # capped at twice the truth
+        (500.0, 400.0, "count", dict(score=0, off_by_one=0, error=100)),
+        (12.499, 12.5, "rounded", dict(score=1)),
+        (12.48, 12.5, "rounded", dict(score=0)),
+        ("a dolly zoom", "dolly zoom", "open", dict(score=None)),
+    ],
+)
+def test_measures(answer, truth, scoring, expected):
+    assert scores.measure(answer, truth, scoring) == pytest.approx(expected)
+
+
+def test_unknown_scoring():
+    with pytest.raises(ValueError, match="unknown scoring 'nice'"):
+        scores.measure("A", "A", "nice")
+
+
+OPTIONS = ["a dog", "a cat", "a bell", "I am here"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [  # what evaluators take that look for the first or last capital letter is beside it
+        ("<think>A or B?</think><answer>C</answer>", "C"),
+        ("<answer>A</answer> no, <answer>B</answer>", "B"),  # the first: A
+        ("<think>The answer is <answer>A</answer>?</think><answer>B</answer>", "B"),
+        ("<think>I see a bell. A bell rings.</think><answer>a bell</answer>", "C"),  # none, or A
+        ("<think>so D</think><answer>I think it is B</answer>", None),  # I, or B
+        ("<answer>(b)</answer>", "B"),
+        ("<answer>The correct answer is: **B**</answer>", "B"),
+        ("<answer>A and B</answer>", None),
+        ("<answer>A dog</answer>", "A"),
+        ("<answer>A cat</answer>", "B"),  # A
+        ("<answer>B. a dog</answer>", None),  # says two things
+        ("<answer></answer>", None),
+        ("B", "B"),
+        ("The answer is (C).", "C"),
+        ("<think>It rings.</think>\nC. a bell", "C"),
+        ("Let us see.\nThe sound is metallic.\nAnswer: C", "C"),
+        ("I cannot say. A cat or a dog may be there.", None),  # A
+        ("I am here", "D"),  # I
+        ("<think>never closed, B", None),  # B
+        ("</answer>B", None),
+    ],
+)
+def test_replies_that_others_misread(text, expected):
+    row = dict(answer="C", answer_type="choice", options=OPTIONS)
+    record = dict(failure=None)
+    evaluation.judge(record, row, text, False, "x", False)
+    read = rewards.normalize_answer(record["parsed"], "choice", OPTIONS)
+    assert read == expected and record["score"] == (expected == "C")
+    assert (record["failure"] is None) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    "text, kind, expected",
+    [
+        ("<answer>between 3 and 5</answer>", "number", None),  # 3, or 35
+        ("<answer>twenty-one</answer>", "number", 21.0),
+        ("<answer>1,200 m</answer>", "number", 1200.0),  # 1
+        ("<answer>No, there is none</answer>", "yesno", "no"),
+        ("<answer>yes and no</answer>", "yesno", None),
+        ("<answer>A and C</answer>", "multi", frozenset("AC")),
+        ("<answer>ACID</answer>", "multi", None),  # A, C, D
+    ],
+)
+def test_other_kinds_of_replies(text, kind, expected):
+    options = OPTIONS if kind == "multi" else None
+    assert rewards.normalize_answer(rewards.parse_answer(text), kind, options) == expected
+
+
+def test_a_cut_off_reply_has_no_answer():
+    """What stands last in half a text is no answer, whatever it looks like."""
+    row = dict(answer="C", answer_type="choice", options=OPTIONS)
+    for truncated in (True, False):
+        record = dict(failure=None)
+        evaluation.judge(record, row, "Perhaps\nC", truncated, "x", False)
+        assert record["score"] == (not truncated)
+    evaluation.judge(record, row, "Perhaps\nC", True, "x", False)
+    assert record["failure"] == "cut off by --max-new-tokens"
+
+
+# ---- intervals
+
+
+def test_intervals_equal_scipys():
+    """scipy 1.17.1 on the same data with the same generator: recorded by record_scipy.py."""
+    rng = np.random.default_rng(7)
+    clips = rng.integers(0, 24, 60)
+    ours, theirs = rng.random(60).round(3), rng.random(60).round(3)
+    recorded = dict(
+        items=[0.4192329166666667, 0.55615375],
+        clips=[0.41637629237288143, 0.5520886718750002],
+        difference=[-0.1408847318699639, 0.06384023109243703],
+    )
+    found = scores.bootstrap(ours, range(60), 0), scores.bootstrap(ours, clips, 1)
+    assert found[0][0] == pytest.approx(ours.mean())
+    for (_, *interval), name in zip(found, ("items", "clips")):
+        np.testing.assert_allclose(interval, recorded[name], atol=1e-12)
+
+    def records(values):
+        rows = enumerate(zip(values, clips))
+        return [dict(prompt_id=i, score=v, clip=f"{c:02d}", groups=None) for i, (v, c) in rows]
+
+    # the names of the clips have another order here, so it is the same bootstrap with other draws
+    paired = scores.compare(records(ours), records(theirs)[::-1], 2)
+    assert paired["n"] == 60 and paired["score"] == pytest.approx((ours - theirs).mean())
+    np.testing.assert_allclose([paired["low"], paired["high"]], recorded["difference"], atol=0.02)
+    found = scores.bootstrap(ours - theirs, clips, 2)
+    np.testing.assert_allclose(found[1:], recorded["difference"], atol=1e-12)
+
+
+def test_clusters_widen_the_interval():
+    values = np.random.default_rng(0).random(400)
+    mean, low, high = scores.bootstrap(values, range(400), seed=0)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(mean - half, abs=0.004)
+    assert high == pytest.approx(mean + half, abs=0.004)
+    # ten questions a clip that stand or fall together are worth one
+    alike, clips = np.repeat(values[:40], 10), np.repeat(np.arange(40), 10)
+    tenfold = scores.bootstrap(alike, clips, seed=0)
+    assert tenfold[2] - tenfold[1] > 2.5 * (high - low)
+
+
+def test_one_clip_has_no_interval():
+    assert scores.bootstrap([1, 0, 0, 1], ["v"] * 4, 0) == (0.5, None, None)
+    part = dict(score=0.5, low=None, high=None)
+    assert scores.interval(part) == "one clip" and scores.dagger(part) == "†"
+
+
+def test_macro_means_by_hand():
+    """A group counts as one, whatever its size; a share weighs it."""
+    values, groups = [1, 1, 1, 0, 0, 1], ["x", "x", "x", "x", "y", "z"]
+    mean = lambda **shares: scores.bootstrap(values, range(6), 0, groups, shares)[0]  # noqa: E731
+    assert mean() == pytest.approx((3 / 4 + 0 + 1) / 3)
+    assert mean(x=2.0) == pytest.approx((2 * 3 / 4 + 0 + 1) / 4)
+    one = scores.bootstrap([0.25] * 6, range(6), 0, groups, dict(y=0.5))
+    assert one == pytest.approx((0.25, 0.25, 0.25))  # also where a resample lacks a group
+
+
+def test_not_scored_is_neither_wrong_nor_right():
+    items = [
+        dict(prompt_id=i, score=s, failure=None, groups={"g": ["a", "b"]}, clip=i)
+        for i, s in enumerate((1.0, 0.0, None))
+    ]
+    found = scores.summarize(items, 0)
+    assert (found["n"], found["not_scored"], found["score"]) == (3, 1, 0.5)
+    assert found["groups"]["g"]["b"]["n"] == 2
+    nothing = scores.summarize(items[2:], 0)
+    assert nothing["score"] is None and nothing["groups"] == {}
+    assert scores.compare(items, items[2:], 0) is None
+
+
+# ---- runs
+
+
+def test_evaluation(toy_dir, tmp_path):
+    launch(*eval_flags(toy_dir, tmp_path / "a"))
+    records = tables.read_records(tmp_path / "a")
+    result = json.loads((tmp_path / "a" / "scores.json").read_text())
+    assert len(records) == 16 and result["scores"]["all"]["n"] == 16
+    assert result["scores"]["all"]["score"] == np.mean([r["score"] for r in records])
+    assert {"prompt", "completion", "parsed", "truth", "score", "failure"} <= set(records[0])
+    for key in ("recipe", "protocol", "temperature", "max_new_tokens", "system", "commit"):
+        assert key in result
+    # the items of an interrupted evaluation are kept; batching changes nothing
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "records.jsonl").write_text("".join(lines[:3]))
+    (tmp_path / "b" / "records-0.jsonl").write_text("".join(lines[3:5]) + lines[5][:40])
+    more = ("--resume", "--batch-size", 3, "--against", tmp_path / "a")
+    printed = launch(*eval_flags(toy_dir, tmp_path / "b", *more))
+    assert by_id(tables.read_records(tmp_path / "b")) == by_id(records)
+    assert "+0.000" in printed and "†" in printed and "not like with like" not in printed
+    launch(*eval_flags(toy_dir, tmp_path / "c"), processes=2)
+    assert by_id(tables.read_records(tmp_path / "c")) == by_id(records)
+
+
+def test_sampling_does_not_depend_on_the_batch(toy_dir, tmp_path):
+    made = []
+    for i, size in enumerate((16, 3)):
+        more = ("--temperature", 1, "--batch-size", size)
+        launch(*eval_flags(toy_dir, tmp_path / str(i), *more))
+        made.append([r["completion"] for r in by_id(tables.read_records(tmp_path / str(i)))])
+    assert made[0] == made[1]
+
+
+def test_another_recipe_is_not_resumed_and_is_told_in_a_comparison(toy_dir, tmp_path):
+    launch(*eval_flags(toy_dir, tmp_path / "a"))
+    other = ("--max-frames", 4)
+    line = launch(*eval_flags(toy_dir, tmp_path / "a", "--resume", *other), code=1)
+    assert "--resume: other recipe than in" in line
+    flags = list(eval_flags(toy_dir, tmp_path / "a", "--resume"))
+    shutil.copytree(toy_dir / "model", tmp_path / "other")
+    flags[flags.index("--model") + 1] = tmp_path / "other"
+    assert "--resume: other model than in" in launch(*flags, code=1)
+    more = ("--against", tmp_path / "a", *other)
+    printed = launch(*eval_flags(toy_dir, tmp_path / "b", *more))
+    assert "not like with like: other recipe than in" in printed
+
+
+def test_failures_count_as_wrong_and_are_named(toy_dir, tmp_path):
+    """Defect 12 of the authors' trainer: failed clips left the denominator, or became text."""
+    folder = tmp_path / "rows"
+    shutil.copytree(toy_dir / "stage2", folder)
+    clips = sorted((folder / "clips").glob("test-*.mp4"))
+    clips[0].unlink()
+    clips[1].write_bytes(clips[1].read_bytes()[:900])
+    printed = launch("eval.py", "--model", toy_dir / "model", "--data", folder / "test.jsonl",
+                     "--out", tmp_path / "s", "--max-new-tokens", 24, "--html", 8)  # fmt: skip
+    found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["all"]
+    assert found["n"] == 8 and found["failures"] >= 2
+    assert "row toy-2-test-00000: no file at" in printed and "row toy-2-test-00001" in printed
+    read = [r for r in tables.read_records(tmp_path / "s") if r["completion"] is not None]
+    assert len(read) == 6  # one bad clip does not change how the others are read
+    assert "no file at" in (tmp_path / "s" / "items.html").read_text()
+
+
+def test_mistakes_are_one_line(toy_dir, tmp_path):
+    flags = eval_flags(toy_dir, tmp_path / "x")
+    for more, said in (
+        (("--against", tmp_path / "nowhere"), "--against: no records in"),
+        (("--table", tmp_path / "nowhere"), "--table: no records in"),
+        (("--benchmark", "tomato", "--root", tmp_path), "no data/*.json in"),
+        (("--template", tmp_path / "no.txt"), "no.txt"),
+    ):
+        printed = launch(*flags, *more, code=1)
+        assert "Traceback" not in printed and said in printed.strip().splitlines()[-1]
+
+
+# ---- tables
+
+
+def record(folder, name, values, clip="c"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "records.jsonl", "a") as file:
+        for i, value in enumerate(values):
+            groups = {"task": f"t{i % 2}"}
+            item = dict(file=name, prompt_id=f"{name}-{i}", score=value, clip=f"{clip}{i}")
+            file.write(json.dumps(item | dict(groups=groups, failure=None)) + "\n")
+
+
+def test_tables(tmp_path):
+    base, ours = tmp_path / "base", tmp_path / "ours"
+    record(base, "omnibench", [0, 0, 0, 1] * 5)
+    record(ours, "omnibench", [1, 1, 0, 1] * 5)
+    record(base, "mvbench", [1, 0] * 6)
+    record(ours, "mvbench", [1, 0] * 5 + [0, 1])
+    record(ours, "video-tt", [None, None])
+    printed = launch("eval.py", "--table", base, ours)
+    lines = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines()]
+    assert ["", "Audio-visual", "OmniBench", ""] in lines
+    assert ["", str(base), "25.0", ""] in lines
+    assert ["", str(ours), "75.0 (+50.0)", ""] in lines
+    assert ["", str(ours), "50.0 (+0.0)†", ""] in lines  # MVBench: the mean of its tasks
+    assert ["", str(base), "25.0", "not run", ""] in lines  # the ablation's benchmarks
+    assert ["", str(ours), "75.0 (+50.0)", "not scored", ""] in lines
+    rule = ["", "---", "---:", ""]
+    assert lines.count(rule) == 2  # audio-visual, video; the third has two columns
+
+
+# ---- the page
+
+
+class Reader(HTMLParser):
+    """Checks that every element is closed in order; keeps tags, attributes and text."""
+
+    VOID = {"meta", "input", "img"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"{tag} closes what is not open"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> & \'"<answer>'
+
+
+def write_page(toy_dir, tmp_path):
+    rows = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").open()]
+    records = []
+    for row, score in zip(rows, (1.0, 0.0, None)):
+        item = evaluation.new_record("<set>", dict(row, question=HOSTILE))
+        said = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
+        records.append(item | dict(completion=said, parsed=HOSTILE, score=score))
+    records[1]["failure"] = HOSTILE
+    page.write(tmp_path / "items.html", HOSTILE, records, {"<set>": toy_dir / "stage2"}, 10)
+    return tmp_path / "items.html"
+
+
+def test_page_is_well_formed_and_nothing_in_it_runs(toy_dir, tmp_path):
+    text = write_page(toy_dir, tmp_path).read_text()
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert not reader.open
+    assert reader.tags.count("article") == 3 and reader.tags.count("audio") == 3
+    assert reader.tags.count("img") >= 6
+    assert "script" not in reader.tags and HOSTILE in reader.text
+    assert not [a for a in reader.attributes if a[1].startswith("on")]
+    links = {value.split(",")[0] for _, key, value in reader.attributes if key in ("src", "href")}
+    assert links == {"data:image/jpeg;base64", "data:audio/ogg;base64"}  # nothing outside the file
+    (policy,) = [v for tag, key, v in reader.attributes if tag == "meta" and key == "content"]
+    assert policy.startswith("default-src 'none'") and "script" not in policy
+    shown = re.findall(r'<article class="(\w+)">', text)
+    assert shown == ["failed", "right", "open"]  # the wrong ones first
+
+
+def browser():
+    """A headless browser of this machine, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no headless browser on this machine")
+def test_page_in_a_browser(toy_dir, tmp_path):
+    path = write_page(toy_dir, tmp_path)
+    command = [
+        browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{path}",
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert dom.count("<article") == 3 and "<script" not in dom
+
+
+def test_sound_on_the_page_is_the_clips(tmp_path):
+    """What the player plays: one second of the same tone, within what Opus loses."""
+    import av
+
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000).astype(np.float32)
+    (tmp_path / "x.ogg").write_bytes(page.ogg(tone))
+    with av.open(str(tmp_path / "x.ogg")) as container:
+        heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    assert abs(len(heard) / 48000 - 1) < 0.05
+    assert np.abs(np.fft.rfft(heard)).argmax() * 48000 / len(heard) == pytest.approx(440, abs=3)
+
+
+def test_recipe_is_kept(toy_dir):
+    args, _ = evaluation.parse_args(["--model", str(toy_dir / "model"), "--protocol", "paper"])
+    recipe = evaluation.recipe_of(args, "m", None)
+    assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == run.commit()
+    assert (
+        recipe["recipe"]["max_frames"] == 16
+    )  # the toy's wins over the paper's, as it comes later
