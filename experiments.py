@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import run
 
@@ -163,16 +164,15 @@ def evaluate(folder, model, seed):
         shutil.rmtree(out, ignore_errors=True)
         flags = ["--temperature", 1, "--seed", seed] + (["--model", model] if model else [])
         python("eval.py", *flags, "--out", out, log=folder.with_suffix(".log"))
-    scores = json.loads((out / "scores.json").read_text())
     records = [json.loads(line) for line in (out / "records.jsonl").open()]
     tokenizer = AutoTokenizer.from_pretrained(model or run.HERE / "toy/model")
-    stage = lambda path: Path(path).parent.name
     items = [
-        [stage(r["file"]), len(tokenizer(r["completion"] or "").input_ids), r["score"]]
+        [Path(r["file"]).parent.name, len(tokenizer(r["completion"] or "").input_ids), r["score"]]
         for r in sorted(records, key=lambda r: (r["file"], r["prompt_id"]))
     ]
-    names = {stage(f): s["accuracy"] for f, s in scores["scores"].items() if f.endswith(".jsonl")}
-    return dict(scores=names, items=items)
+    stages = sorted({stage for stage, _, _ in items})
+    scores = {name: fmean(score for stage, _, score in items if stage == name) for name in stages}
+    return dict(scores=scores, items=items)
 
 
 def experiment(name, seeds, is_quick):
