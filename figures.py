@@ -144,7 +144,8 @@ def share(runs, name):
 
 
 def number(value, digits, never):
-    return never if np.isinf(value) else f"{value:.{digits}f}"
+    text = never if np.isinf(value) else f"{value:.{digits}f}"
+    return "?" if np.isnan(value) else text  # one seed has no interval
 
 
 # ---- the paper's figures -----------------------------------------------------------------------
@@ -251,7 +252,7 @@ def ablation_table(result, reference):
         told = "– | –"
         if label != reference and len(gain):
             low, high = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
-            told = f"{gain.mean():+.3f} | {low:+.3f} – {high:+.3f}"
+            told = f"{gain.mean():+.3f} | " + f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")
         zero = share(found, "advantage_zero_frac")
         mean = np.mean(list(areas.values()))
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
