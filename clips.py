@@ -49,6 +49,11 @@ class Clip(NamedTuple):
     images: list  # of (3, H, W) uint8
     use_audio: bool  # the audio is the video's own, interleaved with it in time
 
+    @property
+    def sounds(self):
+        """All sounds, as a list."""
+        return [self.audio] if isinstance(self.audio, np.ndarray) else self.audio or []
+
 
 def decode_clip(row, folder, recipe):
     """

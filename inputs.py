@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import AutoConfig, Qwen2_5OmniProcessor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
@@ -102,10 +101,9 @@ class InputBuilder:
 
     def from_clip(self, row, clip, hint=None, words=None):
         processor = self.own_processor()
-        sounds = [clip.audio] if isinstance(clip.audio, np.ndarray) else clip.audio or []
         media = ["image"] * len(clip.images)  # media first: it moves scores by points
         media += ["video"] * (clip.frames is not None)
-        media += ["audio"] * (0 if clip.use_audio else len(sounds))
+        media += ["audio"] * (0 if clip.use_audio else len(clip.sounds))
         text = self.chat(processor, media, row, hint, words)
         kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
         kwargs["videos_kwargs"] = dict(
@@ -117,7 +115,7 @@ class InputBuilder:
             kwargs["videos"] = [clip.frames]
             # of the frames really taken: the positions tell their time
             kwargs["videos_kwargs"]["fps"] = clip.fps
-        if sounds:
+        if sounds := clip.sounds:
             # without max_length the extractor pads every clip to 300 s
             kwargs["audio"] = sounds if clip.use_audio else in_order(sounds, "audio", words)
             length = -(-max(map(len, sounds)) // 160) * 160

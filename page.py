@@ -99,10 +99,9 @@ def media(record, root):
         f'<img alt="" src="data:image/jpeg;base64,{encoded(jpeg(picture))}">'
         for picture in pictures
     )
-    sounds = [clip.audio] if isinstance(clip.audio, np.ndarray) else clip.audio or []
     shown += "".join(
         f'<audio controls src="data:audio/ogg;base64,{encoded(ogg(sound))}"></audio>'
-        for sound in sounds
+        for sound in clip.sounds
     )
     return f"<div>{shown}</div>"
 

@@ -196,8 +196,8 @@ def http_parts(clip, frames_as):
         parts.append(url("video_url", "data:video/jpeg;base64," + ",".join(frames)))
     else:
         parts += [url("image_url", "data:image/jpeg;base64," + frame) for frame in frames]
-    if clip.audio is not None:
-        sound = dict(data=base64.b64encode(wav_bytes(clip.audio)).decode(), format="wav")
+    for audio in clip.sounds:
+        sound = dict(data=base64.b64encode(wav_bytes(audio)).decode(), format="wav")
         parts.append(dict(type="input_audio", input_audio=sound))
     return parts + frame_times(clip)
 
@@ -244,8 +244,7 @@ class Local:
         picture = torchvision.transforms.functional.to_pil_image
         frames = [] if clip.frames is None else list(clip.frames)
         parts = [dict(type="image", image=picture(x)) for x in [*clip.images, *frames]]
-        if clip.audio is not None:
-            parts.append(dict(type="audio", audio=clip.audio))
+        parts += [dict(type="audio", audio=audio) for audio in clip.sounds]
         return parts + frame_times(clip)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import struct
+import tracemalloc
 import wave
 from fractions import Fraction
 
@@ -829,6 +830,21 @@ def test_bad_video_r1_rows(fields, words):
 
 
 # ---- the file ----------------------------------------------------------------------------------
+
+
+def test_a_large_file_stays_on_the_disk(tmp_path):
+    """Offsets and hashes: under 100 bytes a row, whatever the rows hold."""
+    count, text = 20_000, "why " * 100
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for i in range(count):
+            row = make_row(prompt_id=f"q{i}", question=text, video="x.mp4")
+            file.write(json.dumps(row) + "\n")
+    tracemalloc.start()
+    rows = data.Rows(tmp_path / "rows.jsonl")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == count and rows[rows.index("q777")]["prompt_id"] == "q777"
+    assert held < 100 * count and peak < 200 * count < (tmp_path / "rows.jsonl").stat().st_size
 
 
 def test_rows_are_found_by_number_and_by_id(tmp_path):
