@@ -50,6 +50,7 @@ EXPERIMENTS = {
     "method": {  # the full method, and less one of our choices each
         "full": f"{DENSE} {AVATAR}",
         "1 update": f"{DENSE} {AVATAR} --updates-per-rollout 1",
+        "1 update, lr 2e-4": f"{DENSE} {AVATAR} --updates-per-rollout 1 --lr 2e-4",
         "GRPO, 2 updates": f"{DENSE} {GRPO} --lr 1e-4 --updates-per-rollout 2",
         "flat kept": f"{DENSE} {AVATAR} --flat-groups keep",
         "no staleness limit": f"{DENSE} {AVATAR} --max-staleness 0 --max-ratio 0",
