@@ -172,6 +172,7 @@ def test_a_checkpoint_before_the_first_step_is_the_start(toy_dir, tmp_path):
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    optimizer.zero_grad()
     checkpoint.save(tmp_path, 1, policy, optimizer, {}, keep=1)
     again = torch.optim.AdamW(trained, lr=0.1)
     assert checkpoint.load(tmp_path, policy, again)["step"] == 1
