@@ -108,7 +108,8 @@ def ratio_at(slow, fast, target):
         return np.nan if np.isinf(a) and np.isinf(b) else a / max(b, 1)
 
     everyone = range(len(slow))
-    return (ratio(everyone), *bootstrap(len(slow), lambda pick: np.nan_to_num(ratio(pick), nan=1)))
+    even = lambda x: 1.0 if np.isnan(x) else x  # a draw in which neither gets there says nothing
+    return (ratio(everyone), *bootstrap(len(slow), lambda pick: even(ratio(pick))))
 
 
 def area(curve, end):
@@ -142,8 +143,9 @@ def share(runs, name):
     return float(np.mean([np.mean(one["series"][name]) for one in runs]))
 
 
-def number(value, digits=2):
-    return "not reached" if np.isinf(value) else f"{value:.{digits}f}"
+def number(value, digits, never):
+    text = never if np.isinf(value) else f"{value:.{digits}f}"
+    return "?" if np.isnan(value) else text  # one seed has no interval
 
 
 # ---- the paper's figures -----------------------------------------------------------------------
@@ -223,8 +225,8 @@ def efficiency_table(result):
     yield "| target | GRPO | AVATAR | ratio | 95 % interval |"
     yield "|---|---|---|---|---|"
     for fraction, target in zip(FRACTIONS, targets):
-        need = [number(completions_to(mean_curve(c), target), 0) for c in (slow, fast)]
-        ratio, low, high = (number(v, 1) for v in ratio_at(slow, fast, target))
+        need = [number(completions_to(mean_curve(c), target), 0, "never") for c in (slow, fast)]
+        ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
         yield f"| {fraction:.0%}: {target:.3f} | {need[0]} | {need[1]} | {ratio} | {low} – {high} |"
     yield ""
     yield "| | std of advantages | exact zeros |"
@@ -250,7 +252,7 @@ def ablation_table(result, reference):
         told = "– | –"
         if label != reference and len(gain):
             low, high = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
-            told = f"{gain.mean():+.3f} | {low:+.3f} – {high:+.3f}"
+            told = f"{gain.mean():+.3f} | " + f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")
         zero = share(found, "advantage_zero_frac")
         mean = np.mean(list(areas.values()))
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"

@@ -62,6 +62,9 @@ def test_ratio_and_its_interval():
     assert ratio == 4 and math.isnan(low) and math.isnan(high)
     flat = [[0, 0.0], [400, 0.1]]
     assert math.isinf(figures.ratio_at([flat], [line(100)], 0.5)[0])
+    # of two seeds of slow one never gets there: alone it makes the ratio infinite
+    ratio, low, high = figures.ratio_at([line(400), flat], [line(100), line(100)], 0.5)
+    assert ratio == pytest.approx(400 / 1.1 / 50) and low == 4 and math.isinf(high)
     assert figures.ratio_at([line(100)], [flat], 0.5)[0] == 0
 
 
