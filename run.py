@@ -128,6 +128,13 @@ def how_to_go_on(*more):
     return f"{launcher} {shlex.join(words)}"
 
 
+def after_bad_step():
+    """What to do when a run has stopped at a step that would have spoiled the weights."""
+    skip = how_to_go_on("--on-bad-step", "skip")
+    told = "the state before it is saved: start a new --out with a lower --lr, or leave such steps"
+    return f"{told} out: {skip}"
+
+
 # ---- processes ---------------------------------------------------------------------------------
 
 

@@ -374,9 +374,7 @@ def main():
                 if stop and not again:  # a later one is left out: the step has moved the weights
                     before_step["health"]["in_a_row"] = 0
                     save(step - 1, before_step)
-                    remedy = "start a new --out with a lower --lr, or leave such steps out: "
-                    remedy += run.how_to_go_on("--on-bad-step", "skip")
-                    raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                    raise run.UserError(f"{problem}; {run.after_bad_step()}")
                 bar.write(f"skipped: {problem}")
             else:
                 optimizer.step()

@@ -130,9 +130,7 @@ def main():
             if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
                 before_step["health"]["in_a_row"] = 0
                 checkpoint.save(out, step - 1, policy, optimizer, before_step, args.keep)
-                remedy = "start a new --out with a lower --lr, or leave such steps out: "
-                remedy += run.how_to_go_on("--on-bad-step", "skip")
-                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                raise run.UserError(f"{problem}; {run.after_bad_step()}")
             bar.write(f"skipped: {problem}")
         else:
             optimizer.step()
