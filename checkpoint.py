@@ -32,10 +32,11 @@ def save(out, step, policy, optimizer, state, keep):
     state    dict of numbers, strings, lists, dicts and tensors: what else the run needs to go on
     raises   run.UserError    it cannot be written; the one before it is whole
     """
-    model_state = get_model_state_dict(policy, options=WHOLE)
-    optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    model_state, optimizer_state = get_model_state_dict(policy, options=WHOLE), None
+    if optimizer.state:  # before its first step it has none, and torch would make some
+        optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
     if run.rank():
-        return
+        return run.gather(None)  # a rank that ends now would have torchrun end the one that writes
     folder = out / "checkpoints" / f"step-{step:06d}"
     part, stale = folder.with_suffix(".part"), folder.with_suffix(".stale")
     for path in (part, stale):  # of a run that was killed while it saved
@@ -44,7 +45,8 @@ def save(out, step, policy, optimizer, state, keep):
         part.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
         torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
-        for path in (*part.iterdir(), part):
+        logs = [out / name for name in ("metrics.jsonl", "samples.jsonl")]
+        for path in (*filter(os.path.exists, logs), *part.iterdir(), part):
             sync(path)
     except Exception as error:  # safetensors and torch have classes of their own for a full disk
         shutil.rmtree(part, ignore_errors=True)
@@ -58,8 +60,11 @@ def save(out, step, policy, optimizer, state, keep):
     os.rename(part, folder)
     sync(folder.parent)
     shutil.rmtree(stale, ignore_errors=True)
-    for old in sorted(folder.parent.glob("step-??????"))[:-keep]:
+    saved = sorted(folder.parent.glob("step-??????"))
+    at = saved.index(folder)  # beyond it: torn ones, of steps that have run again
+    for old in saved[: max(at + 1 - keep, 0)] + saved[at + 1 :]:
         shutil.rmtree(old)
+    run.gather(None)
 
 
 def sync(path):
@@ -81,8 +86,9 @@ def read(folder):
 
 
 def load(out, policy, optimizer):
-    """Loads the newest whole checkpoint into policy and optimizer -> its state, or None."""
-    for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+    """Loads the newest whole checkpoint into policy and optimizer -> its state, None before any."""
+    folders = sorted((out / "checkpoints").glob("step-??????"), reverse=True)
+    for folder in folders:
         found = read(folder)
         if not all(run.gather(found is not None)):
             continue
@@ -93,6 +99,9 @@ def load(out, policy, optimizer):
             raise run.UserError(f"{folder} does not hold the weights that this run trains")
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(policy, weights, options=options)
-        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=options)
+        if optimizer_state := state.pop("optimizer"):
+            set_optimizer_state_dict(policy, optimizer, optimizer_state, options=options)
         return state
+    if folders:
+        raise run.UserError(f"no checkpoint in {out} can be read: look at the disk, or start anew")
     return None

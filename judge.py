@@ -296,13 +296,14 @@ def open_judge(args, folder, recipe, out, device):
         return None
     import teachers
     import toy
-    from run import UserError
+    from run import UserError, world_size
 
+    concurrency = max(1, args.judge_concurrency // world_size())  # the flag is of all ranks
     if args.judge == "toy":
         return Judge(toy.judge, (), 1)
     teacher = teachers.Teacher(
-        args.judge, args.judge_model, folder, recipe, out / "judged", args.judge_concurrency,
+        args.judge, args.judge_model, folder, recipe, out / "judged", concurrency,
         args.judge_timeout, args.judge_retries, device=device,
     )  # fmt: skip
     failures = (NoAnswer, UserError, teachers.BadRow)  # a wrong key, a clip that is gone
-    return Judge(functools.partial(score_steps, teacher), failures, args.judge_concurrency)
+    return Judge(functools.partial(score_steps, teacher), failures, concurrency)

@@ -27,8 +27,8 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "advantage_std": "std of A over fresh and replayed completions",
     "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
     "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; A = 0 in none",
-    "kl": "mean over completions of mean_t k3 to the reference, nats [KL]",
-    "entropy": "mean over fresh completions of mean_t entropy, nats",
+    "kl": "mean over completions of mean_t k3 to the reference, nats, weighed as in [U20] [KL]",
+    "entropy": "mean over fresh completions in the update of mean_t entropy, nats",
     "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
     "logprob_gap": "max over fresh tokens of abs(log-prob in the rollout - recomputed), nats",
     "off/ratio_mean": "mean over replayed completions of prod_t r_t; 1 without replay [RATIO]",
@@ -84,7 +84,7 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
             f"rewards/{part}": mean(e.reward_parts[part] for e in made)
             for part in made[0].reward_parts
         },
-        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups),
+        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups if g),
         "advantage_std": advantages.std().item(),
         "advantage_zero_frac": (advantages == 0).float().mean().item(),
         "advantage_hist": histogram(advantages),
@@ -123,13 +123,19 @@ class Health:
         # so far; steps in a row; whether any completion has ended by itself yet
         self.state = dict(skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False)
 
-    def bad_step(self, loss, grad_norm, ratio=1.0):
-        """What is wrong with a gradient, before it is applied (str), or None."""
+    def bad_step(self, loss, grad_norm, ratio=1.0, again=0):
+        """
+        What is wrong with a gradient, before it is applied (str), or None.
+
+        again   int     updates of this step before it: only the first one counts as the step's [U19]
+        """
         problem = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
         elif self.max_ratio and ratio > self.max_ratio:
             problem = f"a mean ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
+        if again:
+            return problem
         self.state["skipped"] += problem is not None
         self.state["in_a_row"] = self.state["in_a_row"] + 1 if problem else 0
         if self.state["in_a_row"] >= PATIENCE:

@@ -9,6 +9,7 @@ stand in one packed row without padding (attention.py).
 L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V vocabulary.
 """
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -261,6 +262,8 @@ def start_folder(folder, lora_rank, out):
     if not lora_rank or not is_adapter(folder):
         return folder
     base = Path(out) / "base"
+    if run.rank() == 0 and not (Path(out) / "run.json").exists():
+        shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
     if run.rank() == 0 and not base.exists():
         merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
         part = base.with_suffix(".part")
@@ -305,5 +308,8 @@ def save(policy, folder, processor):
     state = get_model_state_dict(policy, options=options)
     if run.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        policy.model.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
+        part = Path(folder).with_suffix(".part")
+        policy.model.save_pretrained(part, state_dict=state)
+        processor.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)

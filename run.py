@@ -21,6 +21,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -66,6 +68,8 @@ def main_guard(main):
         if error.errno not in DISK:
             raise
         line = f"{error.filename or 'disk'}: {error.strerror}: make room, then --resume"
+    except SafetensorError as error:
+        line = f"a weights file ({error}): is the disk full, or the file cut off?"
     except RuntimeError as error:  # gloo and NCCL have no class of their own for it
         if world_size() == 1 or not re.search(PEER_GONE, str(error)):
             raise
@@ -91,17 +95,21 @@ def main_guard(main):
 
 # ---- asked to stop -----------------------------------------------------------------------------
 
-_signals = []  # that asked this process to stop
+_signals = []  # (signal that asked this process to stop, when)
+SAME = 3.0  # seconds in which a signal is the same one: launchers send theirs after the terminal's
 
 
 def watch_signals():
-    """From here on SIGTERM and Ctrl-C let the step finish; the second one ends at once."""
+    """From here on SIGTERM and Ctrl-C let the step finish; the next one ends at once."""
 
     def note(number, frame):
-        _signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        if rank() == 0:  # print could be interrupted in the middle of itself
-            os.write(2, b"stopping after this step; once more stops at once\n")
+        now = time.monotonic()
+        if _signals and now - _signals[0][1] > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not _signals and rank() == 0:  # print could be interrupted in the middle of itself
+            os.write(2, b"stopping after this step; once more, in 3 seconds, stops at once\n")
+        _signals.append((number, now))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -109,14 +117,22 @@ def watch_signals():
 
 def stop_asked():
     """The signal that asked any rank to stop, or None; the same on every rank."""
-    return next((s for part in gather(_signals) for s in part), None)
+    return next((number for part in gather(_signals) for number, _ in part), None)
 
 
-def how_to_go_on():
-    """The command that continues this run."""
-    words = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
-    launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+def how_to_go_on(*more):
+    """The command that continues this run, with more flags."""
+    words = [*sys.argv, *(word for word in ("--resume", *more) if word not in sys.argv)]
+    local = os.environ.get("LOCAL_WORLD_SIZE", world_size())
+    launcher = f"torchrun --nproc-per-node {local}" if world_size() > 1 else "python"
     return f"{launcher} {shlex.join(words)}"
+
+
+def after_bad_step():
+    """What to do when a run has stopped at a step that would have spoiled the weights."""
+    skip = how_to_go_on("--on-bad-step", "skip")
+    told = "the state before it is saved: start a new --out with a lower --lr, or leave such steps"
+    return f"{told} out: {skip}"
 
 
 # ---- processes ---------------------------------------------------------------------------------
@@ -217,8 +233,7 @@ FREE = set(
 )
 FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside", "max_bad_frac", "feature_dir"}
 FREE |= {"on_bad_step", "max_ratio", "min_entropy"}
-# a judge may come back at another address: its model is what counts
-FREE |= {"judge", "judge_concurrency", "judge_timeout", "judge_retries", "max_unjudged_frac"}
+FREE |= {"judge_concurrency", "judge_timeout", "judge_retries", "max_unjudged_frac"}
 
 
 def add_flags(parser):
@@ -276,6 +291,8 @@ def open_folder(args, source):
         before, now = json.loads((out / "run.json").read_text())["arguments"], vars(args)
         # a flag that the run did not have yet when it began is none of its arguments
         known = [k for k in now if k in before and k not in FREE]
+        if all(str(words.get("judge")).startswith("http") for words in (before, now)):
+            known.remove("judge")  # it may come back at another address: its model is what counts
         changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
             told = ", ".join(
@@ -306,6 +323,11 @@ def lock(out):
             "another --out"
         ) from None
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            print0(
+                f"  {out}: no locks on this file system: take care that one run at a time uses it"
+            )
+            return
         raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -326,8 +348,15 @@ def begin(out, args, step):
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-            write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+            write_text(path, "".join(line for line in lines if step_of(line) <= step))
+
+
+def step_of(line):
+    """The step of a line of a log; infinity for one that a kill or a power cut has damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def commit():

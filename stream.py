@@ -183,7 +183,8 @@ def tensor_bytes(tree):
 class FeatureFolder:
     """
     What frozen towers made of a clip, on disk: a file a clip, named by everything that it depends
-    on: the media files with size and time of change, the span, the recipe, the towers' weights.
+    on: the media files with size and time of change, the span, the recipe, the words around it, the
+    towers' weights.
     """
 
     def __init__(self, folder, build, towers):
@@ -192,6 +193,9 @@ class FeatureFolder:
         for tower in towers:
             for value in tower.state_dict().values():
                 weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        # and by what stands before the clip: its tokens are kept with it
+        words = build.chat(build.processor, [], dict(question="", answer_type="text"), None, None)
+        weights.update(f"{words} {len(build.tokenizer)}".encode())
         self.weights = weights.hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
 

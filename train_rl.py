@@ -8,7 +8,7 @@ and hints; `--algo grpo` is the plain baseline. Where we differ or the paper is 
 
 A step: draw what to replay (that decides how many fresh completions are needed), roll out, reward,
 compare each fresh completion with its group and each replayed one with its prompt's history,
-spread the advantages over the tokens, take one gradient step, store the fresh completions.
+spread the advantages over the tokens, take a gradient step, store the fresh completions.
 
 An Entry (buffer.py) is one completion with its reward; it is fresh if it was born in this step.
 """
@@ -129,7 +129,7 @@ def parse_args(argv=None):
         args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
         lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
-        updates_per_rollout=1, max_staleness=0,
+        updates_per_rollout=1, max_staleness=0, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3,
     )  # fmt: skip
     return args, source, weights
 
@@ -193,6 +193,7 @@ def main():
     refused, start, num_generated = set(), 0, 0
     if args.resume and (state := checkpoint.load(out, policy, optimizer)):
         start, num_generated, health.state = (state[k] for k in ("step", "num_generated", "health"))
+        refused.update(state["refused"])
         replay.load_state_dict(state["buffer"])
         schedule.load_state_dict(state["hints"])
         source_rows.load_state_dict(state["rows"])
@@ -202,7 +203,7 @@ def main():
 
     def small_state():
         """What a step changes before it is sure to count."""
-        state = dict(num_generated=num_generated, health=dict(health.state))
+        state = dict(num_generated=num_generated, health=dict(health.state), refused=list(refused))
         return state | dict(hints=schedule.state_dict(), rows=source_rows.state_dict())
 
     def save(step, state):
@@ -215,14 +216,14 @@ def main():
         rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
         return replay.draw(wanted, args.num_off or 1, step, rng, (), args.max_staleness)
 
-    def gradient_of_replayed(step, drawn):
+    def read_replayed(step, drawn):
         """
-        Adds that of alpha J_off -> infos, advantages. A clip that is gone by now leaves `drawn` and
-        the buffer, on all ranks together.
+        -> {place in `drawn`: Prompt}, this rank's. A clip that is gone by now leaves `drawn` and the
+        buffer, on all ranks together.
         """
-        own, mine = {}, run.share(len(drawn))
-        for i, group in enumerate(drawn[mine], mine.start):
-            for e in group[:1]:
+        own = {}
+        for i in range(len(drawn))[run.rank() :: run.world_size()]:
+            for e in drawn[i][:1]:
                 row = rows[rows.index(e.prompt_id)]
                 own[i] = (row, row.get("hint") if e.hinted else None)
         prompts, gone = stream.read_all(load, own)
@@ -231,6 +232,11 @@ def main():
             source_rows.bad[rows.index(drawn[i][0].prompt_id)] = problem
             replay.forget(drawn[i][0].prompt_id)
             drawn[i] = []
+        return prompts
+
+    def gradient_of_replayed(step, drawn):
+        """Adds that of alpha J_off -> infos, advantages; what is gone leaves `drawn`."""
+        prompts = read_replayed(step, drawn)
         replayed = [e for group in drawn for e in group]
         advantages = replay_advantages(
             torch.tensor([e.reward for e in replayed]),
@@ -272,22 +278,22 @@ def main():
         # ---- what to replay
         drawn = draw(step, again=0)
         drawn += [[]] * (args.prompts_per_step - len(drawn))  # little stored: more fresh ones [U6]
-        for group in filter(None, drawn[mine]):
+        for group in filter(None, drawn[run.rank() :: run.world_size()]):
             train_reader.prefetch(rows[rows.index(group[0].prompt_id)])
 
         # ---- who gets a hint                                                           [HINT]
         events, stored = [], {}
+        told = {row["prompt_id"]: (row, text) for row in step_rows if (text := hint_of(row))}
         if args.hints:
             for row, prompt in zip(step_rows[mine], prompts):
                 q = row["prompt_id"]
                 entries = [e for e in replay.entries_of(q, step) if not e.hinted][-KL_SAMPLES:]
-                if entries and hint_of(row) and schedule.needs_kl(q, replay.tier(q)):
+                if entries and q in told and schedule.needs_kl(q, replay.tier(q)):
                     stored[q] = (prompt, entries)
             kls = update.stored_kls(policy, stored, filler, args.temperature)
             for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
                 events.append((schedule.observe(q, replay.tier(q), kls.get(q)), q))
-        due = [row for row in step_rows if schedule.due(row["prompt_id"])]
-        hint = {row["prompt_id"]: (row, text) for row in due if (text := hint_of(row))}
+        hint = {q: row_and_text for q, row_and_text in told.items() if schedule.due(q)}
 
         # ---- roll out
         own = {q: hint[q] for q in ids[mine] if q in hint}
@@ -310,6 +316,11 @@ def main():
             if judged:  # it thinks from here on, also while the replayed gradient is made
                 for row, group_texts in zip(step_rows[mine][part], texts[part]):
                     judged.begin(row, group_texts)
+        if not all(run.gather(all(c.logprobs.isfinite().all() for g in rolled for c in g))):
+            raise run.UserError(
+                f"step {step}: the policy's log-probs are not finite, its weights are broken: start a "
+                "new --out with a lower --lr, or remove the newest checkpoints and --resume"
+            )
         source_rows.read_ahead()
         rollout_s = time.perf_counter() - began - data_s
 
@@ -354,21 +365,21 @@ def main():
             norm = run.clip_grad_norm(policy, args.max_grad_norm)
             run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
             if not again:
-                first = (info, norm, fresh, past)  # what the step reports
+                of_first = (info, norm, fresh, past)  # what the step reports
             ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
-            if problem := health.bad_step(info["loss"].sum().item(), norm, ratio):
+            if problem := health.bad_step(info["loss"].sum().item(), norm, ratio, again):
                 seen = sorted({*ids, *(e.prompt_id for group in drawn for e in group)})
                 problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
                 stop = args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE
                 if stop and not again:  # a later one is left out: the step has moved the weights
+                    before_step["health"]["in_a_row"] = 0
                     save(step - 1, before_step)
-                    remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
-                    raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                    raise run.UserError(f"{problem}; {run.after_bad_step()}")
                 bar.write(f"skipped: {problem}")
             else:
                 optimizer.step()
             optimizer.zero_grad()
-        info, grad_norm, fresh_advantages, off_advantages = first
+        info, grad_norm, fresh_advantages, off_advantages = of_first
         update_s = time.perf_counter() - began_update - reward_s
         judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
 
@@ -415,7 +426,11 @@ def main():
         bar.write(metrics.step_line(report, steps))
         bar.update()
         if problem := health.collapse(report):
-            raise run.UserError(f"step {step}: {problem}; the last checkpoint is good: lower --lr")
+            since = step - metrics.PATIENCE + 1
+            remedy = (
+                f"the policy has collapsed at step {since}: start a new --out with a lower --lr"
+            )
+            raise run.UserError(f"step {step}: {problem}: {remedy}")
         signal = run.stop_asked()
         if signal or (args.save_every and step % args.save_every == 0):
             save(step, small_state())

@@ -128,9 +128,9 @@ def main():
             ids = ", ".join(row["prompt_id"] for row in step_rows)
             problem = f"step {step}: {problem}; its rows: {ids}"
             if args.on_bad_step == "stop" or health.state["in_a_row"] >= metrics.PATIENCE:
+                before_step["health"]["in_a_row"] = 0
                 checkpoint.save(out, step - 1, policy, optimizer, before_step, args.keep)
-                remedy = f"lower --lr, or go on with --on-bad-step skip: {run.how_to_go_on()}"
-                raise run.UserError(f"{problem}; the state before it is saved: {remedy}")
+                raise run.UserError(f"{problem}; {run.after_bad_step()}")
             bar.write(f"skipped: {problem}")
         else:
             optimizer.step()

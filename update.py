@@ -55,7 +55,7 @@ def update(policy, reference, groups, filler, step, args):
             torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
             args.kl_ratio,
         )  # fmt: skip
-        # the weights already sum to 1 over all ranks, and FSDP takes the mean over ranks
+        # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
         (loss * run.world_size()).backward()
         if k < len(packs):
             lengths = mask.sum(1)

@@ -23,6 +23,7 @@ from test_train_rl import read_metrics, rl_flags
 import checkpoint
 import data
 import metrics
+import model
 from conftest import RECIPE
 
 STEPS = 4
@@ -115,6 +116,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(straight, tmp_pa
     process = start(*other_out(flags, out), "--save-every", 0)
     wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 2)
     process.send_signal(number)
+    process.send_signal(number)  # a launcher sends the same once more
     printed = process.communicate()[0]
     assert process.returncode == 128 + number and "Traceback" not in printed
     saved = [path.name for path in (out / "checkpoints").iterdir()]
@@ -147,6 +149,35 @@ def test_the_newest_whole_checkpoint_is_found(straight, tmp_path):
         assert f"step-{STEPS:06d} is not whole" in printed and f"from step {STEPS - 1}" in printed
         assert same_end(whole, out)
         assert not list((out / "checkpoints").glob("*.stale"))
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(straight, tmp_path):
+    whole, flags = straight
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final"))
+    for state in out.glob("checkpoints/*/state.pt"):
+        state.write_bytes(state.read_bytes()[:100])
+    assert "no checkpoint in" in mistake(*other_out(flags, out), "--resume")
+    assert len(lines(out / "metrics.jsonl")) == STEPS
+
+
+def test_a_checkpoint_before_the_first_step_is_the_start(toy_dir, tmp_path):
+    """torch would make a first step of AdamW with zero gradients for its state."""
+    policy = model.load(toy_dir / "model", 0, False, False)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    checkpoint.save(tmp_path, 0, policy, optimizer, dict(number=7), keep=1)
+    assert not optimizer.state
+    assert checkpoint.load(tmp_path, policy, optimizer)["number"] == 7 and not optimizer.state
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    checkpoint.save(tmp_path, 1, policy, optimizer, {}, keep=1)
+    again = torch.optim.AdamW(trained, lr=0.1)
+    assert checkpoint.load(tmp_path, policy, again)["step"] == 1
+    assert equal(list(again.state.values()), list(optimizer.state.values()))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_checkpoint_executes_nothing(straight, tmp_path):
@@ -298,7 +329,9 @@ def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_pa
     line = mistake(*bad_run(toy_dir, out))
     step = len(lines(out / "metrics.jsonl")) + 1
     assert f"step {step}: a mean ratio of " in line and "over --max-ratio 1.0001" in line
-    assert "its prompts: toy-2-train-" in line and "go on with --on-bad-step skip" in line
+    assert "its prompts: toy-2-train-" in line
+    assert "start a new --out with a lower --lr, or leave such steps out: python train" in line
+    assert line.endswith("--resume --on-bad-step skip")
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
     printed = launch(*bad_run(toy_dir, out, "--resume", "--on-bad-step", "skip"))
     assert f"skipped: step {step}: a mean ratio" in printed

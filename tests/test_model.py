@@ -349,7 +349,11 @@ def about_one_clip(toy_dir, build, row, questions):
     return prompts, [p._replace(media=prompts[0].media) for p in prompts]
 
 
-QUESTIONS = ["Which color?", "How many shapes are shown, and which tone is heard?", "Which color is it?"]
+QUESTIONS = [
+    "Which color?",
+    "How many shapes are shown, and which tone is heard?",
+    "Which color is it?",
+]
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1], [3, 1, 2, 4, 2]])

@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(toy_dir, tmp_path):
     flags = ("--lr", 1e30, "--warmup-frac", 0, "--save-every", 0)
     line = mistake(*sft_flags(toy_dir, tmp_path / "x", *flags))
     assert "step 2: loss nan, gradient norm nan; its rows: toy-0-train-" in line
-    assert "the state before it is saved: lower --lr, or go on with --on-bad-step skip" in line
+    assert "the state before it is saved: start a new --out with a lower --lr, or leave" in line
     skip = (*flags, "--resume", "--on-bad-step", "skip", "--steps", 4)
     printed = launch(*sft_flags(toy_dir, tmp_path / "x", *skip))
     assert printed.count("skipped: step") == 3
