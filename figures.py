@@ -274,7 +274,7 @@ def curriculum_table(result):
         for name in names:
             values = np.array([one["scores"][name] for one in found])
             low, high = bootstrap(len(values), lambda pick: values[pick].mean())  # noqa: B023
-            cells.append(f"{values.mean():.3f} ({low:.3f} – {high:.3f})")
+            cells.append(f"{values.mean():.3f} ({number(low, 3, '')} – {number(high, 3, '')})")
         yield f"| {label} | {len(found)} | " + " | ".join(cells) + " |"
 
 
