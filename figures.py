@@ -34,7 +34,7 @@ COLOR = {"AVATAR": BLUE, "GRPO": ORANGE}
 
 # name of the results file -> title, what the paper finds (None: no claim), reference label
 TABLES = {
-    "components": ("Components", "GRPO, TAS only < replay only < full", "GRPO"),
+    "components": ("Components", "GRPO lowest, full highest, one part alone between", "GRPO"),
     "method": ("What our choices are worth", "silent", "full"),
     "shaping": ("Shape of the weights", "parabolic is best, inverse worst", "uniform"),
     "splits": ("Fresh / replayed completions a prompt", "4/4", "8/0"),
