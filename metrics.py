@@ -113,8 +113,9 @@ class Health:
     """
     When the numbers say that a step must not change the weights, or that going on is pointless.
 
-    max_ratio     pi / b, or b / pi, of a completion, as the geometric mean of its tokens; 0 = no
-                  limit. A single token may go far: one sampled against the odds that is likely now
+    max_ratio     pi / b of a completion (if fresh: also b / pi), as the geometric mean of its
+                  tokens; 0 = no limit. A single token may go far: one sampled against the odds that
+                  is likely now; and a stored completion may be given up
     min_entropy   nats a token; 0 = no limit
     """
 

@@ -366,7 +366,8 @@ def main():
             run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
             if not again:
                 of_first = (info, norm, fresh, past)  # what the step reports
-            ratio = (info["log_ratio"] / info["num_tokens"]).abs().max().exp().item()
+            drift = info["log_ratio"] / info["num_tokens"]  # a stored one may be given up: ratio 0
+            ratio = torch.where(info["fresh"], drift.abs(), drift).max().exp().item()
             if problem := health.bad_step(info["loss"].sum().item(), norm, ratio, again):
                 seen = sorted({*ids, *(e.prompt_id for group in drawn for e in group)})
                 problem = f"step {step}: {problem}; its prompts: {', '.join(seen)}"
