@@ -50,6 +50,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
     flag = parser.add_argument
     flag("--quick", action="store_true", help="the two smaller sizes, fewer repeats, no plot")
+    parts = ["update", "rollout", "step", "growth"]
+    flag("--only", nargs="+", choices=parts, help="these parts; the others stay as --out has them")
     flag("--out", default="bench.json", help="all figures; the plot goes beside it as .png")
     flag("--repeats", type=int, default=5, help="runs of each side; the median counts")
     flag("--threads", type=int, default=2, help="of torch")
@@ -411,12 +413,19 @@ def main():
     policy, plain = build_models(args)
     shape = f"width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}"
     print(f"torch {torch.__version__}, {args.threads} threads, float32, {shape}")
-    result = dict(arguments=vars(args), commit=run.commit())
-    result["update"] = bench_updates(args, policy, plain)
-    result["rollout"] = bench_rollouts(args, policy, plain)
-    result["step"] = bench_steps(args, policy)
-    if not args.quick:
-        result["growth"] = bench_growth(args, policy)
+    result = {}
+    if args.only and Path(args.out).exists():  # the other parts stay as they were measured
+        result = json.loads(Path(args.out).read_text())
+    parts = dict(
+        update=lambda: bench_updates(args, policy, plain),
+        rollout=lambda: bench_rollouts(args, policy, plain),
+        step=lambda: bench_steps(args, policy),
+        growth=lambda: bench_growth(args, policy),
+    )
+    for name in args.only or [part for part in parts if part != "growth" or not args.quick]:
+        result[name] = parts[name]()
+        result[f"{name} measured with"] = dict(arguments=vars(args), commit=run.commit())
+    if "growth" in (args.only or []) or not (args.only or args.quick):
         plot_growth(result["growth"], args.out.removesuffix(".json") + ".png")
     with open(args.out, "w") as file:
         json.dump(result, file, indent=1)
