@@ -34,8 +34,10 @@ def update(policy, reference, groups, filler, step, args):
     packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
     infos = []
     for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
-        idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
-        part = packs[k] if k < len(packs) else idle
+        if k < len(packs):
+            part = packs[k]
+        else:
+            part = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
         prompts = [prompt for prompt, _ in part]
         completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
         entries, advantages, weights = zip(*(item for _, items in part for item in items))
