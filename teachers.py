@@ -303,12 +303,13 @@ def fill(teacher, source, out, field, find, keep, concurrency):
         line, kind, problem = asked.result()
         dead = 0 if kind == "new" else dead + getattr(problem, "dead", False)
         if teacher.ended and isinstance(problem, (NoAnswer, UserError)):
+            if not late:
+                bar.write(f"{teacher.ended}: for the rest only the answers kept are looked up")
             late.append(number)
         elif problem:
             bar.write(f"{name}:{number}: {problem}")
         if dead > 2 * concurrency and not teacher.ended:
             teacher.end(f"{teacher.where} does not answer")
-            bar.write(f"{teacher.ended}: from here on only the answers kept")
         counts["rows"] += 1
         counts[kind] += 1
         file.write(line + b"\n")
@@ -324,7 +325,7 @@ def fill(teacher, source, out, field, find, keep, concurrency):
             settle(*waiting.popleft())
     os.replace(part, out)
     if late:
-        print(f"{name}: no answer since it ended: lines {spans(late)}")
+        print(f"{name}: no answer since then: lines {spans(late)}")
     told = (
         f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
     )

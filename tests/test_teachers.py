@@ -422,7 +422,7 @@ def test_a_command_that_ends_early_loses_no_answer(rows):
         (rows / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
         server.reply = lambda r, n: (401, {}, b"who are you?")
         printed = caption(rows, server.url, code=1)
-    assert "in.jsonl: no answer since it ended: lines 2\n" in printed
+    assert "in.jsonl: no answer since then: lines 2\n" in printed
     assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
     assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
     assert teachers.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
