@@ -34,10 +34,18 @@ class Server:
     key       str     sent to this address only (no redirect is followed), told to nobody; "" = none
     timeout   float   seconds of one attempt, from connecting to its last byte
     retries   int     attempts after the first, each after about twice the wait
+    raises    ValueError   an address that is none
     """
 
     def __init__(self, address, key, timeout, retries):
         self.address, self.timeout, self.retries = address, timeout, retries
+        try:
+            self._url = urlsplit(address)
+            if not (self._url.hostname and self._url.port != 0):
+                raise ValueError("no host, or port 0")
+        except ValueError as error:  # a port that is no number, a bracket left open
+            told = f"{address} is no address ({error}): give one like http://host:8000/v1"
+            raise ValueError(told) from None
         self._key = key if key.isascii() and key.isprintable() else ""
         self._open, self._lock, self._closed = set(), threading.Lock(), threading.Event()
 
@@ -66,15 +74,13 @@ class Server:
                 status, headers, content = self._exchange(body)
             except (OSError, http.client.HTTPException) as error:
                 why = f"{self.address} does not answer ({type(error).__name__}: {error})"
-                problem = NoAnswer(why, dead=True)
+                problem = NoAnswer(self._hide(why), dead=True)
             else:
                 if status == 200:
                     return self._text(content)
-                told = " ".join(content[:300].decode(errors="replace").split())
-                refused = status in (401, 403, 404)  # key, address or model name
-                problem = NoAnswer(
-                    self._hide(f"{self.address}: status {status}: {told[:200]}"), refused=refused
-                )
+                told = self._hide(content.decode(errors="replace"))  # whole: half a key is one too
+                told = f"{self.address}: status {status}: {' '.join(told[:300].split())[:200]}"
+                problem = NoAnswer(told, refused=status in (401, 403, 404))  # key, address or name
                 if status not in TRANSIENT:
                     break
                 wait = max(wait, retry_after(headers.get("Retry-After")))
@@ -87,7 +93,7 @@ class Server:
 
     def _exchange(self, body):
         """One attempt -> status, headers, content."""
-        url, until = urlsplit(self.address), time.monotonic() + self.timeout
+        url, until = self._url, time.monotonic() + self.timeout
         secure = url.scheme == "https"
         connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = connect(url.hostname, url.port, timeout=self.timeout)

@@ -300,7 +300,8 @@ def ask_hint(teacher, row, attempts):
         if not reason:
             return hint
         refused = f"\n\nThis hint was refused, since {reason}: {hint[:300]}\nWrite another."
-    raise NoAnswer(f"row {row['prompt_id']}: no hint in {attempts} attempts: at last {reason}")
+    told = f"row {row['prompt_id']}: no hint in {attempts} attempts: at last {reason}"
+    raise NoAnswer(f"{told}: raise --attempts")  # the replies so far are kept: as they were
 
 
 def parse_args(argv=None):

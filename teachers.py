@@ -23,6 +23,7 @@ import threading
 import wave
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 from run import PARSER, UserError, main_guard  # before torch: it sets how torch's threads wait
@@ -36,6 +37,7 @@ import data
 from chat import NoAnswer, Server
 from clips import AUDIO_RATE, BadRow, decode_clip
 from clips import _find as find_media
+from local import Local, frame_times
 
 KEY = "OPENAI_API_KEY"  # of the environment
 CLIPS_KEPT, FORMAT = 32, 1  # decoded clips in memory; part of every hash: raise it if prompts move
@@ -55,7 +57,7 @@ class Teacher:
     retries      int           attempts after the first, each waiting about twice as long as before
     frames_as    "images": one part a frame, any server; "video": one part for all, vLLM only
     device       torch.device  of a folder's model
-    raises       UserError     no such folder, no model name
+    raises       UserError     no such folder, no model name, an address that is none
     """
 
     def __init__(self, where, name, folder, recipe, answers, concurrency, timeout, retries,
@@ -63,11 +65,15 @@ class Teacher:
         self.where, self.name, self.folder, self.recipe = where, name, Path(folder), recipe
         self.answers, self.frames_as, self.lock = Path(answers), frames_as, threading.Lock()
         self.clips, self.digests, self.local, self.server = OrderedDict(), {}, None, None
+        self.ended = None  # why nothing more is asked
         if where.startswith(("http://", "https://")):
             if not name:
                 raise UserError(f"{where}: which model? give its name as the server knows it")
             key = os.environ.get(KEY, "").strip()
-            self.server = Server(where, key, timeout, retries)
+            try:
+                self.server = Server(where, key, timeout, retries)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         else:
             self.local, concurrency = Local(where, device), 1
             self.name = self.local.name
@@ -77,11 +83,16 @@ class Teacher:
         """Runs a function that asks, in a thread; at most `concurrency` at one time -> Future."""
         return self.pool.submit(function, *args)
 
+    def end(self, why):
+        """Ends the questions under way; from now on `ask` knows only the answers kept."""
+        self.ended = self.ended or why
+        if self.server:
+            self.server.close()
+
     def close(self):
         """Ends all that is under way, so that a program which stops does not wait for it."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.server:
-            self.server.close()
+        self.end("closed")
 
     def ask(self, row, kinds, text, max_tokens, accept, temperature=0.0, seed=0, shape=None):
         """
@@ -97,6 +108,8 @@ class Teacher:
                      BadRow     the clip cannot be decoded
                      UserError  the key, the address or the model name is wrong
         """
+        if self.ended and not self.answers.is_dir():  # spares reading the clip for its hash
+            raise NoAnswer(f"not asked: {self.ended}")
         row = self._shown(row, kinds)
         question = dict(
             model=self.name, text=text, media=self._media_key(row), frames_as=self.frames_as,
@@ -109,6 +122,8 @@ class Teacher:
             return accept(str(json.loads(path.read_text())["reply"]))
         except (FileNotFoundError, ValueError, LookupError, TypeError):
             pass  # not asked yet, or a damaged file
+        if self.ended:
+            raise NoAnswer(f"not asked: {self.ended}")
         clip = self._clip(row, question["media"])
         if self.local:
             reply = self.local.chat(clip, text, max_tokens, temperature, seed, shape)
@@ -149,9 +164,8 @@ class Teacher:
 
     def _media_key(self, row):
         """What tells this clip from every other: the bytes of its files, span and recipe."""
-        files = [row[k] for k in ("video", "audio") if row.get(k)] + (row.get("images") or [])
         digests = []
-        for file in files:
+        for file in data.media_paths(row):
             path = find_media(f"row {row['prompt_id']}", self.folder, file, self.recipe)
             about = path.stat()
             about = (str(path), about.st_size, about.st_mtime_ns)
@@ -202,14 +216,6 @@ def http_parts(clip, frames_as):
     return parts + frame_times(clip)
 
 
-def frame_times(clip):
-    """A part that tells when the frames were on show, which pictures do not say by themselves."""
-    if clip.frames is None:
-        return []
-    times = ", ".join(f"{(i + 0.5) / clip.fps:.2f}" for i in range(len(clip.frames)))
-    return [dict(type="text", text=f"Frames of one video, at the seconds {times}.")]
-
-
 def wav_bytes(audio):
     """(S,) float32 at 16 kHz -> a 16-bit wav file."""
     file = io.BytesIO()
@@ -219,72 +225,6 @@ def wav_bytes(audio):
         out.setframerate(AUDIO_RATE)
         out.writeframes((np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes())
     return file.getvalue()
-
-
-class Local:
-    """A Hugging Face folder in this process; one question at a time."""
-
-    def __init__(self, folder, device):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"{folder} is no model folder and no http(s) URL: give one of them")
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder)
-            self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        if hasattr(self.processor.image_processor, "crop_to_patches"):  # InternVL: a frame, a tile
-            self.processor.image_processor.crop_to_patches = False
-        newest = max(path.stat().st_mtime_ns for path in Path(folder).iterdir())
-        self.name, self.lock = f"{Path(folder).resolve()}@{newest}", threading.Lock()
-
-    def parts(self, clip):
-        picture = torchvision.transforms.functional.to_pil_image
-        frames = [] if clip.frames is None else list(clip.frames)
-        parts = [dict(type="image", image=picture(x)) for x in [*clip.images, *frames]]
-        parts += [dict(type="audio", audio=audio) for audio in clip.sounds]
-        return parts + frame_times(clip)
-
-    @torch.no_grad()
-    def chat(self, clip, text, max_tokens, temperature, seed, shape):
-        content = [*clip, dict(type="text", text=text)]
-        with self.lock, torch.random.fork_rng(enabled=temperature > 0):
-            inputs = self.processor.apply_chat_template(
-                [dict(role="user", content=content)], add_generation_prompt=True, tokenize=True,
-                return_dict=True, return_tensors="pt",
-            ).to(self.model.device)  # fmt: skip
-            inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v
-                      for k, v in inputs.items()}  # fmt: skip
-            start, draws = inputs["input_ids"].shape[1], dict(do_sample=False)
-            if temperature > 0:
-                torch.manual_seed(seed)
-                draws = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-            if shape:
-                allowed = spelled(shape[1], self.processor.tokenizer, start)
-                draws["prefix_allowed_tokens_fn"] = allowed
-            ids = self.model.generate(**inputs, max_new_tokens=max_tokens, **draws)
-        return self.processor.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-
-
-def spelled(pieces, tokenizer, start):
-    """-> callable(batch, ids) for generate: the tokens that may follow, so that `pieces` result."""
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    pieces = [
-        [encode(x) for x in ([piece] if isinstance(piece, str) else piece)] for piece in pieces
-    ]
-
-    def allowed(_, ids):
-        said = ids[start:].tolist()
-        for piece in pieces:
-            whole = next((x for x in piece if said[: len(x)] == x), None)
-            if whole is None:
-                return sorted({x[len(said)] for x in piece if x[: len(said)] == said})
-            said = said[len(whole) :]
-        return [tokenizer.eos_token_id]
-
-    return allowed
 
 
 # ---- a field of every row ----------------------------------------------------------------------
@@ -327,73 +267,79 @@ def fill(teacher, source, out, field, find, keep, concurrency):
 
     find     callable(row) -> text or None (the row needs none); raises NoAnswer, BadRow
     keep     callable(row, text) -> None, or why the text that a row has is not to be kept
-    returns  dict of counts: rows, kept (had it, also in an OUT of before), new, needless, without
+    returns  dict of counts: rows, kept (had it), new, needless, without
     raises   UserError    after writing OUT: the model cannot be reached or refuses us
 
-    One row in, one row out, in order; a row without an answer stays as it is and is named.
+    One row in, one row out, in order. A row without an answer is named and stays as it is, but for
+    a text that is not to be kept. An OUT of before is not read: its rows, their clips or the model
+    may have changed since; the answers kept know, and give again what is still true.
     """
-    earlier, lines, stop = {}, Path(source).read_bytes().splitlines(), None
-    if Path(out).is_file():
-        for line in Path(out).read_bytes().splitlines():
-            try:
-                row = data.parse_line(line, out)
-                earlier[data.row_id(row, out)] = row.get(field)
-            except BadRow:
-                continue
+    lines, name = Path(source).read_bytes().splitlines(), Path(source).name
     counts, waiting, dead = dict(rows=0, kept=0, new=0, needless=0, without=0), deque(), 0
-    part = Path(f"{out}.part")
+    part, late = Path(f"{out}.part"), []  # late: lines without an answer since the model's end
 
     def look(line, where):
-        raw = data.parse_line(line, where)
-        row = data.normalize_row(raw)
-        text = raw.get(field) or earlier.get(row["prompt_id"])
-        if text and (why := keep(row, text)):
-            bar.write(f"row {row['prompt_id']}: its {field} is not kept: {why}")
-        elif text:
-            return raw | {field: text}, "kept"
-        raw.pop(field, None)
-        text = find(row)
-        return (raw | {field: text}, "new") if text else (raw, "needless")
-
-    def settle(line, where, asked):
-        nonlocal dead, stop
-        kind, row = "without", None
+        """-> the line to write, what became of the row, why it has no answer."""
         try:
-            if asked and not (stop and (asked.cancelled() or not asked.done())):
-                row, kind = asked.result()
-                dead = 0 if kind == "new" else dead
-        except (NoAnswer, BadRow) as problem:
-            bar.write(f"{where}: {problem}")
-            dead += getattr(problem, "dead", False)
-            if dead > 2 * concurrency and not stop:
-                stop = f"{teacher.where} does not answer"
-        except UserError as problem:
-            stop = str(problem)
-        if stop:
-            teacher.close()
+            raw = data.parse_line(line, where)
+            row = data.normalize_row(raw)
+            text = raw.pop(field, None)
+            why = keep(row, text) if text else None
+            if text and not why:
+                return line, "kept", None
+            if why:
+                bar.write(f"row {row['prompt_id']}: its {field} is not kept: {why}")
+                line = json.dumps(raw).encode()
+            if text := find(row):
+                return json.dumps(raw | {field: text}).encode(), "new", None
+            return line, "needless", None
+        except (NoAnswer, BadRow, UserError) as problem:
+            if isinstance(problem, UserError):
+                teacher.end(str(problem))
+            return line, "without", problem
+
+    def settle(number, asked):
+        nonlocal dead
+        line, kind, problem = asked.result()
+        dead = 0 if kind == "new" else dead + getattr(problem, "dead", False)
+        if teacher.ended and isinstance(problem, (NoAnswer, UserError)):
+            if not late:
+                bar.write(f"{teacher.ended}: for the rest only the answers kept are looked up")
+            late.append(number)
+        elif problem:
+            bar.write(f"{name}:{number}: {problem}")
+        if dead > 2 * concurrency and not teacher.ended:
+            teacher.end(f"{teacher.where} does not answer")
         counts["rows"] += 1
         counts[kind] += 1
-        file.write((json.dumps(row).encode() if row else line) + b"\n")
+        file.write(line + b"\n")
         bar.update()
 
     with open(part, "wb") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                where = f"{Path(source).name}:{number}"
-                waiting.append((line, where, None if stop else teacher.submit(look, line, where)))
+                waiting.append((number, teacher.submit(look, line, f"{name}:{number}")))
             if len(waiting) > 4 * concurrency:
                 settle(*waiting.popleft())
         while waiting:
             settle(*waiting.popleft())
     os.replace(part, out)
+    if late:
+        print(f"{name}: no answer since then: lines {spans(late)}")
     told = (
         f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
     )
     told += f", {counts['needless']} need none, {counts['without']} without"
-    print(told + (": run again to ask for them" if counts["without"] else ""))
-    if stop:
-        raise UserError(f"{stop}; the answers so far are kept: run again to go on")
+    print(told + (": named above; mend the cause and run again" if counts["without"] else ""))
+    if teacher.ended:
+        raise UserError(f"{teacher.ended}; the answers so far are kept: run again to go on")
     return counts
+
+
+def spans(numbers):
+    """[1, 3, 4, 5] -> "1, 3-5"."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda x: x[1] - x[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def plain(text):

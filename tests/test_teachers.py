@@ -189,6 +189,28 @@ def test_the_key_goes_to_the_server_and_nowhere_else(rows, monkeypatch):
     assert KEY not in json.dumps(server.requests)
 
 
+def test_no_error_tells_the_key(monkeypatch):
+    """A server that echoes it where no status line is, or half of it where a message is cut."""
+    for reply in (
+        lambda handler: handler.wfile.write(f"{KEY} nonsense\n\n".encode()),
+        (400, {}, b"x" * 190 + KEY.encode()),
+        (400, {}, b" " * 290 + KEY.encode()),
+    ):
+        with ChatServer(lambda r, n: reply) as server, pytest.raises(chat.NoAnswer) as told:
+            ask(server.url, key=KEY, retries=0)
+        assert KEY[:6] not in str(told.value) and "***" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"]
+)
+def test_an_address_that_is_none_is_one_line(rows, where):
+    with pytest.raises(UserError, match="is no address .* give one like") as told:
+        teacher_of(rows, where)
+    assert "\n" not in str(told.value)
+    assert f"teachers.py: {where} is no address" in caption(rows, where, code=1)
+
+
 def test_no_more_requests_at_once_than_allowed(rows):
     with ChatServer(lambda r, n: "x", delay=0.05) as server:
         teacher = teacher_of(rows, server.url, concurrency=3)
@@ -390,6 +412,61 @@ def test_a_wrong_key_ends_the_command_with_one_line(rows):
     assert read(rows / "out.jsonl") == read(rows / "in.jsonl")
 
 
+def test_a_command_that_ends_early_loses_no_answer(rows):
+    """A wrong key at the second run: what the first one got is still in OUT, but not for row 2."""
+    with ChatServer(lambda r, n: "a tone") as server:
+        caption(rows, server.url)
+        before = read(rows / "out.jsonl")
+        rows_in = read(rows / "in.jsonl")
+        changed = [rows_in[0], rows_in[1] | dict(end=1.0), *rows_in[2:]]
+        (rows / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        server.reply = lambda r, n: (401, {}, b"who are you?")
+        printed = caption(rows, server.url, code=1)
+    assert "in.jsonl: no answer since then: lines 2\n" in printed
+    assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
+    assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
+    assert teachers.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+
+
+def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
+    """Same prompt_id, other bytes, or another model: the OUT of before is out of date."""
+    with ChatServer(lambda r, n: f"tone {n}") as server:
+        caption(rows, server.url, "--concurrency", 1)
+        shutil.copy(rows / row_of(rows, 1)["video"], rows / row_of(rows)["video"])
+        told = [row["audio_caption"] for row in read(rows / "out.jsonl")]
+        caption(rows, server.url)
+        again = [row["audio_caption"] for row in read(rows / "out.jsonl")]
+        assert told[0] == "tone 1" and again == [told[1], *told[1:]]  # now the clip of row 1
+        caption(rows, server.url, "--captioner-model", "other", "--concurrency", 1)
+        assert [row["audio_caption"] for row in read(rows / "out.jsonl")][2:] == [
+            "tone 6",
+            "tone 7",
+        ]
+
+
+def test_a_row_with_several_sounds_is_asked_about(rows):
+    for name, rate in (("one.wav", 400), ("two.wav", 800)):
+        tone = np.sin(np.arange(16000) * rate / 16000 * 2 * np.pi).astype(np.float32)
+        (rows / name).write_bytes(teachers.wav_bytes(tone))
+    row = dict(prompt_id="both", question="Which?", answer="A", answer_type="choice",
+               options=["first", "second"], audio=["one.wav", "two.wav"])  # fmt: skip
+    (rows / "in.jsonl").write_text(json.dumps(row) + "\n")
+    with ChatServer(lambda r, n: "two tones") as server:
+        assert "1 got their audio_caption" in caption(rows, server.url)
+        row["audio"].reverse()  # another order is another question
+        (rows / "in.jsonl").write_text(json.dumps(row) + "\n")
+        caption(rows, server.url)
+    heard = [
+        [
+            p["input_audio"]["data"]
+            for p in r["messages"][0]["content"]
+            if p["type"] == "input_audio"
+        ]
+        for r in server.requests
+    ]
+    assert len(heard) == 2 and len(heard[0]) == 2 and heard[0] == heard[1][::-1]
+
+
 def test_out_must_lie_beside_the_rows(rows, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "out.jsonl"
     assert "must lie beside" in caption(rows, "http://127.0.0.1:9", code=1, out=elsewhere)
@@ -435,6 +512,7 @@ def test_a_teacher_that_always_leaks_writes_no_hint(rows):
         (rows / "in.jsonl").write_text((rows / "in.jsonl").read_text().splitlines()[0] + "\n")
         printed = write_hints(rows, server.url, code=1)
         assert len(server.requests) == 3 and "no hint in 3 attempts" in printed
+        assert "raise --attempts" in printed and "run again to ask" not in printed
         assert read(rows / "out.jsonl") == read(rows / "in.jsonl")
         write_hints(rows, server.url, code=1)
         assert len(server.requests) == 3  # what was refused is not paid for again
@@ -452,6 +530,19 @@ def test_rows_that_have_a_hint_keep_it_unless_it_leaks(rows):
     assert "its hint is not kept" in printed
     told = [row["hint"] for row in read(rows / "out.jsonl")]
     assert told == ["listen for the tone"] + ["look closely"] * 3
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_hint_that_leaks_is_not_written_even_without_a_new_one(rows, status):
+    """Neither for a row whose question fails, nor for those after the command's end."""
+    rows_in = read(rows / "in.jsonl")
+    leaking = [row | dict(hint=f"the answer is {row['answer']}") for row in rows_in]
+    leaking[3]["hint"] = "listen for the tone"
+    (rows / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaking))
+    with ChatServer(lambda r, n: (status, {}, b"no")) as server:
+        printed = write_hints(rows, server.url, code=1)
+    assert "1 had it, 0 need none, 3 without" in printed
+    assert read(rows / "out.jsonl") == [*rows_in[:3], leaking[3]]
 
 
 # ---- models in this process, and a real server
