@@ -11,14 +11,16 @@ A row of a benchmark has more keys:
     inline     bool            its text names its media, [audio1], where they stand
 """
 
-import json
+import os
 import re
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from annotations import annotations, by_key, by_letter, by_text, certain, cut_options
+from annotations import place, video_file
 from clips import BadRow
-from data import LETTERS, media_paths
+from data import media_paths
 
 
 class Benchmark(NamedTuple):
@@ -27,79 +29,6 @@ class Benchmark(NamedTuple):
     rows: Callable  # folder -> its rows
     macro: str | None = None  # the score is the mean over this group's values; None: over the items
     shares: dict = {}  # weights of the values in that mean, where they are not 1
-
-
-# ---- reading -----------------------------------------------------------------------------------
-
-
-def annotations(root, *patterns):
-    """The files of the first pattern that has any -> their records, [(file, record), ...]."""
-    for pattern in patterns:
-        files = sorted(Path(root).glob(pattern))
-        if files:
-            return [(file, item) for file in files for item in read_table(file)]
-    raise BadRow(f"no {' or '.join(patterns)} in {root}")
-
-
-def read_table(path):
-    """The records of a .json, .jsonl or .parquet file; a JSON object is a list of its pairs."""
-    try:
-        if path.suffix == ".parquet":
-            return read_parquet(path)
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{path} cannot be read ({error}): fetch it again") from None
-    return list(table.items()) if isinstance(table, dict) else table
-
-
-def read_parquet(path):
-    try:
-        from pyarrow.parquet import read_table as read
-    except ImportError:
-        raise BadRow(f"{path} is parquet: pip install pyarrow, or convert it to JSON") from None
-    return read(path).to_pylist()
-
-
-def place(root, *candidates):
-    """The first of these paths that is there, relative to root, else the first: it is missing."""
-    return next((path for path in candidates if (Path(root) / path).exists()), candidates[0])
-
-
-def video_file(root, name, *folders):
-    """A video of which the annotations tell the name without its ending."""
-    endings = (".mp4", ".MP4", ".mkv", ".webm")
-    return place(root, *(f"{d}/{name}{end}" for d in folders for end in endings))
-
-
-def certain(options, truth):
-    """A choice's keys of a row; an index is told so that it is not taken for another option."""
-    options = [str(option).strip() for option in options]
-    letters = any(len(x) == 1 and x.upper() in LETTERS for x in options)
-    if letters and isinstance(truth, int) and truth < len(options):
-        truth = options[truth]
-    return dict(options=options, answer=truth, answer_type="choice")
-
-
-def by_letter(options, answer):
-    """A choice whose truth is told as a letter."""
-    letter = str(answer).strip("(). ").upper()
-    return certain(options, LETTERS.index(letter) if letter in set(LETTERS) else answer)
-
-
-def by_text(options, answer):
-    """A choice whose truth is told as the text of an option."""
-    texts, answer = [str(x).strip() for x in options], str(answer).strip()
-    return certain(options, texts.index(answer) if answer in texts else answer)
-
-
-def cut_options(question):
-    """A question that holds its options in lines of their own -> the question, the options."""
-    text, *options = re.split(r"\n\s*(?=\(?[A-J][).:]\s)", question)
-    starts = "".join(option.strip("(")[0] for option in options)
-    return (text.strip(), options) if starts and LETTERS.startswith(starts) else (question, [])
 
 
 # ---- audio-visual ------------------------------------------------------------------------------
@@ -153,13 +82,13 @@ def av_odyssey(root):
     files = annotations(root, "av_odyssey.json", "av_odyssey.jsonl", "*.parquet", "data/*.parquet")
     for _, item in files:
         paths = {kind: item[f"{kind}_path"] or [] for kind in ("image", "video", "audio")}
-        sounds = paths["audio"]
+        sounds, videos = paths["audio"], paths["video"]
         yield dict(
             prompt_id=item["question_id"],
             question=item["question"],
             **by_letter(item["options"], item["answer"]),
             images=paths["image"],
-            video=paths["video"][0] if paths["video"] else None,
+            video=videos[0] if len(videos) == 1 else videos or None,  # several: told as a bad row
             audio=sounds[0] if len(sounds) == 1 else sounds or None,
             inline=True,
             groups={"subfield": item["subfield"], "task": str(item["question_type_id"])},
@@ -229,13 +158,14 @@ def mvbench(root):
         )
         if item.get("start") is not None:
             row |= dict(start=float(item["start"]), end=float(item["end"]))
-        if (Path(root) / media).is_dir():  # TVQA is published as frames, 3 a second
+        inside = not Path(item["video"]).is_absolute() and ".." not in Path(item["video"]).parts
+        if inside and os.path.isdir(Path(root) / media):  # TVQA is published as frames, 3 a second
             frames = sorted(p.name for p in (Path(root) / media).iterdir())
             first, last = (
                 round(3 * row.pop(k, d)) for k, d in (("start", 0), ("end", len(frames)))
             )
             frames = frames[first : max(last, first + 1)]
-            kept = frames[:: -(-len(frames) // 32)]  # at most 32 pictures
+            kept = frames[:: -(-len(frames) // 32) or 1]  # at most 32 pictures
             row |= dict(video=None, images=[f"{media}/{name}" for name in kept])
         yield row
 
@@ -279,8 +209,7 @@ def mmvu(root):
     for _, item in annotations(root, "validation.json", "data/validation.json"):
         asked = dict(answer=item["answer"], answer_type="text", scoring="open")
         if item["question_type"] == "multiple-choice":
-            options = [item["choices"][letter] for letter in sorted(item["choices"])]
-            asked = by_letter([x for x in options if x], item["answer"])
+            asked = by_key(item["choices"], item["answer"])
         yield dict(
             prompt_id=item["id"],
             question=item["question"],
@@ -338,9 +267,17 @@ def video_mmmu(root):
 def unpacked(root, item):
     """The path of a picture; one that lies in the annotations themselves is written there."""
     picture, path = item.get("image"), f"images/{item['id']}.png"
-    if isinstance(picture, dict) and picture.get("bytes") and not (Path(root) / path).exists():
-        (Path(root) / "images").mkdir(exist_ok=True)
-        (Path(root) / path).write_bytes(picture["bytes"])
+    whole = Path(root) / path
+    if whole.parent != Path(root) / "images" or "\0" in path:  # it would be written anywhere
+        raise BadRow(f"id {item['id']!r:.60} is no file name: fetch the annotations again")
+    if isinstance(picture, dict) and picture.get("bytes") and not os.path.exists(whole):
+        try:
+            whole.parent.mkdir(exist_ok=True)
+            part = whole.with_name(f"{whole.name}.{os.getpid()}.part")  # every rank writes it
+            part.write_bytes(picture["bytes"])
+            os.replace(part, whole)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise BadRow(f"{whole} cannot be written ({error.strerror}): mend the folder") from None
     return path
 
 
@@ -420,13 +357,15 @@ def load(name, root):
     known, home = BENCHMARKS[name], Path(root) / name.removesuffix("-ref")
     folder = home if home.is_dir() else Path(root)
     where = f"{name} is published as {known.source}: put it there as it is, archives unpacked"
-    rows, seen = [], {}
+    rows, seen = [], set()
     try:
         for row in known.rows(folder):
-            row["prompt_id"] = f"{name}-{row['prompt_id']}"
-            count = seen[row["prompt_id"]] = seen.get(row["prompt_id"], 0) + 1
-            if count > 1:
-                row["prompt_id"] += f"-{count}"
+            own = row["prompt_id"] = f"{name}-{row['prompt_id']}"
+            count = 1
+            while row["prompt_id"] in seen:
+                count += 1
+                row["prompt_id"] = f"{own}-{count}"
+            seen.add(row["prompt_id"])
             rows.append(row)
     except BadRow as problem:
         raise BadRow(f"{problem}; {where}") from None
@@ -440,5 +379,6 @@ def load(name, root):
 
 def missing_media(folder, rows):
     """-> paths below the folder that the rows name and that are not there, each once."""
-    paths = dict.fromkeys(path for row in rows for path in media_paths(row))
-    return [path for path in paths if not (folder / path).exists()]
+    named = (path for row in rows for path in media_paths(row))
+    paths = dict.fromkeys(path for path in named if isinstance(path, str))  # else a bad row
+    return [path for path in paths if not os.path.exists(folder / path)]

@@ -237,6 +237,8 @@ def _check_media(row, name):
     images = row.get("images") or []
     row["images"] = images if isinstance(images, list) else [images]
     paths = media_paths(row)
+    if isinstance(row.get("video"), list):
+        raise BadRow(f"{name}: {len(row['video'])} videos in a list: a row has one")
     if not paths:
         raise BadRow(f"{name}: no media: give video, audio or images")
     if not all(isinstance(path, str) and path and "\0" not in path for path in paths):
@@ -254,8 +256,10 @@ def _check_media(row, name):
 
 def media_paths(row):
     """All files that a row names: its video, its sound or sounds, its images."""
-    sounds = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
-    return [path for path in (row.get("video"), *sounds, *(row.get("images") or [])) if path]
+    sounds, images = (
+        paths if isinstance(paths, list) else [paths] for paths in map(row.get, ("audio", "images"))
+    )
+    return [path for path in (row.get("video"), *sounds, *images) if path]
 
 
 def option_table(options):

@@ -17,6 +17,7 @@ import torch
 from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
 from conftest import RECIPE, launch
 
+import annotations
 import benchmarks
 import data
 import eval as evaluation
@@ -270,15 +271,15 @@ def test_parquet(tmp_path):
     except ImportError:
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
         with pytest.raises(data.BadRow, match="pip install pyarrow"):
-            benchmarks.read_table(tmp_path / "x.parquet")
+            annotations.read_table(tmp_path / "x.parquet")
     else:
         rows = [dict(a=1, b=["x", "y"], c=None), dict(a=2, b=[], c="z")]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-        assert benchmarks.read_table(tmp_path / "x.parquet") == rows
+        assert annotations.read_table(tmp_path / "x.parquet") == rows
 
 
 def test_options_in_the_question():
-    cut = benchmarks.cut_options
+    cut = annotations.cut_options
     assert cut("Who?\n(A) he\n(B) she") == ("Who?", ["(A) he", "(B) she"])
     assert cut("Who?\nA. he\nB. she") == ("Who?", ["A. he", "B. she"])
     assert cut("Who is it (A) or (B)?") == ("Who is it (A) or (B)?", [])
@@ -288,7 +289,7 @@ def test_options_in_the_question():
 @pytest.mark.parametrize("truth", range(4))
 def test_options_that_are_letters(truth):
     """The right option is right and the others are wrong, whichever letters they consist of."""
-    row = benchmarks.certain(["C", "A", "dog", "B"], truth) | dict(
+    row = annotations.certain(["C", "A", "dog", "B"], truth) | dict(
         prompt_id="x", question="?", video="v"
     )
     row = data.normalize_row(row)
