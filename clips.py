@@ -65,18 +65,18 @@ def decode_clip(row, folder, recipe):
     """
     name, use_audio = f"row {row['prompt_id']}", bool(row.get("use_audio"))
     start, end = row.get("start"), row.get("end")
-    paths = [_find(name, folder, path, recipe) for path in row.get("images") or []]
+    paths = [find_media(name, folder, path, recipe) for path in row.get("images") or []]
     images = [decode_image(path, name, recipe) for path in paths]
     frames = fps = audio = None
     if row.get("video"):
-        path = _find(name, folder, row["video"], recipe)
+        path = find_media(name, folder, row["video"], recipe)
         frames, fps, span = decode_video(path, name, start, end, recipe)
         if use_audio:
             audio = decode_audio(path, name, *span, recipe, of_video=True)
     if row.get("audio"):
         several = isinstance(row["audio"], list)
         paths = row["audio"] if several else [row["audio"]]
-        paths = [_find(name, folder, path, recipe) for path in paths]
+        paths = [find_media(name, folder, path, recipe) for path in paths]
         sounds = [decode_audio(path, name, start, end, recipe, of_video=False) for path in paths]
         audio = sounds if several else sounds[0]
     return Clip(frames, fps, audio, images, use_audio)
@@ -85,7 +85,8 @@ def decode_clip(row, folder, recipe):
 # ---- files and streams -------------------------------------------------------------------------
 
 
-def _find(name, folder, path, recipe):
+def find_media(name, folder, path, recipe):
+    """-> the file's path; BadRow if it is not there, not in the folder, or cut off."""
     whole = Path(folder) / path
     try:
         outside = not whole.resolve().is_relative_to(Path(folder).resolve())
@@ -111,7 +112,8 @@ def _find(name, folder, path, recipe):
     return whole
 
 
-def _open(path, name):
+def open_media(path, name):
+    """-> PyAV's container of a local file; BadRow if it is none, or a playlist."""
     try:  # "file:", or a colon in the name would be taken for a protocol
         container = av.open(f"file:{path}", metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
@@ -151,7 +153,7 @@ def _end_told(container, stream):
 def _end_found(path, name, index):
     """The time stamp of a stream's end, from all the packets of the file."""
     ends = {}
-    with _open(path, name) as container:
+    with open_media(path, name) as container:
         for packet in container.demux():
             if packet.pts is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -216,7 +218,7 @@ def _upright(frame, size):
 
 def decode_image(path, name, recipe):
     """-> (3, H, W) uint8."""
-    with _open(path, name) as container:
+    with open_media(path, name) as container:
         stream = _stream(container, "video", path, name)
         stream.codec_context.options = {"err_detect": "explode"}  # else half a JPEG turns grey
         try:
@@ -236,7 +238,7 @@ def decode_video(path, name, start, end, recipe):
     [U17] The span is cut into T equal parts and the frame on show in the middle of each is taken,
     so that frame i stands for the time i / fps, which is what the positions say.
     """
-    with _open(path, name) as container:
+    with open_media(path, name) as container:
         stream = _stream(container, "video", path, name)
         stream.thread_type = "AUTO"
         begin = _begin(stream)
@@ -289,7 +291,7 @@ def decode_audio(path, name, start, end, recipe, of_video):
                       track is shorter; False: by its own clock, and no further than it goes
     """
     start, limit, found, pieces, rate = float(start or 0), float(end or math.inf), 0.0, [], None
-    with _open(path, name) as container:
+    with open_media(path, name) as container:
         stream = _stream(container, "audio", path, name)
         begin = _begin(_stream(container, "video", path, name) if of_video else stream)
         told = _end_told(container, stream)

@@ -14,7 +14,7 @@ from torchvision.io import encode_jpeg
 import clips
 import rewards
 
-RECIPE = clips.Recipe(2.0, 6, 112 * 112, 60.0, 0, allow_outside=True)  # six small frames
+PICTURES = dict(fps=2.0, max_frames=6, max_pixels=112 * 112)  # six small frames
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 article { border-top: 1px solid #bbb; padding: 1em 0 } pre { white-space: pre-wrap; margin: .4em 0 }
@@ -26,16 +26,20 @@ audio { display: block; height: 32px } small { color: #666 }
 """
 
 
-def write(path, title, records, roots, count):
+def write(path, title, records, roots, count, recipe):
     """
     Writes the page of at most `count` items, the wrong ones first.
 
     records   as eval.py keeps them
-    roots     {a record's `file`: the folder that its media are relative to}
+    roots     {a record's `file`: the folder that its media are relative to}; those of other files
+              are not shown
+    recipe    the evaluation's: how much sound, and whether media may lie outside
     """
+    recipe = recipe._replace(**PICTURES)
     ranked = sorted(records, key=lambda r: (r["score"] is None, r["score"] or 0.0))[:count]
-    parts = [article(record, roots.get(record["file"])) for record in ranked]
-    path.write_text(document(title, parts, len(records)), encoding="utf-8")
+    parts = [article(record, roots.get(record["file"]), recipe) for record in ranked]
+    text = document(title, parts, len(records))
+    path.write_text(text, encoding="utf-8", errors="replace")  # half a character has no bytes
 
 
 def document(title, parts, total):
@@ -59,7 +63,7 @@ def document(title, parts, total):
     )
 
 
-def article(record, root):
+def article(record, root, recipe):
     """One item as HTML."""
     score = record["score"]
     kind = "open" if score is None else "right" if score == 1 else "wrong"
@@ -75,7 +79,7 @@ def article(record, root):
     }
     lines = [f"<b>{kind}{'' if score is None else f' {score:.2f}'}</b> "]
     lines.append(f"<small>{text(record['file'])} {text(record['prompt_id'])}</small>")
-    lines.append(media(record, root))
+    lines.append(media(record, root, recipe))
     lines += [
         f"<div><small>{name}</small><pre>{text(value)}</pre></div>"
         for name, value in told.items()
@@ -88,11 +92,13 @@ def text(value):
     return html.escape(str(value), quote=True)
 
 
-def media(record, root):
+def media(record, root, recipe):
     """The frames, pictures and sound of an item, embedded; or why they are not there."""
+    if root is None:
+        return "<p><small>media not shown: of an earlier command</small></p>"
     try:
-        clip = clips.decode_clip(record, root, RECIPE)
-    except clips.BadRow as problem:
+        clip = clips.decode_clip(record, root, recipe)
+    except (ValueError, TypeError, AttributeError) as problem:  # what breaks the format holds these
         return f"<p><small>{text(problem)}</small></p>"
     pictures = [*clip.images, *(clip.frames if clip.frames is not None else ())]
     shown = "".join(
