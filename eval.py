@@ -15,6 +15,7 @@ is decoded, encoded and read once for all questions about it.
 
 import argparse
 import json
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ import av
 import numpy as np
 
 import benchmarks
+import clips
 import data
 import model
 import page
@@ -71,26 +73,48 @@ def parse_args(argv=None):
 
     def overrides(first):
         if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
-            yield "paper", dict(fps=2.0, max_frames=32, max_pixels=768 * 28 * 28)
+            limits = dict(fps=2.0, max_frames=32, max_pixels=768 * 28 * 28)
+            yield "paper", limits | dict(max_new_tokens=None)  # None: the script's
         if not first.table and toy.is_toy(first.model):
-            tokens = toy.OVERRIDES["rl"]["max_new_tokens"]
-            yield "toy", toy.OVERRIDES["media"] | dict(max_new_tokens=tokens, batch_size=64)
+            yield "toy", toy.OVERRIDES["media"] | dict(batch_size=64)
+            if first.protocol == "ours":
+                yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
 
     args = run.parse(parser, argv, overrides)
     if args[0].benchmark and not args[0].root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")
+    if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):
+        parser.error("--protocol paper is for --benchmark alone: the authors have other scripts")
     return args
 
 
-def recipe_of(args, folder, template):
+def read_template(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise run.UserError(
+            f"--template: {path} is not UTF-8 ({error.reason}): convert it"
+        ) from None
+    if "{question}" not in text:
+        raise run.UserError(
+            f"--template: no {{question}} in {path}: put it where the question goes"
+        )
+    return text
+
+
+def recipe_of(args, folder, template, dtype):
     """What a score depends on beside the items: kept with it, and the same where it is resumed."""
+    folders = {str(folder), model.base_folder(folder)}  # of a hub id no file
+    files = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
     recipe = dict(model=str(folder), protocol=args.protocol, template=template)
+    recipe["weights"] = max((path.stat().st_mtime for path in files), default=None)  # of when
+    recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
     recipe |= dict(recipe=data.recipe_from(args)._asdict(), temperature=args.temperature)
     recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
-    recipe |= dict(dtype=args.dtype, commit=run.commit(), arguments=vars(args))
+    recipe |= dict(dtype=str(dtype), commit=run.commit(), arguments=vars(args))
     if args.protocol == "paper":
         words = dict(system=protocol.SYSTEM, instructions=protocol.ASKED)
-        return recipe | words | dict(max_new_tokens=protocol.TOKENS)
+        return recipe | words | dict(max_new_tokens=args.max_new_tokens or protocol.TOKENS)
     words = dict(system=data.SYSTEM_PROMPT, instructions=data.INSTRUCTIONS)
     return recipe | words | dict(max_new_tokens=args.max_new_tokens)
 
@@ -100,7 +124,7 @@ def recipe_of(args, folder, template):
 
 def load_sets(args, toy_tests):
     """-> {name: (folder of its media, rows)}: of files as they are, of benchmarks raw."""
-    sets = {}
+    sets, absent = {}, []
     for file in args.data or ([] if args.benchmark else toy_tests):
         rows = data.Rows(file)
         sets[str(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
@@ -114,23 +138,23 @@ def load_sets(args, toy_tests):
         missing = benchmarks.missing_media(folder, rows)
         for path in missing[:10]:
             run.print0(f"missing: {folder / path}")
-        if missing and not args.allow_missing:
-            raise run.UserError(
+        if missing:
+            absent.append(
                 f"{name}: {len(missing)} media files are not in {folder}, the first are above: put "
-                f"them there, from {benchmarks.BENCHMARKS[name].source}, or --allow-missing"
+                f"them there, from {benchmarks.BENCHMARKS[name].source}"
             )
+    if absent and not args.allow_missing:
+        raise run.UserError("; ".join(absent) + ", or --allow-missing")
     return sets
 
 
-def hears(path, row, recipe):
-    """Whether a clip's own sound is given: it has some, and not more than the recipe takes."""
-    try:
-        with av.open(str(path)) as container:
-            length = (container.duration or 0) / av.time_base
-            span = (row.get("end") or length) - (row.get("start") or 0)
-            return bool(container.streams.audio) and span <= recipe.max_audio_seconds
-    except (av.FFmpegError, OSError):
-        return False  # what is wrong with the file is told when its frames are read
+def hears(root, row, recipe):
+    """Whether a clip's own sound is given: it has some, and no more than the recipe takes."""
+    name = f"row {row['prompt_id']}"
+    with clips.open_media(clips.find_media(name, root, row["video"], recipe), name) as container:
+        length = np.inf if container.duration is None else container.duration / av.time_base
+        span = min(row.get("end") or np.inf, length) - (row.get("start") or 0)
+        return bool(container.streams.audio) and bool(span <= recipe.max_audio_seconds)
 
 
 def new_record(name, row):
@@ -139,30 +163,61 @@ def new_record(name, row):
     record = dict(file=name) | {key: row.get(key) for key in keys}
     record["groups"] = record["groups"] or {"answer type": row.get("answer_type")}
     paths = data.media_paths(row)
-    record["clip"] = paths[0] if paths else str(row["prompt_id"])
+    record["clip"] = str(paths[0] if paths else row["prompt_id"])
     record |= dict(question=row.get("question"), truth=row.get("answer"), prompt=None)
-    record |= dict(completion=None, parsed=None, score=0.0, failure=None)
-    return record | ({"score": None} if row.get("scoring") == "open" else {})
+    return record | dict(completion=None, parsed=None, score=0.0, failure=None)
 
 
-def new_items(name, rows, have, args):
-    """-> [(row, record)] to ask, and records of what is not: it breaks the format, or is open."""
-    asked, settled = [], []
+def scoring_of(row, authors):
+    scoring = row.get("scoring") or "exact"
+    return "exact" if authors and scoring == "f1" else scoring  # theirs: of the whole set
+
+
+def unanswered(row, authors):
+    """All measures of an item without an answer: a failure stays in every denominator."""
+    scoring, truth = scoring_of(row, authors), row.get("answer")
+    try:
+        truth = None if truth is None else str(truth)
+        truth = rewards.normalize_answer(truth, row.get("answer_type"), row.get("options"))
+        return scores.measure(None, truth, scoring)
+    except (ValueError, TypeError, AttributeError):  # it breaks the format: its truth is not known
+        zeros = dict(count=["off_by_one"], f1=["exact", "f1"]).get(scoring, [])
+        return dict.fromkeys(["score", *zeros], 0.0)
+
+
+def holds(old, record):
+    """Whether the record of an earlier command is of this very item, and need not be asked."""
+    keys = "question truth options answer_type video audio images start end prompt".split()
+    same = [record[k] for k in keys] == [old.get(k) for k in keys]
+    same &= record["use_audio"] in (None, old.get("use_audio"))  # None: the clip decides
+    return same and (old["completion"] is not None or old["failure"] is None)
+
+
+def new_items(name, rows, have, args, template):
+    """
+    have     {(file, prompt_id): record} of earlier commands
+    returns  [(row, record)] to ask; records of what is not: it breaks the format, is open, or is
+             the very same in `have`
+    """
+    asked, settled, authors = [], [], args.protocol == "paper"
     for row in rows:
-        if (name, str(row["prompt_id"])) in have:
-            continue
         record = new_record(name, row)
         try:
             row = data.normalize_row(row)
         except data.BadRow as problem:
-            settled.append(record | dict(failure=str(problem)))
+            settled.append(record | unanswered(row, authors) | dict(failure=str(problem)))
             continue
         record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
-        record["prompt"] = data.question_text(row, None, args.audio_captions)
+        record |= unanswered(row, authors)
         if name not in benchmarks.BENCHMARKS:  # there it is decided by the clip
             record["use_audio"] = bool(row.get("use_audio"))
         if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
             settled.append(record)
+            continue
+        record["prompt"] = asked_text(row, args, template)
+        old = have.get((name, record["prompt_id"]))
+        if old and holds(old, record):
+            settled.append(old)
         else:
             asked.append((row, record))
     return asked, settled
@@ -177,14 +232,21 @@ def by_clip(items):
     return [dict(items=items) for items in groups.values()]
 
 
+def asked_text(row, args, template):
+    """The user's turn as text."""
+    if template:
+        return template.replace("{question}", protocol.question_and_options(row))
+    if args.protocol == "paper":
+        return protocol.authors_text(row)
+    return data.question_text(row, None, args.audio_captions)
+
+
 def words_of(name, row, args, template):
     """-> system prompt, and the user's turn: text, or pieces with the media among them."""
-    if args.protocol == "paper" and not template:
-        return protocol.authors_words(name, row)
-    text = data.question_text(row, None, args.audio_captions)
-    if template:
-        text = template.replace("{question}", protocol.question_and_options(row))
-    return data.SYSTEM_PROMPT, protocol.in_place(text, row) if row.get("inline") else text
+    text, authors = asked_text(row, args, template), args.protocol == "paper"
+    if row.get("inline") and (template or not authors):  # the authors' have them first
+        text = protocol.in_place(text, row)
+    return protocol.SYSTEM[name] if authors else data.SYSTEM_PROMPT, text
 
 
 def read_clip(group):
@@ -198,7 +260,7 @@ def read_clip(group):
             if clip is None:
                 known = record["use_audio"]
                 if known is None and row.get("video") and not row.get("audio"):
-                    known = hears(build.root / row["video"], row, build.recipe)
+                    known = hears(build.root, row, build.recipe)
                 clip = data.decode_clip(row | dict(use_audio=known), build.root, build.recipe)
             record["use_audio"] = clip.use_audio
             if first is not None and not row.get("inline"):
@@ -218,11 +280,10 @@ def judge(record, row, text, truncated, name, authors):
         answer, form = protocol.authors_reading(name, row, text)
     else:
         answer, form = protocol.our_reading(row, text, truncated)
-    scoring = row.get("scoring") or "exact"
-    if authors and scoring == "f1":
-        scoring = "exact"  # of the whole set
     truth = rewards.normalize_answer(row["answer"], row["answer_type"], row.get("options"))
-    record |= dict(completion=text, parsed=answer) | scores.measure(form, truth, scoring)
+    record |= dict(completion=text, parsed=answer) | scores.measure(
+        form, truth, scoring_of(row, authors)
+    )
     if form is None:
         why = "cut off by --max-new-tokens" if truncated else "no answer found"
         record["failure"] = why if answer is None else "an answer that cannot be read for certain"
@@ -239,7 +300,7 @@ def answer(policy, build, name, items, prompts, args):
     if not asked:
         return
     authors = args.protocol == "paper"
-    tokens = protocol.TOKENS[name] if authors else args.max_new_tokens
+    tokens = args.max_new_tokens or protocol.TOKENS[name]
     ids = [f"{name} {row['prompt_id']}".encode() for row, _, _ in asked]
     groups = model.rollout(
         policy, [prompt for _, _, prompt in asked], [1] * len(asked), args.temperature, tokens,
@@ -251,8 +312,7 @@ def answer(policy, build, name, items, prompts, args):
 
 def keep(out, records):
     """Writes whole records in one file, and removes what single ranks had written."""
-    if records:
-        run.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    run.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     for path in out.glob("records-*.jsonl"):
         path.unlink()
 
@@ -262,6 +322,8 @@ def keep(out, records):
 
 def main():
     args, _ = parse_args()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and groups are anything
     if args.table:
         for folder in args.table:
             if not tables.read_records(folder):
@@ -282,11 +344,23 @@ def main():
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same
-    template = args.template and Path(args.template).read_text()
-    result = recipe_of(args, folder, template)
-    changed = tables.recipe_changes(result, out, "model") if done else []
+    template, dtype = args.template and read_template(args.template), args.dtype
+    dtype = run.compute_dtype(device, dtype)
+    result = recipe_of(args, folder, template, dtype)
+    changed = tables.recipe_changes(result, out, "model", "weights", "seed") if done else []
     if changed:
         raise run.UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
+
+    # ---- items: what an earlier command asked is kept if it is the same today and was read
+    have = {(r["file"], r["prompt_id"]): r for r in done}
+    done, items = [r for r in done if r["file"] not in sets], {}
+    if done:
+        run.print0(f"{out} also holds {', '.join(dict.fromkeys(r['file'] for r in done))}")
+    for name, (_, rows) in sets.items():
+        items[name], settled = new_items(name, rows, have, args, template)
+        done += settled
+    if again := sum((n, r["prompt_id"]) in have for n, asked in items.items() for _, r in asked):
+        run.print0(f"{again} items are asked again: changed since, or not read then")
     run.gather(None)
     if run.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -295,36 +369,33 @@ def main():
     run.gather(None)
 
     policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-    model.cast(policy.to(device), run.compute_dtype(device, args.dtype))
+    model.cast(policy.to(device), dtype)
     build = model.InputBuilder(folder, data.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together
-    have, packs, records = {(r["file"], r["prompt_id"]) for r in done}, [], []
-    for name, (root, rows) in sets.items():
-        asked, settled = new_items(name, rows, have, args)
-        records += settled if run.rank() == 0 else []
-        clips = sorted(by_clip(asked), key=lambda group: len(group["items"]))
-        clips = clips[run.rank() :: run.world_size()]
-        for group in clips:
+    packs, records = [], []
+    for name, asked in items.items():
+        groups = sorted(by_clip(asked), key=lambda group: len(group["items"]))
+        groups = groups[run.rank() :: run.world_size()]
+        for group in groups:
             words = lambda row, name=name: words_of(name, row, args, template)  # noqa: E731
-            group |= dict(build=build.at(root), words=words)
-        sizes = [len(group["items"]) for group in clips]
+            group |= dict(build=build.at(sets[name][0]), words=words)
+        sizes = [len(group["items"]) for group in groups]
         for pack in run.micro_batches(sizes, args.batch_size):
-            packs.append((name, [clips[i] for i in pack]))
+            packs.append((name, [groups[i] for i in pack]))
 
     bar = run.progress(0, sum(len(g["items"]) for _, pack in packs for g in pack), "eval")
     began, right = time.perf_counter(), []
     path, reading = out / f"records-{run.rank()}.jsonl", {}
     with open(path, "a") as file, ThreadPoolExecutor(max(args.workers, 1)) as pool:
-        file.writelines(json.dumps(record) + "\n" for record in records)
         for k, (name, pack) in enumerate(packs):
             for j in range(k, min(k + 2, len(packs))):  # the next clips are read meanwhile
                 if j not in reading:
                     reading[j] = [pool.submit(read_clip, group) for group in packs[j][1]]
             prompts = [prompt for clip in reading.pop(k) for prompt in clip.result()]
-            items = [item for group in pack for item in group["items"]]
-            answer(policy, build, name, items, prompts, args)
-            new = [record for _, record in items]
+            asked = [item for group in pack for item in group["items"]]
+            answer(policy, build, name, asked, prompts, args)
+            new = [record for _, record in asked]
             records += new
             file.writelines(json.dumps(record) + "\n" for record in new)
             file.flush()
@@ -358,7 +429,7 @@ def main():
         print(f"not like with like: other {', '.join(changed)} than in {args.against}")
     if args.html:
         roots = {name: root for name, (root, _) in sets.items()}
-        page.write(out / "items.html", str(folder), records, roots, args.html)
+        page.write(out / "items.html", str(folder), records, roots, args.html, build.recipe)
         print(f"wrote {out / 'items.html'}")
 
 

@@ -24,7 +24,7 @@ QWEN = (  # the model's own, which two of the scripts give
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
     "perceiving auditory and visual inputs, as well as generating text and speech."
 )
-SYSTEM = {"omnibench": QWEN, "daily-omni": QWEN}
+SYSTEM = {name: QWEN if name in ("omnibench", "daily-omni") else ASSISTANT for name in TOKENS}
 ASKED = {
     "choice": "Choose the one best answer.\nQuestion: {question}\nReply with the capital letter of "
     "your choice and no other text.",
@@ -40,13 +40,14 @@ def question_and_options(row):
     return "\n".join([row["question"], *(f"{k}. {text}" for k, text in options.items())])
 
 
-MARK = re.compile(r"\[(audio|img|video)(\d+)\]")
+MARK = re.compile(r"\[(audio|img|video)([0-9]{1,3})\]")
 
 
 def in_place(text, row):
     """
     A text that names its media, as AV-Odyssey's do ("[audio2]") -> the pieces of the user's turn
-    with the media in these places; what is not named comes first.
+    with the media in these places; what is not named comes first, and a video comes once: where
+    it is named again, its name stands as it is.
     """
     sounds = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
     held = dict(img=row["images"], video=[row.get("video")], audio=sounds)
@@ -57,6 +58,9 @@ def in_place(text, row):
         if not 1 <= int(number) <= held[kind]:
             told = f"[{kind}{number}], and it has {held[kind]}"
             raise data.BadRow(f"row {row['prompt_id']}: the text names {told}: mend it")
+        if kind == "video" and (kind, int(number)) in named:
+            pieces.append(dict(type="text", text=f"{before}[{kind}{number}]"))
+            continue
         named.add((kind, int(number)))
         medium = dict(type="image" if kind == "img" else kind, index=int(number) - 1)
         pieces += [dict(type="text", text=before)] * bool(before) + [medium]
@@ -69,10 +73,9 @@ def in_place(text, row):
     return [*first, *pieces, *([dict(type="text", text=rest)] if rest else [])]
 
 
-def authors_words(name, row):
-    """-> system prompt, the user's turn."""
-    question = ASKED[row["answer_type"]].replace("{question}", question_and_options(row))
-    return SYSTEM.get(name, ASSISTANT), question
+def authors_text(row):
+    """The user's turn."""
+    return ASKED[row["answer_type"]].replace("{question}", question_and_options(row))
 
 
 def authors_reading(name, row, text):

@@ -10,14 +10,16 @@ import benchmarks
 import scores
 
 # what two runs must share, or they are not compared like with like
-RECIPE = "protocol template recipe temperature max_new_tokens audio_captions dtype".split()
+RECIPE = "protocol template system instructions recipe temperature max_new_tokens".split()
+RECIPE += "audio_captions dtype".split()
 
 
 def read_records(folder):
     """What a folder holds; of an interrupted evaluation also what each rank had done."""
     texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last
+    return list({(r["file"], r["prompt_id"]): r for r in records}.values())  # or comes between two
 
 
 def about(name):
@@ -35,15 +37,21 @@ def summary(records, seed):
             [r for r in records if r["file"] == name], seed, **about(name)
         )
     files = [r for r in records if r["file"] not in benchmarks.BENCHMARKS]
+    # clips of one name in two folders are two
+    files = [r | dict(clip=str(Path(r["file"]).parent / str(r["clip"]))) for r in files]
     return {"all": scores.summarize(files, seed), **table} if files else table
 
 
 def recipe_changes(now, folder, *more):
     """Keys of the recipe (and more) that differ from the one that a folder was made with."""
+    before, now = recipe_of(folder), json.loads(json.dumps(now))
+    known = [key for key in [*more, *RECIPE] if key in before and key in now]
+    return [key for key in known if before[key] != now[key]]
+
+
+def recipe_of(folder):
     path = Path(folder) / "recipe.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    now = json.loads(json.dumps(now))
-    return [key for key in [*more, *RECIPE] if key in before and before[key] != now[key]]
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def compare(records, others, seed):
@@ -93,11 +101,21 @@ def print_tables(folders, seed):
         score = sets[folder].get(name, {}).get("score")
         if score is None:
             return "not run" if name not in sets[folder] else "not scored"
-        d = differences.get(folder, {}).get(name)
-        return f"{100 * score:.1f}" + (f" ({100 * d['score']:+.1f}){scores.dagger(d)}" if d else "")
+        d, n = differences.get(folder, {}).get(name), sets[folder][name]["n"]
+        told = "" if n == sets[folders[0]].get(name, {}).get("n", n) else f" n={n}"
+        shared = "" if d is None or d["n"] == n - sets[folder][name]["not_scored"] else d["n"]
+        more = f" ({100 * d['score']:+.1f}){scores.dagger(d)}" if d else ""
+        return f"{100 * score:.1f}{told}{more}" + (f" on n={shared}" if shared else "")
 
     for title, columns in tables.items():
         if columns:
             titles = [getattr(benchmarks.BENCHMARKS.get(n), "title", n) for n in columns]
             rows = [[str(f), *(cell(f, name) for name in columns)] for f in folders]
             print(scores.markdown(title, titles, rows))
+    for folder in folders:
+        if any(Path(folder).glob("records-*.jsonl")):
+            print(f"not finished: {folder}")
+        if changed := recipe_changes(recipe_of(folders[0]), folder):
+            print(
+                f"not like with like: other {', '.join(changed)} in {folder} than in {folders[0]}"
+            )

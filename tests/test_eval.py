@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import RECIPE, launch
 
 import eval as evaluation
 import page
+import protocol
 import rewards
 import run
 import scores
@@ -353,7 +354,8 @@ def write_page(toy_dir, tmp_path):
         said = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
         records.append(item | dict(completion=said, parsed=HOSTILE, score=score))
     records[1]["failure"] = HOSTILE
-    page.write(tmp_path / "items.html", HOSTILE, records, {"<set>": toy_dir / "stage2"}, 10)
+    roots = {"<set>": toy_dir / "stage2"}
+    page.write(tmp_path / "items.html", HOSTILE, records, roots, 10, RECIPE)
     return tmp_path / "items.html"
 
 
@@ -419,8 +421,14 @@ def test_sound_on_the_page_is_the_clips(tmp_path):
 
 
 def test_recipe_is_kept(toy_dir):
-    args, _ = evaluation.parse_args(["--model", str(toy_dir / "model"), "--protocol", "paper"])
-    recipe = evaluation.recipe_of(args, "m", None)
+    flags = ["--model", str(toy_dir / "model"), "--protocol", "paper", "--benchmark", "tomato"]
+    args, _ = evaluation.parse_args([*flags, "--root", "x"])
+    recipe = evaluation.recipe_of(args, toy_dir / "model", None, "float32")
+    newest = max(path.stat().st_mtime for path in (toy_dir / "model").iterdir())
+    assert recipe["weights"] == newest and recipe["seed"] is None  # greedy
+    assert recipe["system"]["tomato"] == protocol.ASSISTANT
+    typed, _ = evaluation.parse_args([*flags, "--root", "x", "--max-new-tokens", "7"])
+    assert evaluation.recipe_of(typed, "m", None, "float32")["max_new_tokens"] == 7
     assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == run.commit()
     assert (
         recipe["recipe"]["max_frames"] == 16
