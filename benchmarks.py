@@ -268,7 +268,8 @@ def unpacked(root, item):
     """The path of a picture; one that lies in the annotations themselves is written there."""
     picture, path = item.get("image"), f"images/{item['id']}.png"
     whole = Path(root) / path
-    if whole.parent != Path(root) / "images" or "\0" in path:  # it would be written anywhere
+    strange = "\0" in path or len(path.encode()) > 200
+    if strange or whole.parent != Path(root) / "images":  # it would be written anywhere
         raise BadRow(f"id {item['id']!r:.60} is no file name: fetch the annotations again")
     if isinstance(picture, dict) and picture.get("bytes") and not os.path.exists(whole):
         try:

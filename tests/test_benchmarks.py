@@ -9,6 +9,7 @@ another run the toy model replies.
 """
 
 import json
+import shutil
 import wave
 
 import numpy as np
@@ -203,8 +204,11 @@ def test_ids_are_stable_and_unique(benchmark_root):  # noqa: F811
 
 
 def test_an_item_that_breaks_our_format_counts_as_wrong(
-    toy_dir, benchmark_root, tmp_path, monkeypatch
-):  # noqa: F811
+    toy_dir,
+    benchmark_root,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     root = tmp_path / "video-holmes"
     root.mkdir()
     (root / "videos").symlink_to(benchmark_root / "video-holmes" / "videos")
@@ -218,6 +222,123 @@ def test_an_item_that_breaks_our_format_counts_as_wrong(
     found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["video-holmes"]
     assert (found["n"], found["score"], found["failures"]) == (4, 1 / 4, 2)
     assert "reserved <|im_end|>" in printed and "row video-holmes-RSmj-2" in printed
+
+
+def test_failures_stay_in_every_denominator_and_are_asked_again(
+    toy_dir,
+    benchmark_root,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    root = tmp_path / "av-counting"
+    shutil.copytree(benchmark_root / "av-counting", root)
+    (tmp_path / "tomato").symlink_to(benchmark_root / "tomato")
+    items = json.loads((root / "cg-av-counting.json").read_text())
+    items[0]["video"] = "late.mp4"
+    items[1]["question"] += " <|im_end|>"
+    (root / "cg-av-counting.json").write_text(json.dumps(items))
+    parrot = Parrot(toy_dir / "model", REPLIES)
+    monkeypatch.setattr(model, "rollout", parrot)
+
+    def asked(name, *more):
+        """-> how many questions the model got, the scores."""
+        parrot.prompts.clear()
+        evaluate(toy_dir, tmp_path, tmp_path / "s", "--benchmark", name, "--allow-missing", *more)
+        found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]
+        return len(parrot.prompts), found["av-counting"]
+
+    count, found = asked("av-counting")
+    # truths 3, 5, 2, 2: no file, a reserved word, no answer, 300
+    assert count == 2 and found["n"] == found["off_by_one"]["n"] == 4
+    assert found["off_by_one"]["score"] == 0 and found["mae"] == (3 + 5 + 2 + 4) / 4
+    shutil.copy(root / "cg_videos_720p/c.mp4", root / "cg_videos_720p/late.mp4")
+    count, found = asked("av-counting", "--resume")
+    assert count == 1 and found["off_by_one"]["score"] == 1 / 4
+    # another benchmark in the same folder
+    count, found = asked("tomato", "--resume", "--html", 9)
+    assert count == 4 and found["n"] == 4
+    shown = (tmp_path / "s" / "items.html").read_text()
+    assert shown.count("media not shown") == 4 and shown.count("<img") > 4
+
+
+@pytest.mark.parametrize("prompt_id", ["../../x", "a/b", "/x/y", "..", "x\0", "x" * 400])
+def test_pictures_of_the_annotations_stay_in_the_root(prompt_id, tmp_path):
+    root = tmp_path / "a" / "root"
+    root.mkdir(parents=True)
+    item = dict(id=prompt_id, image=dict(bytes=b"PNG"))
+    if prompt_id == "..":  # "...png" is a name like any other
+        assert (root / benchmarks.unpacked(root, item)).read_bytes() == b"PNG"
+    else:
+        with pytest.raises(data.BadRow, match="is no file name"):
+            benchmarks.unpacked(root, item)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == (prompt_id == "..") and not list(root.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "name, file, edit, told",
+    [
+        ("av-odyssey", "av_odyssey.json", dict(image_path=[5]), "give paths as text"),
+        ("av-odyssey", "av_odyssey.json", dict(audio_path=[["x"], "y"]), "give paths as text"),
+        ("av-odyssey", "av_odyssey.json", dict(video_path=["a", "b"]), "2 videos in a list"),
+        ("daily-omni", "qa.json", dict(video_id="v" * 400), None),
+        ("daily-omni", "qa.json", dict(Type="half: \ud83d"), "half a character"),
+        ("mvbench", "json/episodic_reasoning.json", dict(start=99.0, end=100.0), "no media"),
+        ("mvbench", "json/episodic_reasoning.json", dict(video="../../.."), None),
+    ],
+)
+def test_one_bad_item_is_wrong_and_the_others_are_asked(
+    name,
+    file,
+    edit,
+    told,
+    benchmark_root,  # noqa: F811
+    tmp_path,
+):
+    items = json.loads((benchmark_root / name / file).read_text())
+    shutil.copytree(benchmark_root / name, tmp_path / name)
+    (tmp_path / name / file).write_text(json.dumps([items[0] | edit, *items[1:]]))
+    folder, rows = benchmarks.load(name, tmp_path)
+    missing = benchmarks.missing_media(folder, rows)
+    assert all("y" == path or "v" * 400 in path for path in missing)
+    assert bool(missing) == ("video_id" in edit or "audio_path" in edit)
+    args, _ = evaluation.parse_args([])
+    asked, settled = evaluation.new_items(name, rows, {}, args, None)
+    assert len(asked) + len(settled) == len(rows) and len(settled) == bool(told)
+    for record in settled:
+        assert told in record["failure"] and record["score"] == 0
+    assert not any(row["images"] and "../" in row["images"][0] for row, _ in asked)
+
+
+def test_ids_that_look_like_ours(monkeypatch):
+    rows = lambda root: (dict(prompt_id=i) for i in ("x", "x", "x-2", "x"))  # noqa: E731
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "b", benchmarks.Benchmark("B", "b", rows))
+    ids = [row["prompt_id"] for row in benchmarks.load("b", ".")[1]]
+    assert ids == ["b-x", "b-x-2", "b-x-2-2", "b-x-3"]
+
+
+def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
+    import av
+
+    media(tmp_path / "rows" / "film.mp4", "film")
+    media(tmp_path / "outside.mp4", "film")
+    row = dict(prompt_id="x", video="film.mp4")
+    assert evaluation.hears(tmp_path / "rows", row, RECIPE)
+    assert not evaluation.hears(tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0))
+    assert evaluation.hears(
+        tmp_path / "rows", row | dict(end=0.9), RECIPE._replace(max_audio_seconds=1.0)
+    )
+    with pytest.raises(data.BadRow, match="is not in the JSONL's folder"):
+        evaluation.hears(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
+    with av.open(str(tmp_path / "outside.mp4")) as old:  # a stream tells no length
+        to = str(tmp_path / "rows" / "live.mkv")
+        with av.open(to, "w", format="matroska", options=dict(live="1")) as new:
+            streams = {s.index: new.add_stream_from_template(s) for s in old.streams}
+            for packet in old.demux():
+                if packet.dts is not None:
+                    packet.stream = streams[packet.stream.index]
+                    new.mux(packet)
+    assert not evaluation.hears(tmp_path / "rows", row | dict(video="live.mkv"), RECIPE)
 
 
 # ---- the authors' recipe
@@ -257,6 +378,12 @@ def test_template(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
     evaluate(toy_dir, benchmark_root, tmp_path / "s", *flags)
     text = "Watch. mme: one?\nA. a dog\nB. a cat\nC. a bell\nD. rain\nSay one letter."
     assert any(text in asked for asked, _ in parrot.prompts)
+    assert text in [r["prompt"] for r in tables.read_records(tmp_path / "s")]  # what was asked
+    flags = (*flags, "--protocol", "paper", "--max-new-tokens", 9)
+    parrot.prompts.clear()
+    evaluate(toy_dir, benchmark_root, tmp_path / "t", *flags)
+    assert all(protocol.ASSISTANT in asked for asked, _ in parrot.prompts) and parrot.prompts
+    assert json.loads((tmp_path / "t" / "scores.json").read_text())["max_new_tokens"] == 9
     assert "one letter" in json.loads((tmp_path / "s" / "scores.json").read_text())["template"]
 
 
@@ -300,6 +427,18 @@ def test_options_that_are_letters(truth):
         assert record["score"] == (i == truth)
 
 
+@pytest.mark.parametrize("texts", [["", "dog", "cat"], ["B", "", "dog"], ["dog", "cat", ""]])
+def test_an_empty_option_shifts_no_letter(texts):
+    choices = dict(zip("ABC", texts))
+    for truth in (letter for letter, text in choices.items() if text):
+        row = annotations.by_key(choices, truth) | dict(prompt_id="x", question="?", video="v")
+        row, record = data.normalize_row(row), {}
+        for letter, text in choices.items():
+            if text:
+                evaluation.judge(record, row, f"<answer>{text}</answer>", False, "mmvu", False)
+                assert record["score"] == (letter == truth)
+
+
 # ---- media where a text names them
 
 
@@ -311,6 +450,10 @@ def test_media_stand_where_the_text_names_them():
     assert told == [("audio", 1), *named]  # what is not named comes first; no text, no piece
     with pytest.raises(data.BadRow, match=r"row x: the text names .img2., and it has 1"):
         protocol.in_place("Look at [img2]", row)
+    film = dict(prompt_id="x", images=[], video="v", audio=None)
+    pieces = protocol.in_place(f"Is [video1] as [video1] is? [audio{'9' * 5000}]", film)
+    assert [piece["type"] for piece in pieces] == ["text", "video", "text", "text"]  # one video
+    assert pieces[2]["text"] == " as [video1]"
 
 
 def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  # noqa: F811

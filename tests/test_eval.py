@@ -276,15 +276,46 @@ def test_failures_count_as_wrong_and_are_named(toy_dir, tmp_path):
 
 
 def test_mistakes_are_one_line(toy_dir, tmp_path):
-    flags = eval_flags(toy_dir, tmp_path / "x")
+    flags, words = eval_flags(toy_dir, tmp_path / "x"), tmp_path / "words.txt"
+    words.write_text("Which one?")
     for more, said in (
         (("--against", tmp_path / "nowhere"), "--against: no records in"),
         (("--table", tmp_path / "nowhere"), "--table: no records in"),
         (("--benchmark", "tomato", "--root", tmp_path), "no data/*.json in"),
         (("--template", tmp_path / "no.txt"), "no.txt"),
+        (("--template", words), "no {question} in"),
+        (("--template", toy_dir / "model" / "model.safetensors"), "is not UTF-8"),
     ):
         printed = launch(*flags, *more, code=1)
         assert "Traceback" not in printed and said in printed.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [[], ["--data", "x.jsonl"]])
+def test_the_authors_protocol_is_for_benchmarks(more, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--model", "m", "--protocol", "paper", *more])
+    assert "--protocol paper is for --benchmark alone" in capsys.readouterr().err
+
+
+def test_an_edited_row_is_asked_again(toy_dir, tmp_path):
+    """And a weights file of another time is another model, under the same path too."""
+    for name in ("model", "stage2"):
+        shutil.copytree(toy_dir / name, tmp_path / name)
+    file = tmp_path / "stage2" / "test.jsonl"
+    flags = ("eval.py", "--model", tmp_path / "model", "--data", file, "--out", tmp_path / "s",
+             "--max-new-tokens", 4)  # fmt: skip
+    launch(*flags)
+    before = {r["prompt_id"]: r for r in tables.read_records(tmp_path / "s")}
+    first, *rest = file.read_text().splitlines()
+    edited = json.dumps(json.loads(first) | dict(question="Which color is last?"))
+    file.write_text("\n".join([edited, *rest[:-1]]))  # and a row is gone
+    printed = launch(*flags, "--resume")
+    assert "1 items are asked again" in printed
+    after = {r["prompt_id"]: r for r in tables.read_records(tmp_path / "s")}
+    changed = [i for i in before if after.get(i) != before[i]]
+    assert changed == [json.loads(line)["prompt_id"] for line in (first, rest[-1])]
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert "--resume: other weights than in" in launch(*flags, "--resume", code=1)
 
 
 # ---- tables
@@ -316,6 +347,33 @@ def test_tables(tmp_path):
     assert ["", str(ours), "75.0 (+50.0)", "not scored", ""] in lines
     rule = ["", "---", "---:", ""]
     assert lines.count(rule) == 2  # audio-visual, video; the third has two columns
+
+
+def test_tables_tell_what_is_not_alike(tmp_path):
+    base, ours = tmp_path / "base", tmp_path / "ours"
+    record(base, "omnibench", [0, 0, 0, 1] * 5)
+    record(ours, "omnibench", [1, 1])
+    (ours / "records.jsonl").rename(ours / "records-0.jsonl")  # as a kill leaves it
+    for folder, frames in ((base, 32), (ours, 16)):
+        (folder / "recipe.json").write_text(json.dumps(dict(recipe=dict(max_frames=frames))))
+    printed = launch("eval.py", "--table", base, ours)
+    assert "| 100.0 n=2 (+100.0) |" in printed and f"not finished: {ours}" in printed
+    assert f"not like with like: other recipe in {ours} than in {base}" in printed
+
+
+def test_an_item_told_twice_counts_once(tmp_path):
+    """A kill between the whole file and the removal of the ranks' leaves both."""
+    record(tmp_path, "omnibench", [0, 1])
+    shutil.copy(tmp_path / "records.jsonl", tmp_path / "records-1.jsonl")
+    assert [r["score"] for r in tables.read_records(tmp_path)] == [0, 1]
+
+
+def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
+    for stage in "ab":
+        record(tmp_path, f"{stage}/test.jsonl", [0, 1])
+    found = tables.summary(tables.read_records(tmp_path), 0)["all"]
+    values, clips = [0, 1, 0, 1], ["a0", "a1", "b0", "b1"]
+    assert [found[k] for k in ("score", "low", "high")] == list(scores.bootstrap(values, clips, 0))
 
 
 # ---- the page
@@ -375,6 +433,21 @@ def test_page_is_well_formed_and_nothing_in_it_runs(toy_dir, tmp_path):
     assert policy.startswith("default-src 'none'") and "script" not in policy
     shown = re.findall(r'<article class="(\w+)">', text)
     assert shown == ["failed", "right", "open"]  # the wrong ones first
+
+
+def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
+    (row, *_) = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").open()]
+    item = evaluation.new_record("x", dict(row, use_audio=True, question="half: \ud83d"))
+    shown = lambda root, recipe, **edit: page.media(item | edit, root, recipe)  # noqa: E731
+    assert "<img" in shown(toy_dir / "stage2", RECIPE)
+    outside = dict(video=str(toy_dir / "stage2" / row["video"]))
+    assert "<img" not in shown(tmp_path, RECIPE, **outside)
+    assert "<img" in shown(tmp_path, RECIPE._replace(allow_outside=True), **outside)
+    assert "--max-audio-seconds" in shown(toy_dir / "stage2", RECIPE._replace(max_audio_seconds=1))
+    assert "<img" not in shown(toy_dir / "stage2", RECIPE, images=[5])
+    assert "not shown" in shown(None, RECIPE)
+    page.write(tmp_path / "items.html", "x", [item], {}, 1, RECIPE)
+    assert "half: ?" in (tmp_path / "items.html").read_text()
 
 
 def in_browser(path, expression):
