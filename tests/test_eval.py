@@ -370,10 +370,11 @@ def test_an_item_told_twice_counts_once(tmp_path):
 
 def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
     for stage in "ab":
-        record(tmp_path, f"{stage}/test.jsonl", [0, 1])
+        record(tmp_path, f"{stage}/test.jsonl", [0, 1] * 10)
     found = tables.summary(tables.read_records(tmp_path), 0)["all"]
-    values, clips = [0, 1, 0, 1], ["a0", "a1", "b0", "b1"]
-    assert [found[k] for k in ("score", "low", "high")] == list(scores.bootstrap(values, clips, 0))
+    clips = [f"{stage}/c{i}" for stage in "ab" for i in range(20)]
+    expected = scores.bootstrap([0, 1] * 20, clips, 0)
+    assert tuple(found[k] for k in ("score", "low", "high")) == expected
 
 
 # ---- the page
