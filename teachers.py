@@ -35,8 +35,7 @@ from tqdm import tqdm
 
 import data
 from chat import NoAnswer, Server
-from clips import AUDIO_RATE, BadRow, decode_clip
-from clips import find_media
+from clips import AUDIO_RATE, BadRow, decode_clip, find_media
 from local import Local, frame_times
 
 KEY = "OPENAI_API_KEY"  # of the environment
