@@ -238,7 +238,7 @@ def _check_media(row, name):
     row["images"] = images if isinstance(images, list) else [images]
     paths = media_paths(row)
     if isinstance(row.get("video"), list):
-        raise BadRow(f"{name}: {len(row['video'])} videos in a list: a row has one")
+        raise BadRow(f"{name}: media {row['video']!r:.60}: give paths as text, and one video")
     if not paths:
         raise BadRow(f"{name}: no media: give video, audio or images")
     if not all(isinstance(path, str) and path and "\0" not in path for path in paths):

@@ -344,8 +344,8 @@ def main():
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same
-    template, dtype = args.template and read_template(args.template), args.dtype
-    dtype = run.compute_dtype(device, dtype)
+    template = args.template and read_template(args.template)
+    dtype = run.compute_dtype(device, args.dtype)
     result = recipe_of(args, folder, template, dtype)
     changed = tables.recipe_changes(result, out, "model", "weights", "seed") if done else []
     if changed:

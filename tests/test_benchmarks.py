@@ -280,7 +280,12 @@ def test_pictures_of_the_annotations_stay_in_the_root(prompt_id, tmp_path):
     [
         ("av-odyssey", "av_odyssey.json", dict(image_path=[5]), "give paths as text"),
         ("av-odyssey", "av_odyssey.json", dict(audio_path=[["x"], "y"]), "give paths as text"),
-        ("av-odyssey", "av_odyssey.json", dict(video_path=["a", "b"]), "2 videos in a list"),
+        (
+            "av-odyssey",
+            "av_odyssey.json",
+            dict(video_path=["a", "b"]),
+            "paths as text, and one video",
+        ),
         ("daily-omni", "qa.json", dict(video_id="v" * 400), None),
         ("daily-omni", "qa.json", dict(Type="half: \ud83d"), "half a character"),
         ("mvbench", "json/episodic_reasoning.json", dict(start=99.0, end=100.0), "no media"),
