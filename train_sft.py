@@ -91,10 +91,8 @@ def main():
     run.begin(out, args, start)
     run.watch_signals()
     for step in range(start + 1, steps + 1):
-        began, before_step = (
-            time.perf_counter(),
-            dict(health=dict(health.state), rows=source_rows.state_dict()),
-        )
+        began = time.perf_counter()
+        before_step = dict(health=dict(health.state), rows=source_rows.state_dict())
         step_rows, batch, bad = source_rows.take()
         for problem in bad:
             bar.write(f"step {step:4d}/{steps}  replaced: {problem}")
