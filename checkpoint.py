@@ -38,18 +38,17 @@ def save(out, step, policy, optimizer, state, keep):
     if run.rank():
         return run.gather(None)  # a rank that ends now would have torchrun end the one that writes
     folder = out / "checkpoints" / f"step-{step:06d}"
-    part, stale = folder.with_suffix(".part"), folder.with_suffix(".stale")
-    for path in (part, stale):  # of a run that was killed while it saved
-        shutil.rmtree(path, ignore_errors=True)
+    stale = folder.with_suffix(".stale")
+    shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed while it saved
     try:
-        part.mkdir(parents=True)
+        part = run.empty_part(folder)
         save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
         torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
         logs = [out / name for name in ("metrics.jsonl", "samples.jsonl")]
         for path in (*filter(os.path.exists, logs), *part.iterdir(), part):
             sync(path)
     except Exception as error:  # safetensors and torch have classes of their own for a full disk
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder.with_suffix(".part"), ignore_errors=True)
         why = str(error).splitlines()[0]
         raise run.UserError(
             f"the checkpoint of step {step} could not be written ({why}), the one before it is "

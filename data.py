@@ -254,6 +254,11 @@ def _check_media(row, name):
         raise BadRow(f"{name}: {times}: give seconds, start before end")
 
 
+def truth(row):
+    """-> (answer, answer_type, options), as the scorer and the leak test take them."""
+    return row["answer"], row["answer_type"], row.get("options")
+
+
 def media_paths(row):
     """All files that a row names: its video, its sound or sounds, its images."""
     sounds, images = (

@@ -280,7 +280,7 @@ def judge(record, row, text, truncated, name, authors):
         answer, form = protocol.authors_reading(name, row, text)
     else:
         answer, form = protocol.our_reading(row, text, truncated)
-    truth = rewards.normalize_answer(row["answer"], row["answer_type"], row.get("options"))
+    truth = rewards.normalize_answer(*data.truth(row))
     record |= dict(completion=text, parsed=answer) | scores.measure(
         form, truth, scoring_of(row, authors)
     )
@@ -363,7 +363,6 @@ def main():
         run.print0(f"{again} items are asked again: changed since, or not read then")
     run.gather(None)
     if run.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         run.write_text(out / "recipe.json", json.dumps(result, indent=1))
         keep(out, done)
     run.gather(None)

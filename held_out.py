@@ -7,6 +7,7 @@ import run  # before torch: it sets how torch's threads wait
 import data
 import model
 import rewards
+import stream
 
 BATCH = 32  # held-out prompts decoded together, on each rank
 
@@ -18,15 +19,13 @@ def accuracy(policy, load, rows, build, args):
     load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
     """
     count = min(len(rows), args.eval_samples)
-    per_row, right, told = max(1, round(args.eval_samples / count)), 0, []
+    per_row, right, bad = max(1, round(args.eval_samples / count)), 0, {}
     for first in range(0, count, BATCH * run.world_size()):  # as many rounds on every rank
-        places, batch = range(count)[first + run.rank() :: run.world_size()][:BATCH], []
-        for i in places:
-            try:
-                row = rows[i]
-                batch.append((row, load(row), per_row, run.seed(args.seed, 0, i)))
-            except data.BadRow as problem:
-                told.append(str(problem))
+        places = range(count)[first + run.rank() :: run.world_size()][:BATCH]
+        look = lambda i: ((row := rows[i]), load(row))  # noqa: E731
+        found, failed = stream.read_all(look, {i: (i,) for i in places})
+        bad |= failed
+        batch = [(*both, per_row, run.seed(args.seed, 0, i)) for i, both in found.items()]
         batch = batch or [(None, build.filler, 1, 0)]  # FSDP: no rank may stay away
         taken, prompts, counts, seeds = zip(*batch)
         rolled = model.rollout(
@@ -34,8 +33,8 @@ def accuracy(policy, load, rows, build, args):
         )
         for row, group in zip(taken, rolled):
             for text in build.texts(group) if row else ():
-                truth = (row["answer"], row["answer_type"], row.get("options"))
-                right += rewards.accuracy_reward(rewards.parse_answer(text), *truth) == 1
-    for problem in [line for part in run.gather(told) for line in part]:
+                answer = rewards.parse_answer(text)
+                right += rewards.accuracy_reward(answer, *data.truth(row)) == 1
+    for problem in bad.values():
         run.print0(f"held-out, counted as wrong: {problem}")
     return sum(run.gather(right)) / (count * per_row)

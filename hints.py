@@ -278,6 +278,7 @@ def ask_hint(teacher, row, attempts):
     returns   str, at most MAX_WORDS words on one line
     raises    chat.NoAnswer   also if every attempt was refused; else as teacher.ask
     """
+    import data
     from chat import NoAnswer
     from teachers import plain
 
@@ -292,7 +293,7 @@ def ask_hint(teacher, row, attempts):
         hint = re.sub(r"^(?i:(?:strategic )?hint)\s*[:\-]\s*", "", reply.strip("\"' ")).strip(
             "\"' "
         )
-        reason = hint_leak(hint, row["answer"], row["answer_type"], row.get("options"))
+        reason = hint_leak(hint, *data.truth(row))
         if not any(c.isalnum() for c in hint):
             reason = "it has no words"
         elif len(hint.split()) > MAX_WORDS:
@@ -319,13 +320,13 @@ def parse_args(argv=None):
 
 
 def main():
+    import data
     import teachers
 
     args = parse_args()
     teacher = teachers.from_args(args, args.teacher, args.teacher_model)
-    truth = lambda row: (row["answer"], row["answer_type"], row.get("options"))  # noqa: E731
     find = lambda row: ask_hint(teacher, row, max(args.attempts, 1))  # noqa: E731
-    keep = lambda row, hint: hint_leak(hint, *truth(row))  # noqa: E731
+    keep = lambda row, hint: hint_leak(hint, *data.truth(row))  # noqa: E731
     try:
         counts = teachers.fill(teacher, args.data, args.out, "hint", find, keep, args.concurrency)
     finally:

@@ -266,7 +266,7 @@ def start_folder(folder, lora_rank, out):
         shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
     if run.rank() == 0 and not base.exists():
         merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-        part = base.with_suffix(".part")
+        part = run.empty_part(base)
         merged.thinker.save_pretrained(part)
         from_pretrained(Qwen2_5OmniProcessor, folder).save_pretrained(part)
         part.rename(base)
@@ -308,7 +308,7 @@ def save(policy, folder, processor):
     state = get_model_state_dict(policy, options=options)
     if run.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        part = Path(folder).with_suffix(".part")
+        part = run.empty_part(folder)
         policy.model.save_pretrained(part, state_dict=state)
         processor.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)

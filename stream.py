@@ -5,6 +5,7 @@ A row that cannot be used is named once, counted, and replaced by the next one o
 ranks together; nothing ever stands in for its clip. Too many of them end the run.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -69,28 +70,26 @@ class Stream:
         raises   run.UserError    more than max_bad_frac of the rows are bad
         """
         mine, told = range(self.count)[run.share(self.count)], []
-        rows, items, missing = [None] * self.count, {}, list(range(self.count))
+        step, missing = {}, list(range(self.count))  # step: slot -> row, what `read` made of it
+
+        def look(slot, index):
+            if index in self.bad:
+                raise BadRow(self.bad[index])
+            return (row := self.rows[index]), slot in mine and self.read(row)
+
         while missing:
-            failed, indices = {}, {}
-            for slot in missing:
-                indices[slot] = index = self.index(self.at)
-                self.at += 1
-                try:
-                    if index in self.bad:
-                        raise BadRow(self.bad[index])
-                    rows[slot] = self.rows[index]
-                    if slot in mine:
-                        items[slot] = self.read(rows[slot])
-                except BadRow as problem:
-                    failed[slot] = str(problem)
-            failed = {slot: why for part in run.gather(failed) for slot, why in part.items()}
+            indices = {slot: self.index(self.at + i) for i, slot in enumerate(missing)}
+            self.at += len(missing)
+            found, failed = read_all(look, {slot: (slot, i) for slot, i in indices.items()})
+            step |= found
             missing = sorted(failed)
             for slot in missing:
                 if indices[slot] not in self.bad:
                     self.bad[indices[slot]] = failed[slot]
                     told.append(failed[slot])
             self.check()
-        return rows, [items[slot] for slot in mine], told
+        rows, items = zip(*(step[slot] for slot in range(self.count)))
+        return list(rows), list(items[mine.start : mine.stop]), told
 
     def check(self):
         seen = min(max(self.at, FEW), len(self.rows))
@@ -198,6 +197,12 @@ class FeatureFolder:
         weights.update(f"{words} {len(build.tokenizer)}".encode())
         self.weights = weights.hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def at(self, build):
+        """The same for rows whose media lie under another folder; the towers are not read again."""
+        other = copy.copy(self)
+        other.build = build
+        return other
 
     def path(self, row):
         key = [str(part) for part in self.build.key(row)]

@@ -17,10 +17,9 @@ some at one, and some jump to an answer. Reinforcement has to find out which kin
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-from run import PARSER, gather, rank  # before torch: it sets how torch's threads wait
+from run import PARSER, empty_part, gather, rank  # before torch: it sets how torch's threads wait
 
 import av
 import numpy as np
@@ -226,14 +225,6 @@ def make_row(rng, stage, name, split):
         if not hinted:
             del row["hint"]
     return row, seconds
-
-
-def empty_part(folder):
-    """FOLDER.part: becomes FOLDER when all of it is there."""
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    return part
 
 
 def write_rows(folder, stage, num_train, num_test, seed):

@@ -165,11 +165,11 @@ def main():
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
 
+    store = args.feature_dir and stream.FeatureFolder(args.feature_dir, build, policy.towers)
+
     def reader_of(rows):
-        there, store = build.at(rows.path.parent), None
-        if args.feature_dir:
-            store = stream.FeatureFolder(args.feature_dir, there, policy.towers)
-        return stream.Reader(there, args.workers, cache, store)
+        there = build.at(rows.path.parent)
+        return stream.Reader(there, args.workers, cache, store and store.at(there))
 
     def load(row, hint=None, reader=None):
         """A prompt's inputs; when the towers are frozen their outputs, which never change."""
@@ -188,8 +188,9 @@ def main():
     replay = buffer.ReplayBuffer(args.buffer_size, WINDOW)
     schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
     health = metrics.Health(args.max_ratio, args.min_entropy)
-    prompts_read = (train_reader.prefetch, load, args.prompts_per_step, args.seed)
-    source_rows = stream.Stream(rows, *prompts_read, args.max_bad_frac)
+    source_rows = stream.Stream(
+        rows, train_reader.prefetch, load, args.prompts_per_step, args.seed, args.max_bad_frac
+    )
     refused, start, num_generated = set(), 0, 0
     if args.resume and (state := checkpoint.load(out, policy, optimizer)):
         start, num_generated, health.state = (state[k] for k in ("step", "num_generated", "health"))
@@ -203,8 +204,9 @@ def main():
 
     def small_state():
         """What a step changes before it is sure to count."""
-        state = dict(num_generated=num_generated, health=dict(health.state), refused=list(refused))
-        return state | dict(hints=schedule.state_dict(), rows=source_rows.state_dict())
+        parts = dict(health=dict(health.state), hints=schedule.state_dict())
+        parts |= dict(rows=source_rows.state_dict(), refused=sorted(refused))
+        return parts | dict(num_generated=num_generated)
 
     def save(step, state):
         state = state | dict(buffer=replay.state_dict())
@@ -250,8 +252,7 @@ def main():
         """The row's hint, unless it gives the answer away: then it is refused, and that is told."""
         q, hint = row["prompt_id"], row.get("hint") if args.hints else None
         if hint and q not in refused:
-            truth = (row["answer"], row["answer_type"], row.get("options"))
-            if reason := hints.hint_leak(hint, *truth):
+            if reason := hints.hint_leak(hint, *data.truth(row)):
                 refused.add(q)
                 run.print0(f"hint refused: {q}: {reason}")
         return None if q in refused else hint

@@ -77,8 +77,9 @@ def main():
             raise data.BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
         return reader.get(row, row.get("hint")), encode_completion(build.tokenizer, row)
 
-    rows_read = (reader.prefetch, read, args.batch_size, args.seed)
-    source_rows = stream.Stream(rows, *rows_read, args.max_bad_frac)
+    source_rows = stream.Stream(
+        rows, reader.prefetch, read, args.batch_size, args.seed, args.max_bad_frac
+    )
     if args.resume and (state := checkpoint.load(out, policy, optimizer)):
         start, health.state = state["step"], state["health"]
         source_rows.load_state_dict(state["rows"])

@@ -27,7 +27,7 @@ import run  # before torch
 from tqdm import tqdm
 
 import toy
-from test_faults import same_end
+from test_faults import children, same_end
 
 
 def main():
@@ -81,8 +81,7 @@ def main():
         assert process.poll() is None, (
             f"it ended by itself: raise --steps, or see {work}/killed.log"
         )
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        for pid in (process.pid, *map(int, ranks.stdout.split())):
+        for pid in (process.pid, *children(process)):
             os.kill(pid, signal.SIGKILL)
         process.wait()
         kills += 1
