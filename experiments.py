@@ -20,7 +20,9 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import run
+import run  # before torch
+
+import tas
 
 RUNS = run.HERE / "runs" / "experiments"
 SERIES = (  # kept of every step; rounded to 4 digits
@@ -30,53 +32,71 @@ SERIES = (  # kept of every step; rounded to 4 digits
 LENGTH_EDGES = [0, 20, 40, 60]  # tokens; the paper's 1, 201, 401, 601 for chains ten times as long
 
 # ---- what is run: label -> flags of train_rl.py
-LOG = "--eval-every 4 --eval-samples 128 --save-every 0"
-OURS = "--updates-per-rollout 2 --flat-groups replace --max-staleness 16 --kl-ratio"
-DENSE = f"--stage 2 {LOG}"  # the paper's reward of stage 2: format, accuracy, self-consistency
-SPARSE = f"--stage 3 --reward-weights format=.5,acc=.5 --model {{hasty}} {LOG}"
-GRPO, AVATAR = "--algo grpo --lr 2e-4 --steps 28", f"--lr 1e-4 --steps 24 {OURS}"
+OURS = "--prompts-per-step 4 --flat-groups replace --max-staleness 16 --kl-ratio"
+LOG = "--eval-samples 128 --save-every 0 --eval-every"
+DENSE = "--stage 2"  # the paper's reward of stage 2: format, accuracy, self-consistency
+# a completion that the policy has given up has a tiny ratio: --max-ratio 0
+SPARSE = "--stage 3 --reward-weights format=.5,acc=.5 --max-ratio 0 --model {hasty}"
+FEW = f"{SPARSE} --data {{few}} --eval-data toy/stage3/test.jsonl"  # they come back: hints enter
+GRPO = {  # the best of those tuned, a task each
+    "dense": f"{LOG} 2 --algo grpo --lr 2e-4 --steps",
+    "sparse": f"{LOG} 4 --algo grpo --lr 2e-4 --prompts-per-step 4 --steps",
+}
+AVATAR = {
+    "dense": f"{LOG} 4 {OURS} --lr 7e-5 --updates-per-rollout 4 --steps",
+    "sparse": f"{LOG} 4 {OURS} --lr 1e-4 --updates-per-rollout 4 --steps",
+}
+FULL = f"{DENSE} {AVATAR['dense']} 24"
+
+
+def sweep(flag, default, *values):
+    """The full method at other values of one flag."""
+    return {v: FULL if v == default else f"{FULL} {flag} {v}" for v in values}
+
+
 EXPERIMENTS = {
-    "efficiency": {"GRPO": f"{DENSE} {GRPO}", "AVATAR": f"{DENSE} {AVATAR}"},
-    "sparse": {  # a completion that the policy has given up has a tiny ratio: --max-ratio 0
-        "GRPO": f"{SPARSE} --algo grpo --lr 3e-4 --steps 36",
-        "AVATAR": f"{SPARSE} --lr 2e-4 --cosine --max-ratio 0 --steps 28 {OURS}",
+    "efficiency": {
+        "GRPO": f"{DENSE} {GRPO['dense']} 28",
+        "AVATAR": f"{DENSE} {AVATAR['dense']} 48",
     },
-    "components": {  # no prompt comes three times, so that no hint enters: "full" is without too
-        "GRPO": f"{DENSE} {GRPO}",
-        "TAS only": f"{DENSE} {GRPO} --tas-shape parabolic",
-        "replay only": f"{DENSE} {AVATAR} --tas-shape uniform --no-hints",
-        "full": f"{DENSE} {AVATAR}",
+    "sparse": {
+        "GRPO": f"{SPARSE} {GRPO['sparse']} 48",
+        "AVATAR": f"{SPARSE} {AVATAR['sparse']} 36",
+    },
+    "components": {  # where every part takes part
+        "GRPO": f"{FEW} {GRPO['sparse']} 24",
+        "TAS only": f"{FEW} {GRPO['sparse']} 24 --tas-shape parabolic",
+        "replay only": f"{FEW} {AVATAR['sparse']} 48 --tas-shape uniform --no-hints",
+        "without hints": f"{FEW} {AVATAR['sparse']} 48 --no-hints",
+        "full": f"{FEW} {AVATAR['sparse']} 48",
     },
     "method": {  # the full method, and less one of our choices each
-        "full": f"{DENSE} {AVATAR}",
-        "1 update": f"{DENSE} {AVATAR} --updates-per-rollout 1",
-        "1 update, lr 2e-4": f"{DENSE} {AVATAR} --updates-per-rollout 1 --lr 2e-4",
-        "GRPO, 2 updates": f"{DENSE} {GRPO} --lr 1e-4 --updates-per-rollout 2",
-        "flat kept": f"{DENSE} {AVATAR} --flat-groups keep",
-        "no staleness limit": f"{DENSE} {AVATAR} --max-staleness 0 --max-ratio 0",
-        "plain KL": f"{DENSE} {AVATAR} --no-kl-ratio",
+        "full": FULL,
+        "1 update": f"{FULL} --updates-per-rollout 1",
+        "1 update, lr 2e-4": f"{FULL} --updates-per-rollout 1 --lr 2e-4",
+        "2 updates, lr 1e-4": f"{FULL} --updates-per-rollout 2 --lr 1e-4",
+        "GRPO, 4 updates": f"{DENSE} {GRPO['dense']} 12 --lr 7e-5 --updates-per-rollout 4",
+        "8 prompts": f"{FULL} --prompts-per-step 8 --eval-every 2 --steps 12",
+        "flat kept": f"{FULL} --flat-groups keep",
+        "no staleness limit": f"{FULL} --max-staleness 0 --max-ratio 0",
+        "plain KL": f"{FULL} --no-kl-ratio",
     },
-    "shaping": {
-        shape: f"{DENSE} {AVATAR} --tas-shape {shape}"
-        for shape in ("uniform", "parabolic", "linear-up", "linear-down", "inverse")
+    "shaping": sweep("--tas-shape", "parabolic", *tas.SHAPES),
+    "splits": {  # where prompts come back: six stored completions of one prompt take visits
+        f"{on}/{8 - on}": f"{FEW} {AVATAR['sparse']} {steps}"
+        + f" --num-on {on} --num-off {8 - on}" * (on != 4)
+        for on, steps in ((8, 24), (6, 32), (4, 48), (2, 80))
     },
-    "splits": {
-        f"{on}/{off}": f"{DENSE} {AVATAR} --num-on {on} --num-off {off}"
-        for on, off in ((8, 0), (6, 2), (4, 4), (2, 6))
-    },
-    "alpha": {a: f"{DENSE} {AVATAR} --off-policy-coef {a}" for a in ("0.3", "0.6", "1.0")},
-    "lambda": {v: f"{DENSE} {AVATAR} --tas-lambda {v}" for v in ("0.1", "0.3", "1.0")},
-    "lengths": {
-        "uniform": f"{DENSE} {GRPO}",
-        "parabolic": f"{DENSE} {GRPO} --tas-shape parabolic",
-    },
+    "alpha": sweep("--off-policy-coef", "0.6", "0.3", "0.6", "1.0"),
+    "lambda": sweep("--tas-lambda", "0.3", "0.1", "0.3", "1.0"),
+    "lengths": sweep("--tas-shape", "parabolic", "uniform", "parabolic"),
     "curriculum": {  # each starts from the one before
         "SFT": "",
-        **{f"+{k}": f"--stage {k} {AVATAR} --eval-every 0 --save-every 0" for k in (1, 2, 3)},
+        **{f"+{k}": f"--stage {k} {AVATAR['dense']} 48 --eval-every 0" for k in (1, 2, 3)},
     },
 }
 CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, item by item
-SEEDS = dict.fromkeys(EXPERIMENTS, 2) | dict(efficiency=5, sparse=3)
+SEEDS = dict.fromkeys(EXPERIMENTS, 5) | {k: 3 for k in ("method", "alpha", "lambda", "curriculum")}
 
 
 def python(script, *words, log):
@@ -115,6 +135,16 @@ def hasty_model():
     return folder / "final"
 
 
+def few_rows():
+    """The 32 rows of "components": a prompt is visited six times in 48 steps."""
+    path = run.HERE / "toy/stage3/few.jsonl"
+    if not path.exists():
+        python("toy.py", "--stages", 3, log=RUNS / "few.log")
+        lines = (path.parent / "train.jsonl").read_text().splitlines(keepends=True)
+        run.write_text(path, "".join(lines[:32]))
+    return path
+
+
 def quick(flags):
     """The same flags, 12 steps."""
     return re.sub(r"--steps \d+", "--steps 12", flags)
@@ -131,7 +161,8 @@ def train(flags, seed, start=None):
     RUNS.mkdir(parents=True, exist_ok=True)
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
-    words = [str(hasty_model()) if word == "{hasty}" else word for word in words]
+    made = {"{hasty}": hasty_model, "{few}": few_rows}
+    words = [str(made[word]()) if word in made else word for word in words]
     words += ["--model", str(start / "final")] if start else []
     python("train_rl.py", *words, "--out", out, log=log)
     before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())

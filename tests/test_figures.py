@@ -165,7 +165,7 @@ def test_every_experiment_parses():
 
     for commands in experiments.EXPERIMENTS.values():
         for flags in filter(None, commands.values()):
-            train_rl.parse_args(flags.format(hasty="toy/model").split())
+            train_rl.parse_args(flags.format(hasty="toy/model", few="toy/few.jsonl").split())
 
 
 def test_nothing_to_draw_is_said(tmp_path):
