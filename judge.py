@@ -286,14 +286,12 @@ def add_flags(parser):
 
 def open_judge(args, folder, recipe, out, device):
     """
-    -> Judge, or None without --judge.
+    -> the Judge that --judge names.
 
     folder   Path    that the rows' media paths are relative to
     out      Path    the run's folder; scores are kept in OUT/judged, for a run that is resumed
     raises   run.UserError    as teachers.Teacher
     """
-    if not args.judge:
-        return None
     import teachers
     import toy
     from run import UserError, world_size

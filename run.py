@@ -10,6 +10,7 @@ A run: its processes, its folder, how it begins, and how it ends.
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -334,6 +335,16 @@ def lock(out):
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     _locks.append(file)  # closing it would end the lock
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Others that would make something in the folder wait until this one has made it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:  # closing it ends the lock
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def begin(out, args, step):

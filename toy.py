@@ -19,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from run import PARSER, empty_part, gather, rank  # before torch: it sets how torch's threads wait
+from run import PARSER, alone, empty_part, gather, rank  # before torch: sets how threads wait
 
 import av
 import numpy as np
@@ -381,11 +381,13 @@ def defaults(args, stage, root=HERE / "toy"):
 
     returns  (model folder, training rows, held-out rows)
     """
-    if rank() == 0 and not args.model and not (root / "model").exists():
-        write_model(root / "model", WEIGHTS)
     folder = root / f"stage{stage}"
-    if rank() == 0 and not args.data and not folder.exists():
-        write_rows(folder, stage, *NUM_ROWS[stage], seed=0)
+    if rank() == 0 and not (args.model and args.data):
+        with alone(root):
+            if not args.model and not (root / "model").exists():
+                write_model(root / "model", WEIGHTS)
+            if not args.data and not folder.exists():
+                write_rows(folder, stage, *NUM_ROWS[stage], seed=0)
     gather(None)  # a barrier
     return root / "model", folder / "train.jsonl", folder / "test.jsonl"
 
@@ -424,12 +426,13 @@ def main(argv=None):
         ship_weights(args.ship)
         return
     out = Path(args.out)
-    if not (out / "model").exists():
-        write_model(out / "model", None if args.random_init else WEIGHTS)
-    for stage in args.stages:
-        if not (out / f"stage{stage}").exists():
-            num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
-            write_rows(out / f"stage{stage}", stage, num_train, num_test, args.seed)
+    with alone(out):
+        if not (out / "model").exists():
+            write_model(out / "model", None if args.random_init else WEIGHTS)
+        for stage in args.stages:
+            if not (out / f"stage{stage}").exists():
+                num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
+                write_rows(out / f"stage{stage}", stage, num_train, num_test, args.seed)
     print(f"{out}: model, " + ", ".join(f"stage{s}" for s in args.stages))
 
 

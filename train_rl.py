@@ -151,8 +151,8 @@ def main():
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
     recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
-    judged = judge.open_judge(args, rows.path.parent, recipe, out, device)
-    judged = judged if "judge" in reward_weights else None
+    given = (args, rows.path.parent, recipe, out, device)
+    judged = judge.open_judge(*given) if "judge" in reward_weights else None
     nothing = buffer.Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
     filler = (build.filler, [nothing])
 

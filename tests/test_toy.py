@@ -5,12 +5,14 @@ The toy: its clips are real files that say what its rows claim, and the same eve
 """
 
 import json
+import subprocess
+import sys
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import RECIPE, ROOT
 
 import data
 import hints
@@ -21,6 +23,13 @@ import toy
 def rows_of(toy_dir, stage, split="train"):
     rows = data.Rows(toy_dir / f"stage{stage}" / f"{split}.jsonl")
     return [rows[i] for i in range(len(rows))]
+
+
+def test_two_runs_that_begin_at_once_make_the_toy_once(tmp_path):
+    command = [sys.executable, "toy.py", "--out", tmp_path / "toy", "--stages"]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate()[1].decode() for process in both] == ["", ""]
+    assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == ["lock", "model"]
 
 
 def test_clips_are_h264_and_aac(toy_dir):
