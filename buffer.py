@@ -252,19 +252,17 @@ class ReplayBuffer:
                     options.append((_usefulness(items, mean), mean, items))
             if options:
                 pools[tier].append(max(options, key=lambda option: option[0]))  # plain on a tie
-        # a flat prompt replays advantages of 0: only where the others do not suffice
-        useful = {tier: [o for o in pool if o[0] > 0] for tier, pool in pools.items()}
-        if sum(map(len, useful.values())) >= num_groups:
-            pools = useful
         groups = []
-        quotas = _quotas(num_groups, [len(pool) for pool in pools.values()], rng)
-        for pool, quota in zip(pools.values(), quotas):
-            if quota:
-                weights = np.array([useful for useful, _, _ in pool])
-                # the floor keeps flat prompts behind the others, and 0/0 away where all are flat
-                weights = np.maximum(weights, 0.01 * weights.max() or 1.0)
-                picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
-                groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
+        # a flat prompt replays advantages of 0: only in the places that the useful ones leave
+        for is_useful in (True, False):
+            part = [[o for o in pool if (o[0] > 0) == is_useful] for pool in pools.values()]
+            quotas = _quotas(num_groups - len(groups), list(map(len, part)), rng)
+            for pool, quota in zip(part, quotas):
+                if quota:
+                    weights = np.array([useful for useful, _, _ in pool])
+                    weights = np.maximum(weights, 0.01 * weights.max() or 1.0)  # flat: all alike
+                    picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
+                    groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
         return groups
 
     def replace_flat(self, made, drawn, num_off, step, rng, max_staleness):

@@ -64,11 +64,11 @@ EXPERIMENTS = {
         "AVATAR": f"{SPARSE} {AVATAR['sparse']} 36",
     },
     "components": {  # where every part takes part
-        "GRPO": f"{FEW} {GRPO['sparse']} 24",
-        "TAS only": f"{FEW} {GRPO['sparse']} 24 --tas-shape parabolic",
-        "replay only": f"{FEW} {AVATAR['sparse']} 48 --tas-shape uniform --no-hints",
-        "without hints": f"{FEW} {AVATAR['sparse']} 48 --no-hints",
-        "full": f"{FEW} {AVATAR['sparse']} 48",
+        "GRPO": f"{FEW} {GRPO['sparse']} 20",
+        "TAS only": f"{FEW} {GRPO['sparse']} 20 --tas-shape parabolic",
+        "replay only": f"{FEW} {AVATAR['sparse']} 36 --tas-shape uniform --no-hints",
+        "without hints": f"{FEW} {AVATAR['sparse']} 36 --no-hints",
+        "full": f"{FEW} {AVATAR['sparse']} 36",
     },
     "method": {  # the full method, and less one of our choices each
         "full": FULL,
@@ -85,18 +85,21 @@ EXPERIMENTS = {
     "splits": {  # where prompts come back: six stored completions of one prompt take visits
         f"{on}/{8 - on}": f"{FEW} {AVATAR['sparse']} {steps}"
         + f" --num-on {on} --num-off {8 - on}" * (on != 4)
-        for on, steps in ((8, 24), (6, 32), (4, 48), (2, 80))
+        + " --no-hints"
+        for on, steps in ((8, 18), (6, 24), (4, 36), (2, 64))
     },
     "alpha": sweep("--off-policy-coef", "0.6", "0.3", "0.6", "1.0"),
     "lambda": sweep("--tas-lambda", "0.3", "0.1", "0.3", "1.0"),
     "lengths": sweep("--tas-shape", "parabolic", "uniform", "parabolic"),
     "curriculum": {  # each starts from the one before
         "SFT": "",
-        **{f"+{k}": f"--stage {k} {AVATAR['dense']} 48 --eval-every 0" for k in (1, 2, 3)},
+        **{f"+{k}": f"--stage {k} {AVATAR['dense']} 32 --eval-every 0" for k in (1, 2, 3)},
     },
 }
 CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, item by item
-SEEDS = dict.fromkeys(EXPERIMENTS, 5) | {k: 3 for k in ("method", "alpha", "lambda", "curriculum")}
+SEEDS = dict.fromkeys(EXPERIMENTS, 5) | {
+    k: 3 for k in ("method", "shaping", "splits", "alpha", "lambda", "lengths", "curriculum")
+}
 
 
 def python(script, *words, log):
@@ -136,7 +139,7 @@ def hasty_model():
 
 
 def few_rows():
-    """The 32 rows of "components": a prompt is visited six times in 48 steps."""
+    """The 32 rows of "components": a prompt is visited four or five times in 36 steps."""
     path = run.HERE / "toy/stage3/few.jsonl"
     if not path.exists():
         python("toy.py", "--stages", 3, log=RUNS / "few.log")
@@ -155,19 +158,20 @@ def train(flags, seed, start=None):
     words = [*flags.split(), "--seed", str(seed)]
     name = " ".join(words) + (f" from {start.name}" if start else "")
     out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
-    if (out / "done.json").exists():
-        return out
-    shutil.rmtree(out, ignore_errors=True)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    log = out.with_suffix(".log")
-    log.unlink(missing_ok=True)
-    made = {"{hasty}": hasty_model, "{few}": few_rows}
-    words = [str(made[word]()) if word in made else word for word in words]
-    words += ["--model", str(start / "final")] if start else []
-    python("train_rl.py", *words, "--out", out, log=log)
-    before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
-    about = dict(command=f"python train_rl.py {name}", before=before and float(before[1]))
-    run.write_text(out / "done.json", json.dumps(about))
+    with run.alone(RUNS / "locks" / out.name):  # another experiment may hold the same command
+        if (out / "done.json").exists():
+            return out
+        shutil.rmtree(out, ignore_errors=True)
+        log = out.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        made = {"{hasty}": hasty_model, "{few}": few_rows}
+        with run.alone(RUNS / "locks" / "start"):
+            words = [str(made[word]()) if word in made else word for word in words]
+        words += ["--model", str(start / "final")] if start else []
+        python("train_rl.py", *words, "--out", out, log=log)
+        before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
+        about = dict(command=f"python train_rl.py {name}", before=before and float(before[1]))
+        run.write_text(out / "done.json", json.dumps(about))
     return out
 
 

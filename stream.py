@@ -50,7 +50,8 @@ class Stream:
         epoch, place = divmod(at, len(self.rows))
         if epoch not in self.orders:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order}
+            before = {e: kept for e, kept in self.orders.items() if e == epoch - 1}
+            self.orders = before | {epoch: order}
         return int(self.orders[epoch][place])
 
     def read_ahead(self):
