@@ -28,8 +28,8 @@ class PackedAttention:
         self.splits = [(num_prompt, sum(lengths)) for num_prompt, lengths in groups]
         self.kept, self.masks, self.record = {}, [], record
         for num_prompt, lengths in groups:
-            lengths = torch.tensor(lengths, dtype=torch.long, device=device)
-            owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # (N,)
+            lengths = torch.tensor(lengths, dtype=torch.long)  # on the CPU: a GPU would be waited for
+            owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # (N,)
             own = (owner[:, None] == owner[None, :]).tril()
             self.masks.append(F.pad(own, (num_prompt, 0), value=True))  # (N, P + N) bool
 
@@ -115,9 +115,15 @@ class DecodeAttention:
         return (store[:, :, : self.length + 1] for store in stores)
 
     def keep(self, prompts, rows, group_size):
-        """Only these prompts (index tensor) and rows (index tensor, group_size a prompt) go on."""
-        self.prompt_kv = {i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()}
-        self.own_kv = {i: (k[rows], v[rows]) for i, (k, v) in self.own_kv.items()}
+        """
+        Only these prompts (index tensor, ascending) and rows (index tensor, group_size a prompt) go on.
+        """
+        stores = [(self.own_kv, rows)]
+        if len(prompts) < len(self.bias):
+            stores.append((self.prompt_kv, prompts))
+        for kv, kept in stores:
+            for layer, (k, v) in kv.items():  # one at a time: twice all of them may not fit
+                kv[layer] = (k[kept], v[kept])
         self.bias, self.own_bias = self.bias[prompts], self.own_bias[rows]
         self.group_size = group_size
 

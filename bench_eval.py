@@ -80,7 +80,7 @@ def main():
         for per_clip in (1, 4):
             path = Path(out) / f"{per_clip}.jsonl"
             write_items(path, rows, per_clip)
-            command = [sys.executable, "eval.py", "--data", path, "--allow-outside"]
+            command = [sys.executable, "eval.py", "--data", path, "--allow-outside", "--device", "cpu"]
             command += ["--out", Path(out) / str(per_clip)]
             threads = dict(os.environ, OMP_NUM_THREADS=str(args.threads))
             subprocess.run(command, check=True, cwd=run.HERE, env=threads, capture_output=True)

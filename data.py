@@ -11,6 +11,7 @@ What is wrong with a row is said, never papered over:
 import argparse
 import ast
 import json
+import math
 import re
 import sys
 from array import array
@@ -67,7 +68,7 @@ def add_flags(parser, keeps_clips=True):
 
 def recipe_from(args):
     recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
-    if not (recipe.fps > 0 and recipe.max_frames >= 2 and recipe.max_pixels >= 28 * 28):
+    if not (0 < recipe.fps < math.inf and recipe.max_frames >= 2 and recipe.max_pixels >= 28 * 28):
         raise BadRow("--fps must be over 0, --max-frames at least 2, --max-pixels at least 784")
     return recipe
 
@@ -87,7 +88,7 @@ class Rows:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise BadRow(f"no data file at {path}: give a JSONL file to --data")
+            raise BadRow(f"no data file at {path}: give a JSONL file")
         offsets, hashes, offset = array("q"), array("q"), 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(tqdm(file, desc="rows", disable=None, leave=False), 1):

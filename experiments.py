@@ -25,6 +25,7 @@ import run  # before torch
 import tas
 
 RUNS = run.HERE / "runs" / "experiments"
+HASTY, FEW_ROWS = "runs/experiments/hasty/final", "toy/stage3/few.jsonl"
 SERIES = (  # kept of every step; rounded to 4 digits
     "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
     "frac_reward_zero_std kl entropy off/ess_frac hints/frac"
@@ -100,6 +101,13 @@ CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, i
 SEEDS = dict.fromkeys(EXPERIMENTS, 5) | {
     k: 3 for k in ("method", "shaping", "splits", "alpha", "lambda", "lengths", "curriculum")
 }
+
+
+def command(flags):
+    """What to type for a run."""
+    if not flags:
+        return "the shipped weights"
+    return f"python train_rl.py {flags.format(hasty=HASTY, few=FEW_ROWS)} --seed S"
 
 
 def python(script, *words, log):
@@ -231,8 +239,7 @@ def experiment(name, seeds, is_quick):
             runs.append(dict(label=label, seed=seed, **one))
             print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
     commits = sorted({one["commit"] for one in runs if one.get("commit")})
-    told = {k: f"python train_rl.py {v} --seed S" if v else "the shipped weights"
-            for k, v in commands.items()}  # fmt: skip
+    told = {label: command(flags) for label, flags in commands.items()}
     about = dict(name=name, commit=" ".join(commits), quick=is_quick, commands=told)
     return about | dict(edges=LENGTH_EDGES, runs=runs)
 
@@ -240,7 +247,7 @@ def experiment(name, seeds, is_quick):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
-    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: as in SEEDS)")
+    parser.add_argument("--seeds", type=int, default=0, help="how many, from 0 on; 0: as listed")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
     parser.add_argument("--out", default="results", help="folder for NAME.json")
     return parser.parse_args(argv)
@@ -248,11 +255,13 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    run.check_at_least(args, seeds=0)
     if not args.name:
         for name, commands in EXPERIMENTS.items():
             print(f"{name}: {SEEDS[name]} seeds")
             for label, flags in commands.items():
-                print(f"  {label:14} train_rl.py {flags}" if flags else f"  {label}")
+                print(f"  {label:14} {command(flags)}")
+        print(f"{HASTY} and {FEW_ROWS} are made by the first experiment that begins with them")
         return
     seeds = range(args.seeds or (1 if args.quick else SEEDS[args.name]))
     result = experiment(args.name, seeds, args.quick)

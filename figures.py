@@ -436,7 +436,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     folder = Path(args.run or args.results)
-    if not (folder / "metrics.jsonl" if args.run else folder).exists():
+    if not ((folder / "metrics.jsonl").is_file() if args.run else folder.is_dir()):
         raise SystemExit(f"figures.py: nothing to draw in {folder}")
     if args.run:
         print(dashboard(folder))
@@ -446,4 +446,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.main_guard(main)

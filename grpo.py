@@ -68,7 +68,7 @@ def grpo_loss(
     ref_logprobs      (N, T) float   frozen reference, or None for no KL
     token_advantages  (N, T) float   A_{i,t}, after TAS
     completion_mask   (N, T) bool    1 up to and including EOS: ending is an action too
-    weights           (N,) float     1 / (fresh completions of the step on all ranks) [J.on], or
+    weights           (N,) float     1 / (fresh completions in the update, all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
     kl_ratio          bool           KL_t times min(r, DUAL_CLIP), held fixed: the samples are b's,
                                      not pi's, and exp(d) of a token pi has given up explodes [U20]

@@ -9,12 +9,13 @@ import model
 import rewards
 import stream
 
-BATCH = 32  # held-out prompts decoded together, on each rank
+BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
 
 
 def accuracy(policy, load, rows, build, args):
     """
-    Share of right answers among --eval-samples completions, sampled as in training.
+    Share of right answers among about --eval-samples completions (as many of each row), sampled as
+    in training.
 
     load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
     """
@@ -26,15 +27,17 @@ def accuracy(policy, load, rows, build, args):
         found, failed = stream.read_all(look, {i: (i,) for i in places})
         bad |= failed
         batch = [(*both, per_row, run.seed(args.seed, 0, i)) for i, both in found.items()]
-        batch = batch or [(None, build.filler, 1, 0)]  # FSDP: no rank may stay away
-        taken, prompts, counts, seeds = zip(*batch)
-        rolled = model.rollout(
-            policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
-        )
-        for row, group in zip(taken, rolled):
-            for text in build.texts(group) if row else ():
-                answer = rewards.parse_answer(text)
-                right += rewards.accuracy_reward(answer, *data.truth(row)) == 1
+        packs = run.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
+        for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
+            part = [batch[i] for i in packs[k]] if k < len(packs) else [(None, build.filler, 1, 0)]
+            taken, prompts, counts, seeds = zip(*part)
+            rolled = model.rollout(
+                policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
+            )
+            for row, group in zip(taken, rolled):
+                for text in build.texts(group) if row else ():
+                    answer = rewards.parse_answer(text)
+                    right += rewards.accuracy_reward(answer, *data.truth(row)) == 1
     for problem in bad.values():
         run.print0(f"held-out, counted as wrong: {problem}")
     return sum(run.gather(right)) / (count * per_row)

@@ -150,7 +150,7 @@ class InputBuilder:
     def key(self, row):
         """What tells one clip from another: rows with the same key differ only in their texts."""
         return (
-            str(self.root),
+            str(self.root.resolve()),
             row.get("video"),
             *data.media_paths(row),
             bool(row.get("use_audio")),

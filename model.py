@@ -72,10 +72,13 @@ class Policy(nn.Module):
 
     def encode(self, prompts):
         """
-        The towers' outputs, each tower run once for all prompts.
+        The towers' outputs; each tower is run once for all prompts if it trains, else a prompt at
+        a time: the clips of a batch at once can be 100 GB.
 
         returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
         """
+        if not self.train_towers and len(prompts) > 1:
+            return [self.encode([prompt])[0] for prompt in prompts]
         core, out = self.thinker.model, [dict(p.media) for p in prompts]
         if self.train_towers and dist.is_initialized():
             # sharded towers: a rank that skips one leaves the others waiting in its collectives
@@ -121,9 +124,12 @@ class Policy(nn.Module):
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 
-    def forward(self, task, *args):
-        """task(policy, *args), with the parameters in place."""
-        return task(self, *args)
+    def forward(self, task):
+        """
+        task(policy), with the parameters in place. Nothing else is passed: on a GPU, FSDP moves every
+        tensor among its module's arguments there, and copies the dicts that hold them.
+        """
+        return task(self)
 
     def read(self, embeds, position_ids, shared):
         """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
@@ -167,7 +173,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
     returns      logprobs (N, T) float32, 0 off the mask; completion_mask (N, T) bool;
                  entropy (N, T) float32 without gradient; completions in reading order
     """
-    return policy(_packed_logprobs, prompts, completions, temperature)
+    return policy(lambda policy: _packed_logprobs(policy, prompts, completions, temperature))
 
 
 def _packed_logprobs(policy, prompts, completions, temperature):
@@ -248,9 +254,9 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
     return Policy(model, train_towers).train()
 
 
-def cast(module, dtype):
-    """Parameters only: the rotary frequencies are buffers, and in bfloat16 they lose count."""
-    for parameter in module.parameters():
+def cast(parameters, dtype):
+    """Never a whole module: the rotary frequencies are buffers, and in bfloat16 they lose count."""
+    for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 
 
@@ -279,7 +285,7 @@ def shard(policy, mesh, param_dtype):
     FSDP2: one unit a decoder layer (and a tower layer if towers train), the rest in the root.
 
     Frozen towers stay whole on every rank, outside FSDP: who has no audio or no video to encode
-    does not call them, and nobody waits.
+    does not call them, and nobody waits. What is frozen has param_dtype already (run.place).
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -288,8 +294,6 @@ def shard(policy, mesh, param_dtype):
     if policy.train_towers:
         units += [omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer]
     else:
-        for tower in policy.towers:
-            cast(tower, param_dtype)  # FSDP would do this, but does not see them
         ignored = {p for tower in policy.towers for p in tower.parameters()}
     precision = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -369,6 +369,19 @@ def judge_reward(step_scores):
     return sum(min(max(float(s), 0.0), 1.0) for s in step_scores) / len(step_scores)
 
 
+def parse_weights(text):
+    """ "format=.5,acc=.5" -> {part: weight}; raises ValueError."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        if name not in ("format", "acc", "self", "judge"):
+            raise ValueError(f"no part called {name}")
+        weights[name] = float(weight)
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"{weight} is no weight")
+    return weights
+
+
 def combine_rewards(parts, weights):
     """
     R = sum_k w_k r_k                                                                  [R.stage]

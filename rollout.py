@@ -40,7 +40,8 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
-    return policy(_rollout, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds)
+    given = prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds
+    return policy(lambda policy: _rollout(policy, *given))
 
 
 def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
@@ -51,10 +52,11 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
         generator = torch.Generator().manual_seed(seed)
         row[:count] = torch.rand(count, max_new_tokens, generator=generator, dtype=torch.float64)
     noise = noise.flatten(0, 1).to(device)
-    ids = torch.zeros(noise.shape, dtype=torch.long, device=device)
-    logprobs = torch.zeros(noise.shape, device=device)
-    length = torch.zeros(len(noise), dtype=torch.long, device=device)
-    ended = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    num_slots = len(noise) + 1  # the last takes what rows write that decode nothing
+    ids = torch.zeros(num_slots, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(ids.shape, device=device)
+    length = torch.zeros(num_slots, dtype=torch.long, device=device)
+    ended = torch.zeros(num_slots, dtype=torch.bool, device=device)
     eos = torch.tensor(eos_ids, device=device)
 
     # a row decodes one completion; slot[row] says which, -1 if the row is only there to fill up
@@ -73,14 +75,11 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
         after = after[owner]
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
-            alive = slot >= 0
-            live = slot[alive]
-            ids[live, step], logprobs[live, step] = token[alive], logprob[alive]
-            length[live] = step + 1
-            done = alive & torch.isin(token, eos)
-            ended[slot[done]] = True
+            ids[slot, step], logprobs[slot, step] = token, logprob
+            length[slot] = step + 1
+            ended[slot] = done = torch.isin(token, eos)
             slot = slot.masked_fill(done, -1)
-            num_alive = int((slot >= 0).sum())
+            num_alive = int((slot >= 0).sum())  # the one thing a step that a GPU is waited for
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
             if num_alive <= 0.75 * len(slot):
@@ -214,12 +213,14 @@ def gathered(policy):
     in a rollout talks to other ranks, so each ends in its own time.
     """
     units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
+    policy.eval()  # in training, layers with gradient checkpointing cost time even here
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
+        policy.train()
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()

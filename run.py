@@ -60,7 +60,7 @@ def main_guard(main):
     _signals.clear()
     try:
         main()
-    except (UserError, BadRow, FileNotFoundError) as error:
+    except (UserError, BadRow, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         line = str(error)
     except Stopped as stop:
         line, code = stop.args[0], 128 + stop.args[1]
@@ -124,7 +124,7 @@ def stop_asked():
 
 def how_to_go_on(*more):
     """The command that continues this run, with more flags."""
-    words = [*sys.argv, *(word for word in ("--resume", *more) if word not in sys.argv)]
+    words = [*sys.argv, *["--resume"][: "--resume" not in sys.argv], *more]
     local = os.environ.get("LOCAL_WORLD_SIZE", world_size())
     launcher = f"torchrun --nproc-per-node {local}" if world_size() > 1 else "python"
     return f"{launcher} {shlex.join(words)}"
@@ -171,15 +171,16 @@ def compute_dtype(device, dtype):
 
 def place(policy, device, dtype):
     """Moves the policy to its device; sharded when there is a GPU or more than one process."""
-    policy.to(device)
-    if not dist.is_initialized() and dtype == "bfloat16":
-        raise UserError("--dtype bfloat16 needs a GPU or several processes: FSDP computes in it")
-    if dist.is_initialized():
-        from model import shard
+    if not dist.is_initialized():
+        if dtype == "bfloat16":
+            raise UserError("--dtype bfloat16 needs a GPU or several processes: FSDP computes in it")
+        return policy.to(device)
+    from model import cast, shard
 
-        mesh = dist.init_device_mesh(device.type, (world_size(),))
-        shard(policy, mesh, compute_dtype(device, dtype))
-    return policy
+    param_dtype = compute_dtype(device, dtype)  # FSDP's of all; float32 is for what trains
+    cast((p for p in policy.parameters() if not p.requires_grad), param_dtype)
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    return shard(policy.to(device), mesh, param_dtype)
 
 
 def gather(item):
@@ -326,9 +327,7 @@ def lock(out):
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            print0(
-                f"  {out}: no locks on this file system: take care that one run at a time uses it"
-            )
+            print0(f"  {out}: no locks on this file system: see that one run at a time uses it")
             return
         raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
     file.truncate(0)
@@ -445,6 +444,6 @@ def clip_grad_norm(policy, max_norm):
 
 def check_at_least(args, **bounds):
     for name, bound in bounds.items():
-        if getattr(args, name) < bound:
+        if not bound <= getattr(args, name) < math.inf:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(args, name)}: at least {bound} is needed")

@@ -45,10 +45,12 @@ NUM_ROWS = {0: (2048, 128), 1: (512, 128), 2: (512, 128), 3: (512, 128)}  # stag
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
-    "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
+    "sft": dict(
+        lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True, gradient_checkpointing=False
+    ),
     "rl": dict(
         lr=1e-4, steps=120, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=40, audio_captions=False,
+        eval_every=40, audio_captions=False, gradient_checkpointing=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
@@ -382,8 +384,9 @@ def defaults(args, stage, root=HERE / "toy"):
     returns  (model folder, training rows, held-out rows)
     """
     folder = root / f"stage{stage}"
-    if rank() == 0 and not (args.model and args.data):
-        with alone(root):
+    there = (args.model or (root / "model").exists()) and (args.data or folder.exists())
+    if rank() == 0 and not there:
+        with alone(root):  # what another run has made meanwhile is not made again
             if not args.model and not (root / "model").exists():
                 write_model(root / "model", WEIGHTS)
             if not args.data and not folder.exists():

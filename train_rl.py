@@ -14,7 +14,6 @@ An Entry (buffer.py) is one completion with its reward; it is fresh if it was bo
 """
 
 import argparse
-import copy
 import functools
 import time
 
@@ -96,7 +95,7 @@ def parse_args(argv=None):
     flag("--micro-tokens", type=int, default=16384, help="tokens read at once; less = less memory")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
-    flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
+    flag("--gradient-checkpointing", action=boolean, default=True, help="less memory, more time")
     flag("--max-ratio", type=float, default=10.0, help="of a completion: above it, a bad step")
     flag("--min-entropy", type=float, default=1e-4, help="nats; below it for 10 steps: collapsed")
     flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
@@ -114,13 +113,9 @@ def parse_args(argv=None):
 
     args, source = run.parse(parser, argv, overrides)
     try:
-        weights = {
-            k: float(v) for k, v in (part.split("=") for part in args.reward_weights.split(","))
-        }
-    except ValueError:
-        raise run.UserError("--reward-weights: write it as format=.5,acc=.5") from None
-    if unknown := set(weights) - {"format", "acc", "self", "judge"}:
-        raise run.UserError(f"--reward-weights: no part called {', '.join(unknown)}")
+        weights = rewards.parse_weights(args.reward_weights)
+    except ValueError as problem:
+        raise run.UserError(f"--reward-weights: {problem}: write it as format=.5,acc=.5") from None
     if "judge" in weights and not args.judge:
         raise run.UserError("the judge part of the reward needs --judge")
     if args.feature_dir and args.train_towers:
@@ -130,6 +125,7 @@ def parse_args(argv=None):
         kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
         lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
         updates_per_rollout=1, max_staleness=0, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3,
+        seed=0, cache_gb=0, lr=0, off_policy_coef=0, max_ratio=0, weight_decay=0, max_grad_norm=0,
     )  # fmt: skip
     return args, source, weights
 
@@ -149,7 +145,7 @@ def main():
     held_out_rows = args.eval_data or (toy_test if args.data is None else None)
     held_out_rows = data.Rows(held_out_rows) if held_out_rows and args.eval_every else None
     folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
-    recipe, cache = data.recipe_from(args), int(args.cache_gb * 1e9)
+    recipe, readers = data.recipe_from(args), 2 if held_out_rows else 1
     build = model.InputBuilder(folder, recipe, rows.path.parent, args.audio_captions)
     given = (args, rows.path.parent, recipe, out, device)
     judged = judge.open_judge(*given) if "judge" in reward_weights else None
@@ -157,10 +153,11 @@ def main():
     filler = (build.filler, [nothing])
 
     # ---- policy, and the reference it stays close to
-    policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
     reference = None
     if args.kl_coef and not args.lora_rank:  # with LoRA: the policy without its adapter [U15]
-        reference = run.place(copy.deepcopy(policy).requires_grad_(False), device, args.dtype)
+        reference = model.load(folder, 0, args.train_towers, False).requires_grad_(False)
+        reference = run.place(reference, device, args.dtype)
+    policy = model.load(folder, args.lora_rank, args.train_towers, args.gradient_checkpointing)
     policy = run.place(policy, device, args.dtype)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
@@ -169,7 +166,8 @@ def main():
 
     def reader_of(rows):
         there = build.at(rows.path.parent)
-        return stream.Reader(there, args.workers, cache, store and store.at(there))
+        room = int(args.cache_gb * 1e9) // readers
+        return stream.Reader(there, args.workers, room, store and store.at(there))
 
     def load(row, hint=None, reader=None):
         """A prompt's inputs; when the towers are frozen their outputs, which never change."""
@@ -358,6 +356,7 @@ def main():
                 stored = (args.num_off, step, rng, args.max_staleness)
                 used, drawn = replay.replace_flat(made, drawn, *stored)
             infos, past = (not again and early) or gradient_of_replayed(step, drawn)
+            used = used if any(drawn) else made  # no clip of a stored prompt could be read
             fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in used]
             weight = 1 / max(sum(map(len, used)), 1)  # [J.on]
             groups = [(p, used[i], fresh[i], weight) for i, p in enumerate(prompts, mine.start)]
@@ -378,8 +377,9 @@ def main():
                     save(step - 1, before_step)
                     raise run.UserError(f"{problem}; {run.after_bad_step()}")
                 bar.write(f"skipped: {problem}")
-            else:
-                optimizer.step()
+                optimizer.zero_grad()
+                break
+            optimizer.step()
             optimizer.zero_grad()
         info, grad_norm, fresh_advantages, off_advantages = of_first
         update_s = time.perf_counter() - began_update - reward_s

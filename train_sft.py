@@ -40,7 +40,7 @@ def parse_args(argv=None):
     flag("--max-grad-norm", type=float, default=1.0, help="gradient clipping [U18]")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
-    flag("--gradient-checkpointing", action=boolean, default=False, help="less memory, more time")
+    flag("--gradient-checkpointing", action=boolean, default=True, help="less memory, more time")
 
     def overrides(first):
         yield "stage 0", dict(out="runs/sft", steps=0)
@@ -48,7 +48,9 @@ def parse_args(argv=None):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
     args, source = run.parse(parser, argv, overrides)
-    run.check_at_least(args, batch_size=1, micro_tokens=1, steps=0, lora_rank=0, keep=1)
+    run.check_at_least(
+        args, batch_size=1, micro_tokens=1, steps=0, lora_rank=0, keep=1, seed=0, cache_gb=0, lr=0
+    )
     return args, source
 
 

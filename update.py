@@ -27,7 +27,8 @@ def update(policy, reference, groups, filler, step, args):
     pieces = []  # a group larger than --micro-tokens is read in parts
     for prompt, entries, advantages, weight in groups:
         items = [(e, a, weight) for e, a in zip(entries, advantages.tolist())]
-        room = args.micro_tokens - len(prompt.input_ids)
+        # not less than half: else a long prompt would be read for every completion anew
+        room = max(args.micro_tokens - len(prompt.input_ids), args.micro_tokens // 2)
         for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
             pieces.append((prompt, [items[i] for i in pack]))
     sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]

@@ -364,6 +364,21 @@ def test_stored_groups_take_the_place_of_flat_ones():
     assert b.replace_flat([mixed], drawn, 4, 1, rng(), 0) == ([mixed], drawn)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_flat_prompts_take_only_the_places_that_useful_ones_leave(seed):
+    b = ReplayBuffer(10_000, 20)
+    for i in range(16):  # q0..q11 always wrong; of the others some are right
+        rewards = [0.0] * 4 if i < 12 else [0.0, 1.0] * 2
+        b.observe(f"q{i}", rewards)
+        b.add([entry(f"q{i}", reward) for reward in rewards])
+    names = [group[0].prompt_id for group in b.draw(8, 4, 1, rng(seed))]
+    assert len(set(names)) == 8 and {"q12", "q13", "q14", "q15"} <= set(names)
+    flat = [[entry(f"new{i}", 0.0) for _ in range(4)] for i in range(5)]
+    used, more = b.replace_flat(flat, [], 4, 1, rng(seed), 0)
+    assert used == [[]] * 4 + flat[4:]
+    assert {group[0].prompt_id for group in more} == {"q12", "q13", "q14", "q15"}
+
+
 def test_prompts_with_too_few_entries_are_not_eligible():
     b = filled(num_prompts=20, per_prompt=3)
     assert b.draw(4, 4, 1, rng()) == []

@@ -85,6 +85,11 @@ def test_every_place_the_readme_names_exists():
         assert re.search(rf"^\s*(def|class) {last}\b|^{last} = ", text, re.M), f"{file}:{name}"
 
 
+def test_the_table_of_files_has_every_script():
+    table = README.split("## Files")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+\.py)`", table, re.M)) == sorted(p.name for p in SCRIPTS)
+
+
 def test_metrics_table_is_the_code():
     table = dict(re.findall(r"^\| `([\w/]+)` \| (.+) \|$", README, re.M))
     assert {name: table.get(name) for name in metrics.METRICS} == metrics.METRICS

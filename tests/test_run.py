@@ -6,6 +6,7 @@ Runs as people start them: stage 0, resuming, two processes, and mistakes.
 
 import json
 import shutil
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -191,6 +192,45 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     assert "already holds a run" in mistake(
         "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train_rl.py --seed -1", "train_rl.py --cache-gb -1", "train_rl.py --fps inf",
+        "train_rl.py --lr nan", "train_rl.py --tas-lambda inf", "train_rl.py --clip-eps nan",
+        "train_rl.py --reward-weights format=nan", "train_rl.py --reward-weights format",
+        "train_rl.py --reward-weights speed=1", "train_sft.py --lr nan", "train_sft.py --seed -1",
+        "eval.py --max-new-tokens 0", "eval.py --temperature -1", "eval.py --batch-size 0",
+        "experiments.py efficiency --seeds -1", "figures.py --results README.md",
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_one_line(command, tmp_path):
+    script, *flags = command.split()
+    out = [] if script in ("experiments.py", "figures.py") else ["--out", tmp_path / "x"]
+    assert mistake(script, *flags, *out).startswith(f"{script}: ")
+    assert not (tmp_path / "x" / "run.json").exists()
+
+
+def test_the_command_that_goes_on_parses(monkeypatch):
+    import train_rl
+
+    said = ["train_rl.py", "--stage", "2", "--on-bad-step", "stop", "--resume"]
+    for words in (said, said[:-1], said[:3]):
+        monkeypatch.setattr(sys, "argv", words)
+        command = run.after_bad_step().split("out: ")[-1].split()
+        args, _, _ = train_rl.parse_args(command[2:])
+        assert command[:2] == ["python", "train_rl.py"]
+        assert args.resume and args.on_bad_step == "skip"
+
+
+def test_a_feature_folder_that_is_a_file_is_one_line(toy_dir, tmp_path):
+    (tmp_path / "file").touch()
+    rows = toy_dir / "stage2" / "train.jsonl"
+    flags = ("--model", toy_dir / "model", "--data", rows, "--eval-every", 0, "--steps", 1)
+    told = mistake("train_rl.py", *flags, "--judge", "toy", "--feature-dir", tmp_path / "file",
+                   "--out", tmp_path / "x")  # fmt: skip
+    assert str(tmp_path / "file") in told
 
 
 def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):

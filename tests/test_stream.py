@@ -7,6 +7,7 @@ The rows of a step: order, reading ahead, bad rows, features on disk.
 import json
 import random
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,17 @@ def test_every_row_comes_once_an_epoch_and_the_order_goes_on_anywhere():
     assert take_ids(stream_of(rows_of(1), count=3), 1)[0] == [0, 0, 0]
 
 
+def test_a_later_rank_may_ask_for_the_next_epoch_first(monkeypatch):
+    monkeypatch.setattr(run, "share", lambda count: slice(count // 2, count))  # rank 1 of 2
+    for at in (0, 96):  # few rows; a resumed run that begins where an epoch ends
+        source = stream_of(rows_of(100 if at else 3), count=8)
+        source.load_state_dict(dict(at=at, bad={}))
+        source.read_ahead()
+        asked = [source.index(at + i) for i in range(8)]
+        rows, items, _ = source.take()
+        assert [int(row["prompt_id"]) for row in rows] == asked and len(items) == 4
+
+
 def test_a_bad_row_is_told_once_and_the_next_of_the_order_takes_its_place():
     order, _ = take_ids(stream_of(rows_of(10), count=1), 20)
     source = stream_of(rows_of(10), broken={str(order[1]), str(order[4])})
@@ -181,7 +193,8 @@ def test_features_on_disk_are_those_of_the_same_clip_recipe_and_towers(toy_dir, 
         build.__class__.__call__ = called
     assert found.encoded and all(torch.equal(found.media[k], features[k]) for k in features)
     assert torch.equal(found.input_ids, build(row, "a hint").input_ids)
-    # not for another clip, recipe, file or tower
+    # not for another clip, recipe, file or tower; nor for a folder that was "." in another place
+    assert build.at(".").key(row) == build.at(Path.cwd()).key(row) != build.key(row)
     assert store.load(rows[1]) is None
     other = build.at(build.root)
     other.recipe = RECIPE._replace(fps=1.0)
