@@ -370,7 +370,7 @@ def judge_reward(step_scores):
 
 
 def parse_weights(text):
-    """ "format=.5,acc=.5" -> {part: weight}; raises ValueError."""
+    """'format=.5,acc=.5' -> {part: weight}; raises ValueError."""
     weights = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")

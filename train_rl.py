@@ -356,7 +356,7 @@ def main():
                 stored = (args.num_off, step, rng, args.max_staleness)
                 used, drawn = replay.replace_flat(made, drawn, *stored)
             infos, past = (not again and early) or gradient_of_replayed(step, drawn)
-            used = used if any(drawn) else made  # no clip of a stored prompt could be read
+            used = used if any(drawn) else made  # if no stored clip could be read, all fresh stay
             fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in used]
             weight = 1 / max(sum(map(len, used)), 1)  # [J.on]
             groups = [(p, used[i], fresh[i], weight) for i, p in enumerate(prompts, mine.start)]
