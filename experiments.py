@@ -58,10 +58,12 @@ def sweep(flag, default, *values):
 EXPERIMENTS = {
     "efficiency": {
         "GRPO": f"{DENSE} {GRPO['dense']} 28",
+        "GRPO, 4 updates": f"{DENSE} {GRPO['dense']} 12 --lr 7e-5 --updates-per-rollout 4",
         "AVATAR": f"{DENSE} {AVATAR['dense']} 48",
     },
     "sparse": {
         "GRPO": f"{SPARSE} {GRPO['sparse']} 48",
+        "GRPO, 4 updates": f"{SPARSE} {GRPO['sparse']} 24 --lr 1e-4 --updates-per-rollout 4",
         "AVATAR": f"{SPARSE} {AVATAR['sparse']} 36",
     },
     "components": {  # where every part takes part
@@ -82,7 +84,11 @@ EXPERIMENTS = {
         "no staleness limit": f"{FULL} --max-staleness 0 --max-ratio 0",
         "plain KL": f"{FULL} --no-kl-ratio",
     },
-    "shaping": sweep("--tas-shape", "parabolic", *tas.SHAPES),
+    "shaping": sweep("--tas-shape", "parabolic", *tas.SHAPES)
+    | {  # the weights also make a step larger; these do not
+        "parabolic, mean 1": f"{FULL} --tas-equal-mean",
+        "inverse, mean 1": f"{FULL} --tas-shape inverse --tas-equal-mean",
+    },
     "splits": {  # where prompts come back: six stored completions of one prompt take visits
         f"{on}/{8 - on}": f"{FEW} {AVATAR['sparse']} {steps}"
         + f" --num-on {on} --num-off {8 - on}" * (on != 4)
@@ -98,9 +104,11 @@ EXPERIMENTS = {
     },
 }
 CHAINED, EVALUATED = ("curriculum",), ("curriculum", "lengths")  # by eval.py, item by item
-SEEDS = dict.fromkeys(EXPERIMENTS, 5) | {
-    k: 3 for k in ("method", "shaping", "splits", "alpha", "lambda", "lengths", "curriculum")
-}
+SEEDS = (
+    dict.fromkeys(EXPERIMENTS, 5)
+    | {k: 3 for k in ("method", "shaping", "splits", "lengths")}
+    | {k: 2 for k in ("alpha", "lambda", "curriculum")}
+)
 
 
 def command(flags):

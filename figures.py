@@ -26,7 +26,7 @@ import tas
 
 matplotlib.use("Agg")
 
-FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best either method reaches
+FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best that any method reaches
 RESAMPLES = 2000
 HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
@@ -207,7 +207,7 @@ def plot_efficiency(result, path):
         smooth = np.convolve(y, np.ones(width) / width, "valid")
         right.plot(x[width - 1 :], smooth, color=line.get_color(), label=label)
     if {"GRPO", "AVATAR"} <= set(runs):
-        for target in targets_of(*(curves_of(runs[k]) for k in ("GRPO", "AVATAR")))[2]:
+        for target in targets_of(*map(curves_of, runs.values()))[2]:
             left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
     left.set(xlabel="completions generated", ylabel="held-out accuracy")
     right.set(xlabel="completions generated", ylabel="training reward (mean of 9 steps)")
@@ -218,16 +218,18 @@ def plot_efficiency(result, path):
 def efficiency_table(result):
     """The ratio at each target, and the vanishing advantage, as Markdown lines."""
     runs = by_label(result)
-    slow, fast = (curves_of(runs[label]) for label in ("GRPO", "AVATAR"))
-    start, best, targets = targets_of(slow, fast)
-    yield f"Start {start:.3f}, best {best:.3f}, {len(slow)} seeds."
+    curves = {label: curves_of(found) for label, found in runs.items()}
+    start, best, targets = targets_of(*curves.values())
+    fast = curves.pop("AVATAR")
+    yield f"Start {start:.3f}, best {best:.3f}, {len(fast)} seeds."
     yield ""
-    yield "| target | GRPO | AVATAR | ratio | 95 % interval |"
-    yield "|---|---|---|---|---|"
-    for fraction, target in zip(FRACTIONS, targets):
-        need = [number(completions_to(mean_curve(c), target), 0, "never") for c in (slow, fast)]
-        ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
-        yield f"| {fraction:.0%}: {target:.3f} | {need[0]} | {need[1]} | {ratio} | {low} – {high} |"
+    yield "| target | | completions | AVATAR | ratio | 95 % interval |\n|---|---|---|---|---|---|"
+    for label, slow in curves.items():
+        for fraction, target in zip(FRACTIONS, targets):
+            need = [number(completions_to(mean_curve(c), target), 0, "never") for c in (slow, fast)]
+            ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
+            told = f"{fraction:.0%}: {target:.3f} | {label} | {need[0]} | {need[1]}"
+            yield f"| {told} | {ratio} | {low} – {high} |"
     yield ""
     yield "| | std of advantages | exact zeros |"
     yield "|---|---|---|"
@@ -439,10 +441,9 @@ def main():
     if not ((folder / "metrics.jsonl").is_file() if args.run else folder.is_dir()):
         raise SystemExit(f"figures.py: nothing to draw in {folder}")
     if args.run:
-        print(dashboard(folder))
-    else:
-        missing = write_all(folder)
-        print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
+        return print(dashboard(folder))
+    missing = write_all(folder)
+    print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
 
 
 if __name__ == "__main__":
