@@ -68,6 +68,7 @@ EXPERIMENTS = {
     },
     "components": {  # where every part takes part
         "GRPO": f"{FEW} {GRPO['sparse']} 20",
+        "GRPO, 4 updates": f"{FEW} {GRPO['sparse']} 20 --lr 1e-4 --updates-per-rollout 4",
         "TAS only": f"{FEW} {GRPO['sparse']} 20 --tas-shape parabolic",
         "replay only": f"{FEW} {AVATAR['sparse']} 36 --tas-shape uniform --no-hints",
         "without hints": f"{FEW} {AVATAR['sparse']} 36 --no-hints",
