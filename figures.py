@@ -30,7 +30,7 @@ FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best that any 
 RESAMPLES = 2000
 HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
-COLOR = {"AVATAR": BLUE, "GRPO": ORANGE}
+COLOR = {"AVATAR": BLUE, "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
 
 # name of the results file -> title, what the paper finds (None: no claim), reference label
 TABLES = {
