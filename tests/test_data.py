@@ -886,7 +886,7 @@ def test_rows_are_found_by_number_and_by_id(tmp_path):
             "prompt_id '5' occurs twice: make ids unique",
         ),
         ([], "has no rows: give a JSONL"),
-        (None, "no data file at .*x.jsonl: give a JSONL file to --data"),
+        (None, "no data file at .*x.jsonl: give a JSONL file"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path, lines, words):
