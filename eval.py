@@ -81,10 +81,7 @@ def parse_args(argv=None):
                 yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
 
     args = run.parse(parser, argv, overrides)
-    bounds = dict(seed=0, temperature=0, batch_size=1, html=0)
-    if args[0].max_new_tokens is not None:
-        bounds["max_new_tokens"] = 1
-    run.check_at_least(args[0], **bounds)
+    run.check_at_least(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
     if args[0].benchmark and not args[0].root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")
     if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):

@@ -37,8 +37,8 @@ OURS = "--prompts-per-step 4 --flat-groups replace --max-staleness 16 --kl-ratio
 LOG = "--eval-samples 128 --save-every 0 --eval-every"
 DENSE = "--stage 2"  # the paper's reward of stage 2: format, accuracy, self-consistency
 # a completion that the policy has given up has a tiny ratio: --max-ratio 0
-SPARSE = "--stage 3 --reward-weights format=.5,acc=.5 --max-ratio 0 --model {hasty}"
-FEW = f"{SPARSE} --data {{few}} --eval-data toy/stage3/test.jsonl"  # they come back: hints enter
+SPARSE = "--stage 3 --reward-weights format=.5,acc=.5 --max-ratio 0 --model " + HASTY
+FEW = f"{SPARSE} --data {FEW_ROWS} --eval-data toy/stage3/test.jsonl"  # they come back: hints enter
 GRPO = {  # the best of those tuned, a task each
     "dense": f"{LOG} 2 --algo grpo --lr 2e-4 --steps",
     "sparse": f"{LOG} 4 --algo grpo --lr 2e-4 --prompts-per-step 4 --steps",
@@ -114,9 +114,7 @@ SEEDS = (
 
 def command(flags):
     """What to type for a run."""
-    if not flags:
-        return "the shipped weights"
-    return f"python train_rl.py {flags.format(hasty=HASTY, few=FEW_ROWS)} --seed S"
+    return f"python train_rl.py {flags} --seed S" if flags else "the shipped weights"
 
 
 def python(script, *words, log):
@@ -134,11 +132,10 @@ def hasty_model():
     The start of "sparse": a model that answers without looking. Stage-0 rows whose reasoning is
     hasty, and every twentieth of the others, for 40 steps of SFT from the shipped weights.
     """
-    folder = RUNS / "hasty"
-    if (folder / "final" / "config.json").exists():
-        return folder / "final"
-    shutil.rmtree(folder, ignore_errors=True)
-    RUNS.mkdir(parents=True, exist_ok=True)
+    final = run.HERE / HASTY
+    if (final / "config.json").exists():
+        return
+    shutil.rmtree(final.parent, ignore_errors=True)
     log = RUNS / "hasty.log"
     python("toy.py", "--stages", 0, log=log)
     rows = [json.loads(line) for line in (run.HERE / "toy/stage0/train.jsonl").open()]
@@ -151,18 +148,16 @@ def hasty_model():
     data = run.HERE / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
     run.write_text(data, "".join(json.dumps(row) + "\n" for kind in kinds for row in kind))
     flags = "--steps 40 --lr 2e-4 --save-every 0".split()
-    python("train_sft.py", "--data", data, "--out", folder, *flags, log=log)
-    return folder / "final"
+    python("train_sft.py", "--data", data, "--out", final.parent, *flags, log=log)
 
 
 def few_rows():
     """The 32 rows of "components": a prompt is visited four or five times in 36 steps."""
-    path = run.HERE / "toy/stage3/few.jsonl"
+    path = run.HERE / FEW_ROWS
     if not path.exists():
         python("toy.py", "--stages", 3, log=RUNS / "few.log")
         lines = (path.parent / "train.jsonl").read_text().splitlines(keepends=True)
         run.write_text(path, "".join(lines[:32]))
-    return path
 
 
 def quick(flags):
@@ -181,9 +176,10 @@ def train(flags, seed, start=None):
         shutil.rmtree(out, ignore_errors=True)
         log = out.with_suffix(".log")
         log.unlink(missing_ok=True)
-        made = {"{hasty}": hasty_model, "{few}": few_rows}
         with run.alone(RUNS / "locks" / "start"):
-            words = [str(made[word]()) if word in made else word for word in words]
+            for path, make in ((HASTY, hasty_model), (FEW_ROWS, few_rows)):
+                if path in words:
+                    make()
         words += ["--model", str(start / "final")] if start else []
         python("train_rl.py", *words, "--out", out, log=log)
         before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())

@@ -171,9 +171,9 @@ def compute_dtype(device, dtype):
 
 def place(policy, device, dtype):
     """Moves the policy to its device; sharded when there is a GPU or more than one process."""
+    if not dist.is_initialized() and dtype == "bfloat16":
+        raise UserError("--dtype bfloat16 needs a GPU or several processes: FSDP computes in it")
     if not dist.is_initialized():
-        if dtype == "bfloat16":
-            raise UserError("--dtype bfloat16 needs a GPU or several processes: FSDP computes in it")
         return policy.to(device)
     from model import cast, shard
 
@@ -444,6 +444,6 @@ def clip_grad_norm(policy, max_norm):
 
 def check_at_least(args, **bounds):
     for name, bound in bounds.items():
-        if not bound <= getattr(args, name) < math.inf:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(args, name)}: at least {bound} is needed")
+        value = getattr(args, name)
+        if value is not None and not bound <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")

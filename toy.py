@@ -377,6 +377,14 @@ def is_toy(folder):
     return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
 
 
+def once(folder, write, *given):
+    """write(folder, *given), unless it is there, or another run is just making it."""
+    if not folder.exists():
+        with alone(folder.parent):
+            if not folder.exists():
+                write(folder, *given)
+
+
 def defaults(args, stage, root=HERE / "toy"):
     """
     Makes what --model and --data leave to the toy (rank 0; the others wait).
@@ -384,13 +392,10 @@ def defaults(args, stage, root=HERE / "toy"):
     returns  (model folder, training rows, held-out rows)
     """
     folder = root / f"stage{stage}"
-    there = (args.model or (root / "model").exists()) and (args.data or folder.exists())
-    if rank() == 0 and not there:
-        with alone(root):  # what another run has made meanwhile is not made again
-            if not args.model and not (root / "model").exists():
-                write_model(root / "model", WEIGHTS)
-            if not args.data and not folder.exists():
-                write_rows(folder, stage, *NUM_ROWS[stage], seed=0)
+    if rank() == 0 and not args.model:
+        once(root / "model", write_model, WEIGHTS)
+    if rank() == 0 and not args.data:
+        once(folder, write_rows, stage, *NUM_ROWS[stage], 0)
     gather(None)  # a barrier
     return root / "model", folder / "train.jsonl", folder / "test.jsonl"
 
@@ -429,13 +434,10 @@ def main(argv=None):
         ship_weights(args.ship)
         return
     out = Path(args.out)
-    with alone(out):
-        if not (out / "model").exists():
-            write_model(out / "model", None if args.random_init else WEIGHTS)
-        for stage in args.stages:
-            if not (out / f"stage{stage}").exists():
-                num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
-                write_rows(out / f"stage{stage}", stage, num_train, num_test, args.seed)
+    once(out / "model", write_model, None if args.random_init else WEIGHTS)
+    for stage in args.stages:
+        num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
+        once(out / f"stage{stage}", write_rows, stage, num_train, num_test, args.seed)
     print(f"{out}: model, " + ", ".join(f"stage{s}" for s in args.stages))
 
 
