@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sdpa = F.scaled_dot_product_attention
+ROOM = 64  # tokens by which the room for what is decoded grows
 
 
 class PackedAttention:
@@ -28,7 +29,9 @@ class PackedAttention:
         self.splits = [(num_prompt, sum(lengths)) for num_prompt, lengths in groups]
         self.kept, self.masks, self.record = {}, [], record
         for num_prompt, lengths in groups:
-            lengths = torch.tensor(lengths, dtype=torch.long)  # on the CPU: a GPU would be waited for
+            lengths = torch.tensor(
+                lengths, dtype=torch.long
+            )  # on the CPU: a GPU would be waited for
             owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # (N,)
             own = (owner[:, None] == owner[None, :]).tril()
             self.masks.append(F.pad(own, (num_prompt, 0), value=True))  # (N, P + N) bool
@@ -67,22 +70,42 @@ class DecodeAttention:
     where they are, by all its completions at once: no copy per completion.
 
     prompt_kv   layer -> (k, v), each (B, K, P, E), padded; prompt_mask (B, P) says what is real
-    own_kv      layer -> (k, v), each (B G, K, room, E), filled up to `length`: what a completion
-                has already, such as its own question after a clip that it shares with others;
-                own_mask (B G, length) says what of it is real
+    own_kv      layer -> (k, v), each (B G, K, length, E): what a completion has already, such as
+                its own question after a clip that it shares with others; own_mask (B G, length)
+                says what of it is real
+
+    Between two growths of the room, a token changes no shape and no address, only values: so its
+    kernels can be recorded once and replayed (rollout.record).
     """
 
     def __init__(self, prompt_kv, prompt_mask, group_size, own_kv, own_mask):
-        self.prompt_kv, self.group_size = prompt_kv, group_size
-        self.own_kv, self.length = own_kv, own_mask.shape[1]
+        self.prompt_kv, self.group_size, self.own_kv = prompt_kv, group_size, own_kv
         self.bias, self.own_bias = (
             torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
             for mask in (prompt_mask, own_mask)
         )
+        self.length, self.new = own_mask.shape[1], True
+        self.now = torch.zeros(1, dtype=torch.long, device=own_mask.device)
+
+    def next_token(self):
+        """To be called before each token. -> True if the tensors are not those of the last one."""
+        room = self.own_bias.shape[1]
+        if self.length == room:
+            for layer, pair in self.own_kv.items():  # one at a time: twice all may not fit
+                self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, ROOM)) for x in pair)
+            self.own_bias = F.pad(self.own_bias, (0, ROOM), value=-torch.inf)
+            self.new = True
+        self.own_bias[:, self.length] = 0
+        self.now.fill_(self.length)
+        self.length += 1
+        new, self.new = self.new, False
+        return new
 
     def attend(self, layer, q, k, v, scaling):
         """q (B G, H, 1, E), k and v (B G, K, 1, E) -> (B G, 1, H, E)"""
-        own_k, own_v = self._append(layer, k, v)  # (B G, K, length + 1, E)
+        own_k, own_v = self.own_kv[layer]  # (B G, K, room, E)
+        own_k.index_copy_(2, self.now, k)
+        own_v.index_copy_(2, self.now, v)
         prompt_k, prompt_v = self.prompt_kv[layer]  # (B, K, P, E)
         num_rows, num_heads, _, width = q.shape
         num_prompts, num_kv, num_prompt_tokens, _ = prompt_k.shape
@@ -97,22 +120,12 @@ class DecodeAttention:
             return x.reshape(num_rows, num_kv, share, x.shape[-1])
 
         q = q.view(num_rows, num_kv, share, width)
-        to_prompt = (by_prompt(q) @ prompt_k.mT).float() * scaling + self.bias[:, None, None]
-        to_own = (q @ own_k.mT).float() * scaling  # (B G, K, share, length + 1)
-        to_own[..., : self.own_bias.shape[1]] += self.own_bias[:, None, None]
+        to_prompt = float32_product(by_prompt(q), prompt_k.mT) * scaling + self.bias[:, None, None]
+        to_own = float32_product(q, own_k.mT) * scaling + self.own_bias[:, None, None]
         weights = torch.cat([by_row(to_prompt), to_own], dim=-1).softmax(-1).to(q.dtype)
         out = weights[..., num_prompt_tokens:] @ own_v
         out = out + by_row(by_prompt(weights[..., :num_prompt_tokens]) @ prompt_v)
         return out.reshape(num_rows, 1, num_heads, width)
-
-    def _append(self, layer, k, v):
-        stores = self.own_kv[layer]
-        if stores[0].shape[2] == self.length:  # full: double the room
-            stores = tuple(F.pad(x, (0, 0, 0, max(64, self.length))) for x in stores)
-            self.own_kv[layer] = stores
-        for store, new in zip(stores, (k, v)):
-            store[:, :, self.length] = new[:, :, 0]
-        return (store[:, :, : self.length + 1] for store in stores)
 
     def keep(self, prompts, rows, group_size):
         """
@@ -125,7 +138,15 @@ class DecodeAttention:
             for layer, (k, v) in kv.items():  # one at a time: twice all of them may not fit
                 kv[layer] = (k[kept], v[kept])
         self.bias, self.own_bias = self.bias[prompts], self.own_bias[rows]
-        self.group_size = group_size
+        self.group_size, self.new = group_size, True
+
+
+def float32_product(a, b):
+    """a (B, K, n, E) @ b (B, K, E, m), not rounded to bfloat16: a score of 50 would be off by .1."""
+    if a.is_cuda and a.dtype != torch.float32:  # the kernels sum in float32 anyway
+        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:2])
+    return a.float() @ b.float()
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):

@@ -64,24 +64,30 @@ def parse_args(argv=None):
 # ---- the two sides -----------------------------------------------------------------------------
 
 
-def build_models(args):
-    """-> (our policy, the plain thinker), the same weights."""
-    tower = dict(initializer_range=0.02)
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])
-    config = Qwen2_5OmniThinkerConfig(
+def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
+    """A text model of these sizes; the towers, which are no part of the figures, are tiny."""
+    tower, part = dict(initializer_range=0.02), hidden // heads // 16
+    sections = [2 * part, 3 * part, 3 * part]  # of a rotary position: time, height, width
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
+    return Qwen2_5OmniThinkerConfig(
         text_config=dict(
-            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
-            num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-            num_key_value_heads=max(1, args.hidden // 128), rope_parameters=rope,
-            tie_word_embeddings=False,
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            rope_parameters=rope, tie_word_embeddings=False,
         ),
         vision_config=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2,
-                           out_hidden_size=args.hidden, fullatt_block_indexes=[0], **tower),
+                           out_hidden_size=hidden, fullatt_block_indexes=[0], **tower),
         audio_config=dict(d_model=64, encoder_layers=1, encoder_attention_heads=2,
-                          encoder_ffn_dim=64, output_dim=args.hidden, **tower),
+                          encoder_ffn_dim=64, output_dim=hidden, **tower),
         vision_start_token_id=1, audio_token_index=2, image_token_index=3, video_token_index=4,
         audio_start_token_id=5, audio_end_token_id=6,
     )  # fmt: skip
+
+
+def build_models(args):
+    """-> (our policy, the plain thinker), the same weights."""
+    sizes = args.hidden, 4 * args.hidden, args.layers, args.hidden // 64, max(1, args.hidden // 128)
+    config = thinker_config(*sizes, args.vocab)
     torch.manual_seed(0)
     plain = Thinker(config)
     plain.model.visual.requires_grad_(False)
@@ -109,34 +115,33 @@ def update_ours(policy, prompts, completions):
     return logprobs.detach()
 
 
-def update_copies(plain, prompts, completions):
+def copies_logprobs(plain, prompts, completions):
+    """G copies of each prompt in one batch, with full logits."""
     ids = torch.cat([
         torch.cat([p.input_ids.expand(len(g), -1), torch.stack(g)], dim=1)
         for p, g in zip(prompts, completions)
-    ])  # fmt: skip
+    ]).to(plain.device)  # fmt: skip
     num_prompt = len(prompts[0].input_ids)
     logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     logprobs = logits[:, num_prompt - 1 : -1].log_softmax(-1)
-    logprobs = logprobs.gather(-1, ids[:, num_prompt:, None])[..., 0]
+    return logprobs.gather(-1, ids[:, num_prompt:, None])[..., 0]
+
+
+def update_copies(plain, prompts, completions):
+    logprobs = copies_logprobs(plain, prompts, completions)
     logprobs.mean().backward()
     plain.zero_grad()
     return logprobs.detach()
 
 
 def rollout_ours(policy, prompts, group_size, num_tokens):
-    return model.rollout(
-        policy,
-        prompts,
-        [group_size] * len(prompts),
-        1.0,
-        num_tokens,
-        [-1],
-        list(range(len(prompts))),
-    )
+    counts, seeds = [group_size] * len(prompts), range(len(prompts))
+    return model.rollout(policy, prompts, counts, 1.0, num_tokens, [-1], seeds)
 
 
 def rollout_generate(plain, prompts, group_size, num_tokens):
     ids = torch.stack([p.input_ids for p in prompts]).repeat_interleave(group_size, dim=0)
+    ids = ids.to(plain.device)
     return plain.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
         top_k=0, top_p=1.0, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
@@ -154,6 +159,8 @@ def in_turn(a, b, repeats):
         for side, task in zip(times, (a, b)):
             began = time.perf_counter()
             task()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i:
                 side.append(time.perf_counter() - began)
     return statistics.median(times[0]), statistics.median(times[1])
@@ -211,13 +218,17 @@ def update_flops(policy, size):
     return 6 * (matrices * tokens + head * group_size * num_completion) + 12 * scores * width
 
 
+def cell(number):
+    return "-" if number is None else f"{number:.4g}"
+
+
 def print_table(title, rows):
     """The numbers of each row under their names."""
     names = [name for name in rows[0] if name != "size"]
     print(f"\n{title:20}" + "".join(f"{name:>13}" for name in names))
     for row in rows:
         size = "/".join(map(str, row["size"]))
-        print(f"{size:20}" + "".join(f"{row[name]:13.4g}" for name in names))
+        print(f"{size:20}" + "".join(f"{cell(row[name]):>13}" for name in names))
 
 
 def bench_updates(args, policy, plain):
@@ -274,7 +285,7 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
         ]
         weight = 1 / (num_prompts * group_size)
         groups.append((prompt, entries, group_advantages(reward), weight))
-    update.update(policy, reference, groups, None, step, args)
+    update.update(policy, reference, groups, groups[0][:2], step, args)
     run.clip_grad_norm(policy, 1.0)
     optimizer.step()
     optimizer.zero_grad()

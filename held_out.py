@@ -28,8 +28,8 @@ def accuracy(policy, load, rows, build, args):
         bad |= failed
         batch = [(*both, per_row, run.seed(args.seed, 0, i)) for i, both in found.items()]
         packs = run.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
-        for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
-            part = [batch[i] for i in packs[k]] if k < len(packs) else [(None, build.filler, 1, 0)]
+        packs = [[batch[i] for i in pack] for pack in packs]
+        for part, _ in run.rounds(packs, [(None, build.filler, 1, 0)]):
             taken, prompts, counts, seeds = zip(*part)
             rolled = model.rollout(
                 policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds

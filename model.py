@@ -229,12 +229,17 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
     thinker = from_pretrained(Thinker, folder, dtype=torch.float32)
-    model = thinker
     if is_adapter(folder):  # a trained adapter becomes part of the weights; what trains now is new
         from peft import PeftModel
 
-        model = thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
+        thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
         thinker.requires_grad_(True)  # PEFT had frozen them
+    return prepare(thinker, lora_rank, train_towers, gradient_checkpointing)
+
+
+def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
+    """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
+    model = thinker
     for tower in (thinker.model.visual, thinker.model.audio_tower):
         tower.requires_grad_(train_towers)
     if lora_rank:
@@ -250,7 +255,7 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
             model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if gradient_checkpointing:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-        thinker.gradient_checkpointing_enable(kwargs)
+        thinker.activation_checkpointing_enable(kwargs)
     return Policy(model, train_towers).train()
 
 

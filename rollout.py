@@ -8,6 +8,7 @@ they begin with alike, the clip above all, is encoded and read once for the whol
 B prompts, G completions each, F families, P prompt tokens, T completion tokens, V vocabulary.
 """
 
+import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -73,6 +74,17 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
         logits = logits[owner]  # (rows, V)
         after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
         after = after[owner]
+
+        def decode_plainly(token, position):
+            """A token of every row, (rows,) and its position (rows,) -> logits of the next (rows, V)."""
+            hidden = policy.thinker.model.language_model(
+                inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
+                position_ids=position[None, :, None].expand(3, -1, 1),
+                use_cache=False,
+                shared=attention,
+            ).last_hidden_state
+            return policy.thinker.lm_head(hidden[:, -1]).float()
+
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
             ids[slot, step], logprobs[slot, step] = token, logprob
@@ -87,21 +99,44 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
                 if len(rows) < len(slot):  # finished rows leave
                     attention.keep(families_left, rows, size)
                     slot, token, after = slot[rows], token[rows], after[rows]
-            embeds = policy.thinker.get_input_embeddings()(token[:, None])  # (rows, 1, D)
-            hidden = policy.thinker.model.language_model(
-                inputs_embeds=embeds,
-                position_ids=(after + step)[None, :, None].expand(3, -1, 1),
-                use_cache=False,
-                shared=attention,
-            ).last_hidden_state
-            attention.length += 1
-            logits = policy.thinker.lm_head(hidden[:, -1]).float()
+            inputs = token, after + step
+            if attention.next_token():
+                decode = decode_plainly  # over new tensors; it warms up what a recording needs
+            elif decode is decode_plainly:
+                decode = record(decode_plainly, inputs)
+            logits = decode(*inputs)
     ids, logprobs, length, ended = ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist()
     made = [
         Completion(ids[r, :n].clone(), logprobs[r, :n].clone(), not end)
         for r, (n, end) in enumerate(zip(length, ended))
     ]
     return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
+
+
+def record(decode, inputs):
+    """
+    -> `decode`, on a GPU replayed as one CUDA graph: a token of the 7B model is some thousand small
+    kernels, and Python takes longer to ask for them than the GPU to run them.
+    """
+    if not inputs[0].is_cuda:
+        return decode
+    inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # back to it also after a failure
+            # thread_local: other threads may use the GPU meanwhile (clips read ahead, NCCL)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = decode(*inputs)
+    except RuntimeError as error:
+        warnings.warn(f"no CUDA graph, so decoding is slower: {error}", stacklevel=2)
+        return lambda *given: decode(*given)  # another than `decode`: not tried again at each token
+
+    def replay(*given):
+        for mine, new in zip(inputs, given):
+            mine.copy_(new)
+        graph.replay()
+        return logits  # the next replay writes over them
+
+    return replay
 
 
 def families_of(prompts):

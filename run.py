@@ -152,6 +152,8 @@ def init_processes(device):
     """-> torch.device. One process without torchrun, several with it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1:
@@ -189,6 +191,15 @@ def gather(item):
     if world_size() > 1:
         dist.all_gather_object(items, item)
     return items
+
+
+def rounds(items, filler):
+    """
+    As many rounds on every rank, as a forward under FSDP needs: a rank that has fewer items than
+    another goes on with fillers. -> pairs of (item, whether it is one of the items)
+    """
+    for k in range(max(gather(len(items)))):
+        yield (items[k], True) if k < len(items) else (filler, False)
 
 
 def share(count):
@@ -231,12 +242,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 # what may change when a run is resumed: it does not change what the run computes
-FREE = set(
-    "out resume save_every keep eval_every eval_samples eval_data workers cache_gb device".split()
-)
-FREE |= {"micro_tokens", "gradient_checkpointing", "allow_outside", "max_bad_frac", "feature_dir"}
-FREE |= {"on_bad_step", "max_ratio", "min_entropy"}
-FREE |= {"judge_concurrency", "judge_timeout", "judge_retries", "max_unjudged_frac"}
+FREE = """
+    out resume save_every keep eval_every eval_samples eval_data workers cache_gb device feature_dir
+    micro_tokens gradient_checkpointing allow_outside max_bad_frac on_bad_step max_ratio min_entropy
+    judge_concurrency judge_timeout judge_retries max_unjudged_frac
+""".split()
 
 
 def add_flags(parser):
@@ -266,16 +276,20 @@ def parse(parser, argv, overrides):
     """
     source = {}
     words = sys.argv[1:] if argv is None else argv
-    first = [
-        word for word in words if word not in ("-h", "--help")
-    ]  # help shows the final defaults
+    first = [word for word in words if word not in ("-h", "--help")]  # help: the final defaults
     for name, values in overrides(parser.parse_known_args(first)[0]):
         parser.set_defaults(**values)
         source |= {key: name for key in values}
     args = parser.parse_args(argv)
-    return args, {
-        k: name for k, name in source.items() if getattr(args, k) == parser.get_default(k)
-    }
+    source = {k: name for k, name in source.items() if getattr(args, k) == parser.get_default(k)}
+    return args, source
+
+
+def check_at_least(args, **bounds):
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")
 
 
 def open_folder(args, source):
@@ -298,10 +312,8 @@ def open_folder(args, source):
             known.remove("judge")  # it may come back at another address: its model is what counts
         changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
-            told = ", ".join(
-                f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in changed
-            )
-            raise UserError(f"--resume: these would make it another run: {told}")
+            told = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in changed]
+            raise UserError("--resume: these would make it another run: " + ", ".join(told))
     print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}")
     for key, value in sorted(vars(args).items()):
         print0(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))
@@ -397,13 +409,9 @@ def empty_part(folder):
 def log(path, item):
     """A line of JSON, which has no NaN and no infinity: these become null."""
     if rank() == 0:
-        finite = {
-            k: v if v == v and abs(v) != math.inf else None
-            for k, v in item.items()
-            if isinstance(v, float)
-        }
+        infinite = {k for k, v in item.items() if isinstance(v, float) and not math.isfinite(v)}
         with open(path, "a") as file:
-            file.write(json.dumps(item | finite) + "\n")
+            file.write(json.dumps(item | dict.fromkeys(infinite)) + "\n")
 
 
 # ---- optimisation ------------------------------------------------------------------------------
@@ -440,10 +448,3 @@ def clip_grad_norm(policy, max_norm):
     params = [p for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def check_at_least(args, **bounds):
-    for name, bound in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not bound <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")

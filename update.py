@@ -34,11 +34,8 @@ def update(policy, reference, groups, filler, step, args):
     sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]
     packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
     infos = []
-    for k in range(max(run.gather(len(packs)))):  # the same on every rank, or FSDP would hang
-        if k < len(packs):
-            part = packs[k]
-        else:
-            part = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
+    idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
+    for part, counts in run.rounds(packs, idle):
         prompts = [prompt for prompt, _ in part]
         completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
         entries, advantages, weights = zip(*(item for _, items in part for item in items))
@@ -60,7 +57,7 @@ def update(policy, reference, groups, filler, step, args):
         )  # fmt: skip
         # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
         (loss * run.world_size()).backward()
-        if k < len(packs):
+        if counts:
             lengths = mask.sum(1)
             info["entropy"] = (entropy * mask).sum(1) / lengths
             info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
@@ -77,9 +74,8 @@ def stored_kls(policy, stored, filler, temperature):
     filler   as for `update`
     returns  {prompt_id: nats per token}, of all ranks
     """
-    kls, todo = {}, list(stored.items())
-    for k in range(max(run.gather(len(todo)))):  # the same on every rank, or FSDP would hang
-        prompt_id, (prompt, entries) = todo[k] if k < len(todo) else (None, filler)
+    kls = {}
+    for (prompt_id, (prompt, entries)), _ in run.rounds(list(stored.items()), (None, filler)):
         completions = [e.completion_ids.long() for e in entries]
         with torch.no_grad():
             inputs = ([prompt], [completions], temperature)

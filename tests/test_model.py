@@ -7,15 +7,22 @@ The oracle is transformers' own forward, one completion at a time, with full log
 toy's; the clips are real mp4 files.
 """
 
+import argparse
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import RECIPE, launch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
+import attention
+import bench
+import bench_gpu
 import data
 import model
 import rollout
@@ -164,6 +171,54 @@ def test_rollout_does_not_depend_on_the_batch(setup):
     for i in range(3):
         (alone,) = model.rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
+
+
+def test_a_decode_step_can_be_recorded_and_replayed(setup, monkeypatch):
+    """
+    What a CUDA graph needs: the kernels of one token, recorded with the addresses and sizes they had,
+    give the later tokens too. Here their list is recorded by make_fx; nothing else of Python runs again.
+    """
+    policy, _, prompts, build = setup
+    monkeypatch.setattr(attention, "ROOM", 16)
+    given = policy, prompts, [4, 2, 3], 1.0, 60, build.eos_ids, [1, 2, 3]
+    plain = model.rollout(*given)
+    assert max(len(c.ids) for g in plain for c in g) > 2 * attention.ROOM  # the room grows
+    recorded, replayed = [], []
+
+    def record(decode, inputs):
+        with torch.no_grad():
+            kernels = make_fx(decode)(*inputs)
+        recorded.append(len(inputs[0]))
+
+        def replay(*inputs):
+            assert len(inputs[0]) == recorded[-1], "replayed over other rows than recorded"
+            replayed.append(len(inputs[0]))
+            return kernels(*inputs)
+
+        return replay
+
+    monkeypatch.setattr(rollout, "record", record)
+    again = model.rollout(*given)
+    assert len(set(recorded)) > 1 and len(replayed) > 20  # rows left
+    for group, expected in zip(again, plain, strict=True):
+        for one, two in zip(group, expected, strict=True):
+            assert one.ids.tolist() == two.ids.tolist()
+            torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-6, rtol=0)
+
+
+def test_scores_are_not_rounded_to_bfloat16():
+    """A score of 50 in bfloat16 is off by up to 0.12, and so would be the log of an attention weight."""
+    a, b = (torch.randn(2, 3, 4, 64, dtype=torch.bfloat16) * 3 for _ in range(2))
+    product = attention.float32_product(a, b.mT)
+    exact = a.double() @ b.double().mT
+    assert product.dtype == torch.float32 and (product - exact).abs().max() < 1e-4
+    assert ((a @ b.mT) - exact).abs().max() > 0.05
+    with (
+        FakeTensorMode()
+    ):  # another kernel there; only its shape and type can be seen without a GPU
+        a, b = (torch.empty(2, 3, n, 64, dtype=torch.bfloat16, device="cuda") for n in (4, 5))
+        product = attention.float32_product(a, b.mT)
+    assert product.dtype == torch.float32 and product.shape == (2, 3, 4, 5)
 
 
 def test_greedy_rollout_equals_hf_generate(setup):
@@ -404,3 +459,24 @@ def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
     other = prompts[0]._replace(input_ids=prompts[0].input_ids.roll(1))
     with pytest.raises(AssertionError, match="before the last of it"):
         model.rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])
+
+
+def test_the_gpu_benchmark_runs_on_a_small_model(tmp_path):
+    """So that whoever has a GPU gets figures from it. Its two sides are the same model."""
+    sizes = (
+        "--hidden 128 --layers 1 --heads 2 --kv-heads 1 --vocab 512 --prompts 32 64 --new-tokens 4"
+    )
+    flags = f"--device cpu --repeats 1 --out {tmp_path / 'b.json'} {sizes}".split()
+    printed = launch("bench_gpu.py", *flags)
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["gap"][0]["max"] < 1e-4
+    for part, sides in (("update", 2), ("rollout", 2), ("rollout of 8", 2)):
+        assert [row["size"][0] for row in result[part]] == [32, 64]
+        assert all(row["ratio"] > 0 and row["tokens_per_s"] > 0 for row in result[part])
+        assert printed.count(f"\n{part} P/C/G") == sides
+    policy = bench_gpu.build_policy(bench_gpu.parse_args(flags), torch.device("cpu"))
+    inputs = bench.make_inputs(argparse.Namespace(vocab=512), 32, 4, 8)
+    ours, _, _ = model.completion_logprobs(policy, *inputs, 1.0)
+    with bench_gpu.plain_attention(policy):
+        plain = bench.copies_logprobs(policy.thinker, *inputs)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)

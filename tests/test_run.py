@@ -187,6 +187,8 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
         "train_sft.py", *model, "--data", rows, *out
     )
     assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
+    told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
+    assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "run.json").write_text("{}")
     assert "already holds a run" in mistake(

@@ -1,0 +1,246 @@
+"""
+The fast path at the size of Qwen2.5-Omni-7B on one GPU, beside the plain way and beside what the
+machine could do at best.
+
+    python bench_gpu.py              # some minutes on a GPU: tables, and all of it in bench_gpu.json
+    python bench_gpu.py --device cpu --hidden 256 --layers 2 --heads 4 --kv-heads 2 --vocab 8192 \\
+        --prompts 256 --new-tokens 16                     # that it runs, anywhere
+
+The text model has random weights and a LoRA adapter of rank 16, and stands as train_rl.py places it:
+FSDP, bfloat16, gradient checkpointing. The plain way is the same model with transformers' attention:
+8 copies of the prompt and full logits for the update, `generate` for the rollout. What does not fit
+is reported as such.
+
+P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
+"""
+
+import argparse
+import json
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import run  # before torch: it sets how torch's threads wait
+
+import torch
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+import bench
+import model
+import rollout
+
+GROUP_SIZE = 8
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    flag = parser.add_argument
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    flag("--out", default="bench_gpu.json", help="all figures")
+    flag("--repeats", type=int, default=3, help="runs of each side; the median counts")
+    flag("--prompts", type=int, nargs="+", default=[4096, 8192, 16384], help="their lengths, P")
+    flag("--new-tokens", type=int, default=512, help="length of a completion, C")
+    flag("--no-plain", action="store_true", help="leave out the plain way")
+    flag("--lora-rank", type=int, default=16, help="0: every weight trains")
+    size = parser.add_argument_group("the text model; its defaults are the 7B's").add_argument
+    size("--hidden", type=int, default=3584, help="width")
+    size("--intermediate", type=int, help="width of the MLP; default: 37/7 of the other")
+    size("--layers", type=int, default=28)
+    size("--heads", type=int, default=28)
+    size("--kv-heads", type=int, default=4)
+    size("--vocab", type=int, default=152064)
+    args = parser.parse_args(argv)
+    args.intermediate = args.intermediate or args.hidden * 37 // 7
+    run.check_at_least(args, repeats=1, new_tokens=2)
+    return args
+
+
+def build_policy(args, device):
+    sizes = args.hidden, args.intermediate, args.layers, args.heads, args.kv_heads, args.vocab
+    torch.manual_seed(0)
+    with torch.device(device):
+        thinker = Thinker(bench.thinker_config(*sizes))
+    policy = model.prepare(thinker, args.lora_rank, train_towers=False, gradient_checkpointing=True)
+    return run.place(policy, device, args.dtype)
+
+
+@contextmanager
+def plain_attention(policy):
+    """The same weights, with transformers' own attention."""
+    text = policy.thinker.model.language_model
+    text.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        text.set_attn_implementation("shared_prefix")
+
+
+def update_copies(policy, prompts, completions):
+    with plain_attention(policy):
+        task = partial(bench.copies_logprobs, prompts=prompts, completions=completions)
+        logprobs = policy(lambda policy: task(policy.thinker))
+        logprobs.mean().backward()
+    policy.zero_grad()
+
+
+def rollout_generate(policy, prompts, num_tokens):
+    def task(policy):
+        with rollout.gathered(policy):
+            return bench.rollout_generate(policy.thinker, prompts, GROUP_SIZE, num_tokens)
+
+    with plain_attention(policy), torch.no_grad():
+        policy(task)
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def measure(task, repeats):
+    """-> seconds of a run, GB at its peak; None, None if it does not fit."""
+    on_gpu = torch.cuda.is_available()
+    try:
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds, _ = bench.in_turn(task, lambda: None, repeats)
+    except torch.OutOfMemoryError:
+        return None, None
+    return seconds, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+
+
+def ceilings(args, device):
+    """-> TFLOP/s of a large matrix product, GB/s of a large copy (reading and writing)."""
+    dtype = run.compute_dtype(device, args.dtype)
+    size, num_bytes = (8192, 2**31) if device.type == "cuda" else (512, 2**28)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(num_bytes, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    ten = range(10)
+    product_s, _ = measure(lambda: [a @ b for _ in ten], args.repeats)
+    copy_s, _ = measure(lambda: [target.copy_(source) for _ in ten], args.repeats)
+    return 10 * 2 * size**3 / product_s / 1e12, 10 * 2 * num_bytes / copy_s / 1e9
+
+
+def update_row(args, policy, num_prompt, best_tflops):
+    size = num_prompt, args.new_tokens, GROUP_SIZE
+    task = partial(bench.update_ours, policy, *bench.make_inputs(args, *size))
+    seconds, memory = measure(task, args.repeats)
+    row = dict(size=size, seconds=seconds, gb=memory)
+    if seconds:
+        row["tokens_per_s"] = (num_prompt + GROUP_SIZE * args.new_tokens) / seconds
+        # of what has to be computed: what checkpointing computes again is not counted
+        row["matmul_share"] = update_flops(args, size) / seconds / 1e12 / best_tflops
+    if torch.cuda.is_available():
+        usual = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(not usual)
+        row["no_cudnn_s" if usual else "cudnn_s"], _ = measure(task, args.repeats)
+        torch.backends.cuda.enable_cudnn_sdp(usual)
+    return row
+
+
+def matrices(args):
+    """Weights of the text model that a token is multiplied with: (the layers', the head's)."""
+    heads = args.hidden // args.heads * (2 * args.heads + 2 * args.kv_heads)
+    return args.layers * args.hidden * (heads + 3 * args.intermediate), args.hidden * args.vocab
+
+
+def update_flops(args, size):
+    """2 a weight forward, 2 for the gradient of what comes in, 2 for its own if it trains."""
+    num_prompt, num_completion, group_size = size
+    layers, head = matrices(args)
+    own = group_size * num_completion
+    scores = num_prompt**2 / 2 + own * (num_prompt + num_completion / 2)
+    weights = (4 if args.lora_rank else 6) * (layers * (num_prompt + own) + head * own)
+    return weights + 12 * scores * args.hidden * args.layers
+
+
+def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
+    """The rollout with its CUDA graph and without it, and `generate`."""
+    prompts, _ = bench.make_inputs(args, num_prompt, 1, 1, num_prompts)
+    count = args.new_tokens
+    task = partial(bench.rollout_ours, policy, prompts, GROUP_SIZE)
+    prefill_s, _ = measure(partial(task, 1), args.repeats)
+    seconds, memory = measure(partial(task, count), args.repeats)
+    row = dict(size=(num_prompt, count, GROUP_SIZE, num_prompts), seconds=seconds, gb=memory)
+    if seconds:
+        decode_s = seconds - prefill_s
+        row |= dict(prefill_s=prefill_s, tokens_per_s=num_prompts * GROUP_SIZE * count / seconds)
+        # a token of all rows reads every weight, every prompt's keys and values, and the rows' own
+        width = torch.finfo(run.compute_dtype(policy.device, args.dtype)).bits // 8
+        per_token = 2 * args.layers * args.kv_heads * (args.hidden // args.heads)
+        cached = per_token * num_prompts * (num_prompt + GROUP_SIZE * count / 2)
+        moved = (sum(matrices(args)) + cached) * width * (count - 1)
+        row["bw_share"] = moved / decode_s / 1e9 / best_gb
+        with patch("rollout.record", lambda decode, inputs: decode):
+            row["eager_s"], _ = measure(partial(task, count), 1)
+    return row
+
+
+def add_plain(args, policy, rows):
+    """The plain way of the same, row by row, until it does not fit any more."""
+    for row in rows:
+        row |= dict(plain_s=None, plain_gb=None, ratio=None)
+    for row in rows:
+        inputs = bench.make_inputs(args, *row["size"])
+        if len(row["size"]) == 3:
+            task = partial(update_copies, policy, *inputs)
+        else:
+            task = partial(rollout_generate, policy, inputs[0], args.new_tokens)
+        row["plain_s"], row["plain_gb"] = measure(task, 1)
+        if row["plain_s"] is None:
+            break
+        row["ratio"] = row["seconds"] and row["plain_s"] / row["seconds"]
+
+
+def logprob_gap(args, policy, num_prompt):
+    """Log-probs of the rollout, with and without its graph, against the recomputed: max, mean; nats."""
+    prompts, _ = bench.make_inputs(args, num_prompt, 1, 1, 2)
+    row = dict(size=(num_prompt, args.new_tokens, GROUP_SIZE, 2))
+    for name, record in (("", rollout.record), ("eager_", lambda decode, inputs: decode)):
+        with patch("rollout.record", record):
+            rolled = bench.rollout_ours(policy, prompts, GROUP_SIZE, args.new_tokens)
+        ids = [[c.ids for c in group] for group in rolled]
+        with torch.no_grad():
+            logprobs, _, _ = model.completion_logprobs(policy, prompts, ids, 1.0)
+        made = torch.stack([c.logprobs for group in rolled for c in group]).to(logprobs)
+        gap = (logprobs - made).abs()
+        row |= {f"{name}max": gap.max().item(), f"{name}mean": gap.mean().item()}
+    return row
+
+
+def main():
+    args = parse_args()
+    device = run.init_processes(args.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    policy = build_policy(args, device)
+    tflops, gb = ceilings(args, device)
+    shape = f"width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}"
+    print(f"torch {torch.__version__}, {name}, {shape}, LoRA rank {args.lora_rank}")
+    print(f"at best here: {tflops:.4g} TFLOP/s in a matrix product, {gb:.4g} GB/s in a copy")
+    result = dict(
+        arguments=vars(args), commit=run.commit(), device=name, tflops=tflops, gb_per_s=gb
+    )
+    rollouts = lambda num_prompts: [  # noqa: E731
+        rollout_row(args, policy, num_prompt, num_prompts, gb) for num_prompt in args.prompts
+    ]
+    parts = {
+        "gap": lambda: [logprob_gap(args, policy, args.prompts[0])],
+        "rollout": lambda: rollouts(1),
+        "rollout of 8": lambda: rollouts(8),
+        "update": lambda: [update_row(args, policy, n, tflops) for n in args.prompts],
+    }
+    for part, measured in parts.items():
+        result[part] = measured()
+        bench.print_table(f"{part} P/C/G(/B)", result[part])
+        Path(args.out).write_text(json.dumps(result, indent=1))
+    for part in [] if args.no_plain else list(parts)[1:]:  # last: what does not fit, may do harm
+        add_plain(args, policy, result[part])
+        bench.print_table(f"{part} P/C/G(/B)", result[part])
+        Path(args.out).write_text(json.dumps(result, indent=1))
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    run.main_guard(main)
