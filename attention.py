@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 
 sdpa = F.scaled_dot_product_attention
+# cuDNN's kernel would come first on an H100 or H200. With a mask, its backward can give NaN in torch
+# 2.11 (pytorch#196678), and it plans anew for each new length, of which every group has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
 ROOM = 64  # tokens by which the room for what is decoded grows
 
 
@@ -91,9 +94,10 @@ class DecodeAttention:
         """To be called before each token. -> True if the tensors are not those of the last one."""
         room = self.own_bias.shape[1]
         if self.length == room:
+            more = 4 * ROOM if self.now.is_cuda else ROOM  # a GPU reads fast and records slowly
             for layer, pair in self.own_kv.items():  # one at a time: twice all may not fit
-                self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, ROOM)) for x in pair)
-            self.own_bias = F.pad(self.own_bias, (0, ROOM), value=-torch.inf)
+                self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
+            self.own_bias = F.pad(self.own_bias, (0, more), value=-torch.inf)
             self.new = True
         self.own_bias[:, self.length] = 0
         self.now.fill_(self.length)

@@ -15,7 +15,10 @@ P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
 
 import argparse
+import gc
 import json
+import statistics
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +42,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     flag("--out", default="bench_gpu.json", help="all figures")
-    flag("--repeats", type=int, default=3, help="runs of each side; the median counts")
+    flag("--repeats", type=int, default=2, help="runs of ours; the median counts")
     flag("--prompts", type=int, nargs="+", default=[4096, 8192, 16384], help="their lengths, P")
     flag("--new-tokens", type=int, default=512, help="length of a completion, C")
     flag("--no-plain", action="store_true", help="leave out the plain way")
@@ -97,17 +100,25 @@ def rollout_generate(policy, prompts, num_tokens):
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def measure(task, repeats):
-    """-> seconds of a run, GB at its peak; None, None if it does not fit."""
-    on_gpu = torch.cuda.is_available()
+def measure(task, repeats, warm_up=1):
+    """-> median seconds of a run, GB at its peak; None, None and a printed line if it does not run."""
+    seconds, on_gpu = [], torch.cuda.is_available()
+    gc.collect()  # what a run before it has left in cycles
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds, _ = bench.in_turn(task, lambda: None, repeats)
-    except torch.OutOfMemoryError:
+        for _ in range(warm_up + repeats):
+            began = time.perf_counter()
+            task()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    except RuntimeError as error:  # out of memory is one too
+        print("does not run:", str(error).splitlines()[0])
         return None, None
-    return seconds, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    return statistics.median(seconds[warm_up:]), peak
 
 
 def ceilings(args, device):
@@ -132,11 +143,15 @@ def update_row(args, policy, num_prompt, best_tflops):
         row["tokens_per_s"] = (num_prompt + GROUP_SIZE * args.new_tokens) / seconds
         # of what has to be computed: what checkpointing computes again is not counted
         row["matmul_share"] = update_flops(args, size) / seconds / 1e12 / best_tflops
+    # each group of a run has a length of its own, so the first time with a length counts as well
+    other = bench.make_inputs(args, num_prompt - 5, *size[1:])
+    first = partial(bench.update_ours, policy, *other)
+    row["new_length_s"], _ = measure(first, 1, warm_up=0)
     if torch.cuda.is_available():
-        usual = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(not usual)
-        row["no_cudnn_s" if usual else "cudnn_s"], _ = measure(task, args.repeats)
-        torch.backends.cuda.enable_cudnn_sdp(usual)
+        torch.backends.cuda.enable_cudnn_sdp(True)  # attention.py leaves it out
+        row["cudnn_s"], _ = measure(task, args.repeats)
+        row["cudnn_new_s"], _ = measure(first, 1, warm_up=0)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return row
 
 
@@ -157,29 +172,31 @@ def update_flops(args, size):
 
 
 def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
-    """The rollout with its CUDA graph and without it, and `generate`."""
+    """The rollout, and a token of it with its CUDA graph and without."""
     prompts, _ = bench.make_inputs(args, num_prompt, 1, 1, num_prompts)
-    count = args.new_tokens
+    count, few = args.new_tokens, min(args.new_tokens, 33)
     task = partial(bench.rollout_ours, policy, prompts, GROUP_SIZE)
     prefill_s, _ = measure(partial(task, 1), args.repeats)
-    seconds, memory = measure(partial(task, count), args.repeats)
+    seconds, memory = measure(partial(task, count), args.repeats, warm_up=0)
     row = dict(size=(num_prompt, count, GROUP_SIZE, num_prompts), seconds=seconds, gb=memory)
-    if seconds:
-        decode_s = seconds - prefill_s
-        row |= dict(prefill_s=prefill_s, tokens_per_s=num_prompts * GROUP_SIZE * count / seconds)
+    if seconds and prefill_s:
+        with patch("rollout.record", lambda decode, inputs: decode):
+            eager_s, _ = measure(partial(task, few), 1)
+        row["prefill_s"] = prefill_s
+        row["token_ms"] = (seconds - prefill_s) / (count - 1) * 1e3
+        row["eager_ms"] = eager_s and (eager_s - prefill_s) / (few - 1) * 1e3
+        row["tokens_per_s"] = num_prompts * GROUP_SIZE * count / seconds
         # a token of all rows reads every weight, every prompt's keys and values, and the rows' own
         width = torch.finfo(run.compute_dtype(policy.device, args.dtype)).bits // 8
         per_token = 2 * args.layers * args.kv_heads * (args.hidden // args.heads)
         cached = per_token * num_prompts * (num_prompt + GROUP_SIZE * count / 2)
-        moved = (sum(matrices(args)) + cached) * width * (count - 1)
-        row["bw_share"] = moved / decode_s / 1e9 / best_gb
-        with patch("rollout.record", lambda decode, inputs: decode):
-            row["eager_s"], _ = measure(partial(task, count), 1)
+        moved = (sum(matrices(args)) + cached) * width
+        row["bw_share"] = moved / row["token_ms"] / 1e6 / best_gb
     return row
 
 
 def add_plain(args, policy, rows):
-    """The plain way of the same, row by row, until it does not fit any more."""
+    """The plain way of the same, once, row by row, until it does not fit any more."""
     for row in rows:
         row |= dict(plain_s=None, plain_gb=None, ratio=None)
     for row in rows:
@@ -188,7 +205,7 @@ def add_plain(args, policy, rows):
             task = partial(update_copies, policy, *inputs)
         else:
             task = partial(rollout_generate, policy, inputs[0], args.new_tokens)
-        row["plain_s"], row["plain_gb"] = measure(task, 1)
+        row["plain_s"], row["plain_gb"] = measure(task, 1, warm_up=0)
         if row["plain_s"] is None:
             break
         row["ratio"] = row["seconds"] and row["plain_s"] / row["seconds"]
@@ -222,23 +239,27 @@ def main():
     result = dict(
         arguments=vars(args), commit=run.commit(), device=name, tflops=tflops, gb_per_s=gb
     )
+
+    def show(part, rows):
+        result[part] = rows
+        Path(args.out).write_text(json.dumps(result, indent=1))
+        bench.print_table(f"{part} P/C/G(/B)", rows)
+
     rollouts = lambda num_prompts: [  # noqa: E731
         rollout_row(args, policy, num_prompt, num_prompts, gb) for num_prompt in args.prompts
     ]
     parts = {
         "gap": lambda: [logprob_gap(args, policy, args.prompts[0])],
+        "update": lambda: [update_row(args, policy, n, tflops) for n in args.prompts],
         "rollout": lambda: rollouts(1),
         "rollout of 8": lambda: rollouts(8),
-        "update": lambda: [update_row(args, policy, n, tflops) for n in args.prompts],
     }
     for part, measured in parts.items():
-        result[part] = measured()
-        bench.print_table(f"{part} P/C/G(/B)", result[part])
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        show(part, measured())
+    result["no_graph"] = [str(error) for error in rollout._no_graph]  # why there was none, if so
     for part in [] if args.no_plain else list(parts)[1:]:  # last: what does not fit, may do harm
         add_plain(args, policy, result[part])
-        bench.print_table(f"{part} P/C/G(/B)", result[part])
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        show(part, result[part])
     print(f"\nwrote {args.out}")
 
 

@@ -17,6 +17,9 @@ import torch
 from attention import DecodeAttention, PackedAttention
 
 
+_no_graph = []  # why none could be recorded in this process, if so: it is not tried again
+
+
 class Completion(NamedTuple):
     """One sampled completion; the length is the mask, EOS included."""
 
@@ -118,7 +121,7 @@ def record(decode, inputs):
     -> `decode`, on a GPU replayed as one CUDA graph: a token of the 7B model is some thousand small
     kernels, and Python takes longer to ask for them than the GPU to run them.
     """
-    if not inputs[0].is_cuda:
+    if not inputs[0].is_cuda or _no_graph:
         return decode
     inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
     try:
@@ -127,8 +130,9 @@ def record(decode, inputs):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = decode(*inputs)
     except RuntimeError as error:
+        _no_graph.append(error)
         warnings.warn(f"no CUDA graph, so decoding is slower: {error}", stacklevel=2)
-        return lambda *given: decode(*given)  # another than `decode`: not tried again at each token
+        return decode
 
     def replay(*given):
         for mine, new in zip(inputs, given):
