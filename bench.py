@@ -33,6 +33,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 import buffer
 import model
+import optim
 import update
 from grpo import group_advantages
 
@@ -287,7 +288,7 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
         weight = 1 / (num_prompts * group_size)
         groups.append((prompt, entries, group_advantages(reward), weight))
     update.update(policy, reference, groups, groups[0][:2], step, args)
-    run.clip_grad_norm(policy, 1.0)
+    optim.clip_grad_norm(policy, 1.0)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -338,7 +338,9 @@ def decode_audio(path, name, start, end, recipe, of_video):
     if rate and rate * AUDIO_RATE > 2e7 * math.gcd(rate, AUDIO_RATE) ** 2:
         raise BadRow(f"{name}: {path} has {rate} samples a second, no usual rate: re-encode it")
     if not pieces or len(track) < 0.1 * rate:
-        raise BadRow(f"{name}: {path} gives under 0.1 s of sound: mend start and end")
+        raise BadRow(
+            f"{name}: {path} gives under 0.1 s of sound: mend start and end, or do without it"
+        )
     return torchaudio.functional.resample(torch.from_numpy(track), rate, AUDIO_RATE).numpy()
 
 

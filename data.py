@@ -10,6 +10,7 @@ What is wrong with a row is said, never papered over:
 
 import argparse
 import ast
+import difflib
 import json
 import math
 import re
@@ -42,6 +43,8 @@ PROBLEM_TYPES = {  # of Video-R1 and its kin -> ours
     "regression": "number", "free-form": "text", "OCR": "text",
 }  # fmt: skip
 LETTERS = "ABCDEFGHIJ"
+FIELDS = set("prompt_id question answer answer_type options video audio images use_audio start end "
+             "audio_caption hint reasoning".split())  # fmt: skip
 # A literal media token in a text would shift or swallow the media's features.
 RESERVED = re.compile(r"<\|\w+\|>")
 TAGS = re.compile(r"</?(?:think|answer)>")
@@ -68,8 +71,14 @@ def add_flags(parser, keeps_clips=True):
 
 def recipe_from(args):
     recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
-    if not (0 < recipe.fps < math.inf and recipe.max_frames >= 2 and recipe.max_pixels >= 28 * 28):
-        raise BadRow("--fps must be over 0, --max-frames at least 2, --max-pixels at least 784")
+    least = dict(
+        fps=1e-3, max_frames=2, max_pixels=28 * 28, max_audio_seconds=0.1, max_prompt_tokens=1
+    )
+    for name, bound in least.items():
+        if not bound <= (value := getattr(recipe, name)) < math.inf:
+            raise BadRow(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")
+    if recipe.max_frames % 2:
+        raise BadRow(f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs")
     return recipe
 
 
@@ -88,7 +97,7 @@ class Rows:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise BadRow(f"no data file at {path}: give a JSONL file")
+            raise BadRow(no_file(path))
         offsets, hashes, offset = array("q"), array("q"), 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(tqdm(file, desc="rows", disable=None, leave=False), 1):
@@ -125,9 +134,16 @@ class Rows:
         return int(self.order[at])
 
 
+def no_file(path):
+    what = "a folder, no data file" if Path(path).is_dir() else "no data file"
+    return f"{what} at {path}: give a JSONL file"
+
+
 def parse_line(line, where):
     try:
         row = json.loads(line)
+    except UnicodeDecodeError:
+        raise BadRow(f"{where}: not JSON in UTF-8: save the file so, one object a line") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
@@ -173,6 +189,10 @@ def normalize_row(row):
     if not texts["question"].strip():
         raise BadRow(f"{name}: empty question: give it as text")
     _check_media(row, name)
+    for key in row.keys() - FIELDS:
+        near = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=0.8)
+        if near and row.get(near[0]) in (None, []):  # a clip would be another, without a word
+            raise BadRow(f"{name}: unknown key {key!r}: did you mean {near[0]}? else rename it")
     return row
 
 
@@ -346,11 +366,11 @@ def main(argv=None):
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file", help="JSONL of rows")
     parser.add_argument("--model", help="also count prompt tokens with this model's processor")
-    add_flags(parser)
+    add_flags(parser, keeps_clips=False)
     args = parser.parse_args(argv)
     recipe, count_tokens, num_rows, num_bad = recipe_from(args), None, 0, 0
     if not Path(args.file).is_file():
-        raise BadRow(f"no data file at {args.file}: give a JSONL file")
+        raise BadRow(no_file(args.file))
     if args.model:
         from model import InputBuilder
 

@@ -30,6 +30,7 @@ import benchmarks
 import clips
 import data
 import model
+import optim
 import page
 import protocol
 import rewards
@@ -381,7 +382,7 @@ def main():
             words = lambda row, name=name: words_of(name, row, args, template)  # noqa: E731
             group |= dict(build=build.at(sets[name][0]), words=words)
         sizes = [len(group["items"]) for group in groups]
-        for pack in run.micro_batches(sizes, args.batch_size):
+        for pack in optim.micro_batches(sizes, args.batch_size):
             packs.append((name, [groups[i] for i in pack]))
 
     bar = run.progress(0, sum(len(g["items"]) for _, pack in packs for g in pack), "eval")

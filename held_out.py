@@ -6,6 +6,7 @@ import run  # before torch: it sets how torch's threads wait
 
 import data
 import model
+import optim
 import rewards
 import stream
 
@@ -27,7 +28,7 @@ def accuracy(policy, load, rows, build, args):
         found, failed = stream.read_all(look, {i: (i,) for i in places})
         bad |= failed
         batch = [(*both, per_row, run.seed(args.seed, 0, i)) for i, both in found.items()]
-        packs = run.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
+        packs = optim.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
         packs = [[batch[i] for i in pack] for pack in packs]
         for part, _ in run.rounds(packs, [(None, build.filler, 1, 0)]):
             taken, prompts, counts, seeds = zip(*part)

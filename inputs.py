@@ -129,7 +129,7 @@ class InputBuilder:
         if (num_tokens := len(prompt.input_ids)) > self.recipe.max_prompt_tokens:
             raise data.BadRow(
                 f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
-                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels"
+                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or raise it"
             )
         return prompt
 
@@ -189,8 +189,13 @@ def in_order(media, kind, words):
 
 
 def from_pretrained(kind, folder, **kwargs):
+    name = base_folder(folder)
+    # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
+    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+        why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
+        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}")
     try:
-        return kind.from_pretrained(base_folder(folder), **kwargs)
+        return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None

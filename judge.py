@@ -274,6 +274,11 @@ def reason(whys):
     return next(filter(None, whys), "no reason was given")
 
 
+BOUNDS = dict(
+    judge_concurrency=1, judge_retries=0, judge_timeout=1e-3, max_unjudged_frac=(0, 1)
+)  # fmt: skip
+
+
 def add_flags(parser):
     flag = parser.add_argument
     flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")

@@ -371,6 +371,8 @@ def judge_reward(step_scores):
 
 def parse_weights(text):
     """'format=.5,acc=.5' -> {part: weight}; raises ValueError."""
+    if not text.strip():
+        raise ValueError("it is empty")
     weights = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")

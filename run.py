@@ -69,7 +69,9 @@ def main_guard(main):
     except OSError as error:
         if error.errno not in DISK:
             raise
-        line = f"{error.filename or 'disk'}: {error.strerror}: make room, then --resume"
+        denied = error.errno in (errno.EACCES, errno.EROFS)
+        remedy = "give another path, or the right to use it" if denied else "make room"
+        line = f"{error.filename or 'disk'}: {error.strerror}: {remedy}, then go on with --resume"
     except SafetensorError as error:
         line = f"a weights file ({error}): is the disk full, or the file cut off?"
     except RuntimeError as error:  # gloo and NCCL have no class of their own for it
@@ -250,6 +252,10 @@ FREE = """
 
 
 def add_flags(parser):
+    parser.epilog = """
+Defaults are those for the --model, --data, --stage and --algo on the line; without --model they are
+the toy's. Tags in [] are explained in README.md.
+"""
     flag = parser.add_argument
     flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
     flag("--data", help="JSONL of rows (default: the toy's for this stage)")
@@ -257,7 +263,7 @@ def add_flags(parser):
     flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
     flag("--seed", type=int, default=0, help="of the data order and every draw")
     flag("--resume", action="store_true", help="continue --out where it stopped")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
     flag("--max-bad-frac", type=float, default=0.1, help="share of bad rows that ends the run")
@@ -285,15 +291,26 @@ def parse(parser, argv, overrides):
     return args, source
 
 
+# of the numbers that both trainers take: the least; or the least and the most
+BOUNDS = dict(
+    seed=0, steps=0, keep=1, save_every=0, max_bad_frac=(0, 1), cache_gb=0, workers=0, lr=0,
+    warmup_frac=(0, 1), weight_decay=0, max_grad_norm=1e-9, micro_tokens=1, lora_rank=0,
+)  # fmt: skip
+
+
 def check_at_least(args, **bounds):
     for name, bound in bounds.items():
+        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
         value = getattr(args, name)
-        if value is not None and not bound <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")
+        if value is not None and not (least <= value <= most and value < math.inf):
+            told = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: {told} is needed")
 
 
 def open_folder(args, source):
     """Locks the run's folder, checks it, and prints what will run; `begin` writes to it."""
+    if not args.out.strip():
+        raise UserError("--out is empty: give a folder")
     out = Path(args.out)
     lock(out)
     started = (out / "run.json").exists()
@@ -313,7 +330,11 @@ def open_folder(args, source):
         changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
             told = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in changed]
-            raise UserError("--resume: these would make it another run: " + ", ".join(told))
+            told = "--resume: these would make it another run: " + ", ".join(told)
+            raise UserError(f"{told}: leave them as they were, or start a new --out")
+        if (out / "final").exists():
+            print0(f"{out} is finished: its model is {out / 'final'}")
+            sys.exit()
     print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}")
     for key, value in sorted(vars(args).items()):
         print0(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))
@@ -412,39 +433,3 @@ def log(path, item):
         infinite = {k for k, v in item.items() if isinstance(v, float) and not math.isfinite(v)}
         with open(path, "a") as file:
             file.write(json.dumps(item | dict.fromkeys(infinite)) + "\n")
-
-
-# ---- optimisation ------------------------------------------------------------------------------
-
-
-def micro_batches(sizes, max_tokens):
-    """Indices of items, in order, in packs of at most max_tokens (an item over it gets its own)."""
-    packs, room = [], -1
-    for i, size in enumerate(sizes):
-        if size > room:
-            packs.append([])
-            room = max_tokens
-        packs[-1].append(i)
-        room -= size
-    return packs
-
-
-def lr_scale(step, steps, warmup, cosine):
-    """Factor of `step` (from 1): linear warm-up, then constant, or a cosine down to 10 %."""
-    if step <= warmup:
-        return step / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 0.55 + 0.45 * math.cos(math.pi * done) if cosine else 1.0
-
-
-def set_lr(optimizer, lr, step, steps, warmup_frac, cosine):
-    scale = lr_scale(step, steps, max(1, round(warmup_frac * steps)), cosine)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * scale
-
-
-def clip_grad_norm(policy, max_norm):
-    """Clips in place -> the gradient's norm over all ranks and parameters before clipping, float."""
-    params = [p for p in policy.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

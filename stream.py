@@ -98,7 +98,8 @@ class Stream:
             last = list(self.bad.values())[-1]
             raise run.UserError(
                 f"{len(self.bad)} of {min(self.at, len(self.rows))} rows read cannot be used, over "
-                f"--max-bad-frac {self.max_bad_frac:g} (data.py check lists all); the last: {last}"
+                f"--max-bad-frac {self.max_bad_frac:g} (data.py check, with the same --model and media "
+                f"flags, lists all): mend them, then --resume; the last: {last}"
             )
 
     def state_dict(self):
@@ -197,7 +198,12 @@ class FeatureFolder:
         words = build.chat(build.processor, [], dict(question="", answer_type="text"), None, None)
         weights.update(f"{words} {len(build.tokenizer)}".encode())
         self.weights = weights.hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise run.UserError(
+                f"--feature-dir {folder}: {error.strerror}: give a folder"
+            ) from None
 
     def at(self, build):
         """The same for rows whose media lie under another folder; the towers are not read again."""

@@ -67,7 +67,9 @@ class Teacher:
         self.ended = None  # why nothing more is asked
         if where.startswith(("http://", "https://")):
             if not name:
-                raise UserError(f"{where}: which model? give its name as the server knows it")
+                raise UserError(
+                    f"{where}: which model? give its name there: --judge-model, --teacher-model"
+                )
             key = os.environ.get(KEY, "").strip()
             try:
                 self.server = Server(where, key, timeout, retries)
@@ -242,7 +244,7 @@ def add_flags(parser, who):
     flag("--retries", type=int, default=4, help="attempts after the first")
     flag("--frames-as", choices=["images", "video"], default="images", help="video: vLLM only")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a folder")
-    data.add_flags(parser)
+    data.add_flags(parser, keeps_clips=False)
 
 
 def from_args(args, where, name):

@@ -19,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from run import PARSER, alone, empty_part, gather, rank  # before torch: sets how threads wait
+from run import PARSER, alone, check_at_least, empty_part, gather, main_guard, rank  # before torch
 
 import av
 import numpy as np
@@ -411,7 +411,9 @@ def judge(row, steps):
     It sees the reasoning and the clip's events, never the answer.
     """
     if "events" not in row:
-        raise BadRow(f"row {row['prompt_id']}: no events: the toy judge knows only the toy's clips")
+        raise BadRow(
+            f"row {row['prompt_id']}: no events: --judge toy knows only the toy's: give a URL"
+        )
     scores = []
     for step in steps:
         number, _, said = step.partition(":")
@@ -430,6 +432,7 @@ def main(argv=None):
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)
+    check_at_least(args, seed=0, num_train=1)
     if args.ship:
         ship_weights(args.ship)
         return
@@ -442,4 +445,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main_guard(main)

@@ -30,6 +30,7 @@ import hints
 import judge
 import metrics
 import model
+import optim
 import rewards
 import stream
 import tas
@@ -71,7 +72,7 @@ def parse_args(argv=None):
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     judge.add_flags(parser)
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
-    flag("--kl-ratio", action=boolean, default=False, help="KL of replayed times r [U20]")
+    flag("--kl-ratio", action=boolean, default=False, help="each token's KL times r [U20]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     flag("--tas-shape", choices=tas.SHAPES, default="parabolic", help="weight of a token [TAS.w]")
@@ -117,15 +118,15 @@ def parse_args(argv=None):
     except ValueError as problem:
         raise run.UserError(f"--reward-weights: {problem}: write it as format=.5,acc=.5") from None
     if "judge" in weights and not args.judge:
-        raise run.UserError("the judge part of the reward needs --judge")
+        raise run.UserError("the judge part of the reward needs --judge: a URL or a folder")
     if args.feature_dir and args.train_towers:
         raise run.UserError("--feature-dir is for frozen towers: leave out --train-towers")
     run.check_at_least(
-        args, num_on=1, num_off=0, prompts_per_step=1, max_new_tokens=1, temperature=1e-3, clip_eps=0,
-        kl_coef=0, tas_lambda=0, buffer_size=1, hint_patience=1, hint_kl=1e-9, micro_tokens=1, steps=0,
-        lora_rank=0, eval_every=0, eval_samples=1, keep=1, rollout_parts=1,
-        updates_per_rollout=1, max_staleness=0, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3,
-        seed=0, cache_gb=0, lr=0, off_policy_coef=0, max_ratio=0, weight_decay=0, max_grad_norm=0,
+        args, **run.BOUNDS, **judge.BOUNDS, num_off=0, num_on=1 if args.num_off else 2, prompts_per_step=1,
+        buffer_size=max(1, -(-5 * args.num_off // 2)),  # Hard's 40 % have to hold what is drawn at once
+        max_new_tokens=1, temperature=1e-3, clip_eps=0, kl_coef=0, tas_lambda=0, hint_patience=1, hint_kl=1e-9,
+        eval_every=0, eval_samples=1, rollout_parts=1, updates_per_rollout=1, max_staleness=0, max_ratio=0,
+        off_policy_coef=0, min_entropy=0,
     )  # fmt: skip
     return args, source, weights
 
@@ -161,7 +162,6 @@ def main():
     policy = run.place(policy, device, args.dtype)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-
     store = args.feature_dir and stream.FeatureFolder(args.feature_dir, build, policy.towers)
 
     def reader_of(rows):
@@ -362,8 +362,8 @@ def main():
             groups = [(p, used[i], fresh[i], weight) for i, p in enumerate(prompts, mine.start)]
             infos = infos + update.update(policy, reference, groups, filler, step, args)
             info = {name: torch.cat([part[name] for part in infos]) for name in infos[0]}
-            norm = run.clip_grad_norm(policy, args.max_grad_norm)
-            run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
+            norm = optim.clip_grad_norm(policy, args.max_grad_norm)
+            optim.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, args.cosine)
             if not again:
                 of_first = (info, norm, fresh, past)  # what the step reports
             drift = info["log_ratio"] / info["num_tokens"]  # a stored one may be given up: ratio 0

@@ -21,6 +21,7 @@ import checkpoint
 import data
 import metrics
 import model
+import optim
 import stream
 import toy
 
@@ -48,9 +49,7 @@ def parse_args(argv=None):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
     args, source = run.parse(parser, argv, overrides)
-    run.check_at_least(
-        args, batch_size=1, micro_tokens=1, steps=0, lora_rank=0, keep=1, seed=0, cache_gb=0, lr=0
-    )
+    run.check_at_least(args, **run.BOUNDS, batch_size=1)
     return args, source
 
 
@@ -104,7 +103,7 @@ def main():
         data_s = time.perf_counter() - began
 
         sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
-        packs = run.micro_batches(sizes, args.micro_tokens)
+        packs = optim.micro_batches(sizes, args.micro_tokens)
         counts = run.gather((sum(map(len, completions)), len(packs)))
         # of the whole step on all ranks, so that no split of it changes the gradient
         num_valid_tokens, num_packs = sum(n for n, _ in counts), max(n for _, n in counts)
@@ -122,8 +121,8 @@ def main():
             loss_sum += loss.detach()
         if run.world_size() > 1:
             dist.all_reduce(loss_sum)
-        grad_norm = run.clip_grad_norm(policy, args.max_grad_norm)
-        run.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=True)
+        grad_norm = optim.clip_grad_norm(policy, args.max_grad_norm)
+        optim.set_lr(optimizer, args.lr, step, steps, args.warmup_frac, cosine=True)
         loss, lr = loss_sum.item(), optimizer.param_groups[0]["lr"]
         if problem := health.bad_step(loss, grad_norm):
             ids = ", ".join(row["prompt_id"] for row in step_rows)

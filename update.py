@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hints
 import model
+import optim
 import tas
 from grpo import grpo_loss
 
@@ -29,10 +30,10 @@ def update(policy, reference, groups, filler, step, args):
         items = [(e, a, weight) for e, a in zip(entries, advantages.tolist())]
         # not less than half: else a long prompt would be read for every completion anew
         room = max(args.micro_tokens - len(prompt.input_ids), args.micro_tokens // 2)
-        for pack in run.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
+        for pack in optim.micro_batches([len(e.completion_ids) for e, _, _ in items], room):
             pieces.append((prompt, [items[i] for i in pack]))
     sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]
-    packs = [[pieces[i] for i in pack] for pack in run.micro_batches(sizes, args.micro_tokens)]
+    packs = [[pieces[i] for i in pack] for pack in optim.micro_batches(sizes, args.micro_tokens)]
     infos = []
     idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
     for part, counts in run.rounds(packs, idle):

@@ -682,6 +682,10 @@ BAD_ROWS = [
     (dict(start="1:20"), "give seconds"),
     (dict(start=float("nan")), "start nan"),
     (dict(start=1e300), "give seconds"),
+    (dict(useaudio=True), "unknown key 'useaudio': did you mean use_audio"),
+    (dict(strat=1.0, end=2.0), "unknown key 'strat': did you mean start"),
+    (dict(image="x.png"), "unknown key 'image': did you mean images"),
+    (dict(Audio="x.wav"), "unknown key 'Audio': did you mean audio"),
     (dict(question="cut emoji \ud83d?"), r"a text has half a character, '\\ud83d': mend it"),
     (dict(video="\udc80.mp4"), "has half a character"),
 ]
@@ -693,6 +697,12 @@ def test_bad_rows_are_one_clear_line(fields, words):
         data.normalize_row(make_row(**{"video": "x.mp4", **fields}))
     line = str(error.value)
     assert re.match("'?row r7'?: ", line) and re.search(words, line) and "\n" not in line
+
+
+def test_other_keys_are_nobodys_business():
+    other = dict(question_id=7, video_id="x", answers=["a"], duration=3.0, category="color")
+    row = data.normalize_row(make_row(video="x.mp4", **other))
+    assert row == data.normalize_row(make_row(video="x.mp4")) | other
 
 
 GOOD_ROWS = [  # answer_type, answer, options, the answer as text
@@ -898,6 +908,16 @@ def test_bad_files_are_one_clear_line(tmp_path, lines, words):
         data.Rows(path)
 
 
+def test_a_folder_and_utf16_are_named_as_such(tmp_path):
+    with pytest.raises(data.BadRow, match="a folder, no data file at"):
+        data.Rows(tmp_path)
+    path = tmp_path / "x.jsonl"
+    rows = "\n".join(json.dumps(make_row(prompt_id=name)) for name in "ab")
+    path.write_text(rows, encoding="utf-16")
+    with pytest.raises(data.BadRow, match="x.jsonl:1: not JSON in UTF-8"):
+        data.Rows(path)
+
+
 def test_check_names_every_bad_row_and_counts(media):
     rows = [
         make_row(prompt_id="a", video="good.mp4", use_audio=True),
@@ -949,7 +969,7 @@ def test_check_counts_tokens_with_a_model(media, toy_dir):
 def test_check_ends_in_one_line(media, tmp_path):
     path = write_jsonl(media / "one.jsonl", [make_row(video="good.mp4")])
     for flags, words in (
-        ([path, "--max-frames", 1], "data.py: --fps must be .* --max-frames at least 2, .*"),
+        ([path, "--max-frames", 1], "data.py: --max-frames 1: at least 2 is needed"),
         ([path, "--model", tmp_path / "none"], "data.py: no Qwen2.5-Omni model at .*none: .*"),
         ([tmp_path / "none.jsonl"], "data.py: no data file at .*none.jsonl: .*"),
         ([write_jsonl(media / "no.jsonl", [])], "0 rows, 0 would not train"),

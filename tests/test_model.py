@@ -25,6 +25,7 @@ import bench
 import bench_gpu
 import data
 import model
+import optim
 import rollout
 import run
 
@@ -395,9 +396,9 @@ def test_no_such_model():
 
 
 def test_micro_batches():
-    assert run.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
-    assert run.micro_batches([3], 1) == [[0]]
-    assert np.concatenate(run.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
+    assert optim.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert optim.micro_batches([3], 1) == [[0]]
+    assert np.concatenate(optim.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
 
 
 # ---- questions about one clip

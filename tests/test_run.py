@@ -16,6 +16,7 @@ from conftest import launch
 from test_train_rl import read_metrics, rl_flags
 
 import model
+import optim
 import run
 
 
@@ -203,6 +204,10 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
         "train_rl.py --lr nan", "train_rl.py --tas-lambda inf", "train_rl.py --clip-eps nan",
         "train_rl.py --reward-weights format=nan", "train_rl.py --reward-weights format",
         "train_rl.py --reward-weights speed=1", "train_sft.py --lr nan", "train_sft.py --seed -1",
+        "train_rl.py --warmup-frac nan", "train_rl.py --max-bad-frac -1", "train_rl.py --save-every -1",
+        "train_rl.py --max-unjudged-frac 2", "train_rl.py --num-on 1 --num-off 0",
+        "train_rl.py --buffer-size 9", "train_rl.py --max-frames 3", "train_rl.py --max-audio-seconds -1",
+        "train_sft.py --max-grad-norm -1", "train_sft.py --weight-decay -1", "toy.py --num-train -3",
         "eval.py --max-new-tokens 0", "eval.py --temperature -1", "eval.py --batch-size 0",
         "experiments.py efficiency --seeds -1", "figures.py --results README.md",
     ],
@@ -212,6 +217,24 @@ def test_a_number_out_of_range_is_one_line(command, tmp_path):
     out = [] if script in ("experiments.py", "figures.py") else ["--out", tmp_path / "x"]
     assert mistake(script, *flags, *out).startswith(f"{script}: ")
     assert not (tmp_path / "x" / "run.json").exists()
+
+
+def test_a_finished_run_says_so(toy_dir, tmp_path):
+    launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
+    made = (tmp_path / "x" / "metrics.jsonl").stat()
+    printed = launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0, "--resume"))
+    assert f"x is finished: its model is {tmp_path / 'x' / 'final'}" in printed
+    assert (tmp_path / "x" / "metrics.jsonl").stat().st_mtime_ns == made.st_mtime_ns
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(toy_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("nomodel", "runs/stge2", "runs/sft/fnal"):
+        line = mistake(*sft_flags(toy_dir, tmp_path / "x", "--model", path))
+        assert f"there is no folder {path}" in line
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert mistake("train_sft.py", "--out", "").endswith("--out is empty: give a folder")
 
 
 def test_the_command_that_goes_on_parses(monkeypatch):
@@ -248,8 +271,8 @@ def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
 
 
 def test_lr_scale():
-    assert [run.lr_scale(s, 10, 4, cosine=False) for s in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert run.lr_scale(4, 10, 4, cosine=True) == 1.0 and run.lr_scale(
+    assert [optim.lr_scale(s, 10, 4, cosine=False) for s in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert optim.lr_scale(4, 10, 4, cosine=True) == 1.0 and optim.lr_scale(
         10, 10, 4, cosine=True
     ) == pytest.approx(0.1)
 
