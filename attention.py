@@ -32,9 +32,7 @@ class PackedAttention:
         self.splits = [(num_prompt, sum(lengths)) for num_prompt, lengths in groups]
         self.kept, self.masks, self.record = {}, [], record
         for num_prompt, lengths in groups:
-            lengths = torch.tensor(
-                lengths, dtype=torch.long
-            )  # on the CPU: a GPU would be waited for
+            lengths = torch.tensor(lengths, dtype=torch.long)  # on the CPU: nobody waits for a GPU
             owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # (N,)
             own = (owner[:, None] == owner[None, :]).tril()
             self.masks.append(F.pad(own, (num_prompt, 0), value=True))  # (N, P + N) bool
