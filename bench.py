@@ -179,10 +179,7 @@ def peak_memory(args, side, size):
 def _measure_memory(pipe, args, side, size):
     torch.set_num_threads(args.threads)
     policy, plain = build_models(args)
-    task = {
-        "ours": lambda *x: update_ours(policy, *x),
-        "copies": lambda *x: update_copies(plain, *x),
-    }[side]
+    task = dict(ours=partial(update_ours, policy), copies=partial(update_copies, plain))[side]
     task(*make_inputs(args, 16, 4, 2))  # what torch allocates once
     inputs = make_inputs(args, *size)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
@@ -206,19 +203,22 @@ def matmul_rate(args):
     return count * 2 * a.shape[0] * b.numel() / (time.perf_counter() - began) / 1e9
 
 
-def update_flops(policy, size):
-    """Of an update: 6 per matrix parameter and packed token, 12 per attention score and width."""
+def matrices(config):
+    """Weights of a text model that a token is multiplied with: (the layers', the head's)."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    attention = hidden // heads * (2 * heads + 2 * config.num_key_value_heads)
+    layer = hidden * (attention + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer, hidden * config.vocab_size
+
+
+def update_flops(config, size, per_weight=6):
+    """6 a weight and token (4 if it is frozen), 12 an attention score and width."""
     num_prompt, num_completion, group_size = size
-    text, head = policy.thinker.model.language_model, policy.thinker.lm_head.weight.numel()
-    matrices = sum(p.numel() for p in text.layers.parameters() if p.ndim == 2)
-    tokens = num_prompt + group_size * num_completion
-    scores = num_prompt**2 / 2 + group_size * num_completion * (num_prompt + num_completion / 2)
-    width = text.config.hidden_size * text.config.num_hidden_layers
-    return 6 * (matrices * tokens + head * group_size * num_completion) + 12 * scores * width
-
-
-def cell(number):
-    return "-" if number is None else f"{number:.4g}"
+    layers, head = matrices(config)
+    own = group_size * num_completion
+    scores = num_prompt**2 / 2 + own * (num_prompt + num_completion / 2)
+    width = config.hidden_size * config.num_hidden_layers
+    return per_weight * (layers * (num_prompt + own) + head * own) + 12 * scores * width
 
 
 def print_table(title, rows):
@@ -227,7 +227,8 @@ def print_table(title, rows):
     print(f"\n{title:20}" + "".join(f"{name:>13}" for name in names))
     for row in rows:
         size = "/".join(map(str, row["size"]))
-        print(f"{size:20}" + "".join(f"{cell(row.get(name)):>13}" for name in names))
+        cells = ["-" if row.get(name) is None else f"{row[name]:.4g}" for name in names]
+        print(f"{size:20}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def bench_updates(args, policy, plain):
@@ -243,7 +244,7 @@ def bench_updates(args, policy, plain):
         ours_mb, copies_mb = (peak_memory(args, side, size) for side in ("ours", "copies"))
         tokens = num_prompt + group_size * num_completion
         ideal = group_size * (num_prompt + num_completion) / tokens
-        rate = update_flops(policy, size) / ours / 1e9
+        rate = update_flops(policy.thinker.config.text_config, size) / ours / 1e9
         rows.append(dict(
             size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
             ours_mb=ours_mb, copies_mb=copies_mb, matmul_share=rate, logprob_gap=gap,

@@ -142,7 +142,9 @@ def update_row(args, policy, num_prompt, best_tflops):
     if seconds:
         row["tokens_per_s"] = (num_prompt + GROUP_SIZE * args.new_tokens) / seconds
         # of what has to be computed: what checkpointing computes again is not counted
-        row["matmul_share"] = update_flops(args, size) / seconds / 1e12 / best_tflops
+        config, per_weight = policy.thinker.config.text_config, 4 if args.lora_rank else 6
+        flops = bench.update_flops(config, size, per_weight)
+        row["matmul_share"] = flops / seconds / 1e12 / best_tflops
     # each group of a run has a length of its own, so the first time with a length counts as well
     other = bench.make_inputs(args, num_prompt - 5, *size[1:])
     first = partial(bench.update_ours, policy, *other)
@@ -155,20 +157,9 @@ def update_row(args, policy, num_prompt, best_tflops):
     return row
 
 
-def matrices(args):
-    """Weights of the text model that a token is multiplied with: (the layers', the head's)."""
-    heads = args.hidden // args.heads * (2 * args.heads + 2 * args.kv_heads)
-    return args.layers * args.hidden * (heads + 3 * args.intermediate), args.hidden * args.vocab
-
-
-def update_flops(args, size):
-    """2 a weight forward, 2 for the gradient of what comes in, 2 for its own if it trains."""
-    num_prompt, num_completion, group_size = size
-    layers, head = matrices(args)
-    own = group_size * num_completion
-    scores = num_prompt**2 / 2 + own * (num_prompt + num_completion / 2)
-    weights = (4 if args.lora_rank else 6) * (layers * (num_prompt + own) + head * own)
-    return weights + 12 * scores * args.hidden * args.layers
+def eager(decode, inputs):
+    """In the place of rollout.record: no CUDA graph."""
+    return decode
 
 
 def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
@@ -180,7 +171,7 @@ def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
     seconds, memory = measure(partial(task, count), args.repeats, warm_up=0)
     row = dict(size=(num_prompt, count, GROUP_SIZE, num_prompts), seconds=seconds, gb=memory)
     if seconds and prefill_s:
-        with patch("rollout.record", lambda decode, inputs: decode):
+        with patch("rollout.record", eager):
             eager_s, _ = measure(partial(task, few), 1)
         row["prefill_s"] = prefill_s
         row["token_ms"] = (seconds - prefill_s) / (count - 1) * 1e3
@@ -190,7 +181,8 @@ def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
         width = torch.finfo(run.compute_dtype(policy.device, args.dtype)).bits // 8
         per_token = 2 * args.layers * args.kv_heads * (args.hidden // args.heads)
         cached = per_token * num_prompts * (num_prompt + GROUP_SIZE * count / 2)
-        moved = (sum(matrices(args)) + cached) * width
+        config = policy.thinker.config.text_config
+        moved = (sum(bench.matrices(config)) + cached) * width
         row["bw_share"] = moved / row["token_ms"] / 1e6 / best_gb
     return row
 
@@ -215,7 +207,7 @@ def logprob_gap(args, policy, num_prompt):
     """Log-probs of the rollout, with and without its graph, against the recomputed: max, mean; nats."""
     prompts, _ = bench.make_inputs(args, num_prompt, 1, 1, 2)
     row = dict(size=(num_prompt, args.new_tokens, GROUP_SIZE, 2))
-    for name, record in (("", rollout.record), ("eager_", lambda decode, inputs: decode)):
+    for name, record in (("", rollout.record), ("eager_", eager)):
         with patch("rollout.record", record):
             rolled = bench.rollout_ours(policy, prompts, GROUP_SIZE, args.new_tokens)
         ids = [[c.ids for c in group] for group in rolled]

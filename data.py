@@ -12,7 +12,6 @@ import argparse
 import ast
 import difflib
 import json
-import math
 import re
 import sys
 from array import array
@@ -70,13 +69,11 @@ def add_flags(parser, keeps_clips=True):
 
 
 def recipe_from(args):
+    from run import check_at_least
+
     recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
-    least = dict(
-        fps=1e-3, max_frames=2, max_pixels=28 * 28, max_audio_seconds=0.1, max_prompt_tokens=1
-    )
-    for name, bound in least.items():
-        if not bound <= (value := getattr(recipe, name)) < math.inf:
-            raise BadRow(f"--{name.replace('_', '-')} {value}: at least {bound} is needed")
+    check_at_least(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
+    check_at_least(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if recipe.max_frames % 2:
         raise BadRow(f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs")
     return recipe
@@ -96,8 +93,7 @@ class Rows:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise BadRow(no_file(path))
+        check_file(path)
         offsets, hashes, offset = array("q"), array("q"), 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(tqdm(file, desc="rows", disable=None, leave=False), 1):
@@ -134,9 +130,10 @@ class Rows:
         return int(self.order[at])
 
 
-def no_file(path):
-    what = "a folder, no data file" if Path(path).is_dir() else "no data file"
-    return f"{what} at {path}: give a JSONL file"
+def check_file(path):
+    if not Path(path).is_file():
+        what = "a folder, no data file" if Path(path).is_dir() else "no data file"
+        raise BadRow(f"{what} at {path}: give a JSONL file")
 
 
 def parse_line(line, where):
@@ -369,8 +366,7 @@ def main(argv=None):
     add_flags(parser, keeps_clips=False)
     args = parser.parse_args(argv)
     recipe, count_tokens, num_rows, num_bad = recipe_from(args), None, 0, 0
-    if not Path(args.file).is_file():
-        raise BadRow(no_file(args.file))
+    check_file(args.file)
     if args.model:
         from model import InputBuilder
 

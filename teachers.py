@@ -249,8 +249,7 @@ def add_flags(parser, who):
 
 def from_args(args, where, name):
     """-> the Teacher of such a command."""
-    if not Path(args.data).is_file():
-        raise UserError(f"no data file at {args.data}: give a JSONL file")
+    data.check_file(args.data)
     if Path(args.out).resolve().parent != Path(args.data).resolve().parent:
         raise UserError("--out must lie beside --data: the rows' media paths are relative to it")
     if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:

@@ -104,19 +104,17 @@ def main():
 
         sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
         packs = optim.micro_batches(sizes, args.micro_tokens)
-        counts = run.gather((sum(map(len, completions)), len(packs)))
         # of the whole step on all ranks, so that no split of it changes the gradient
-        num_valid_tokens, num_packs = sum(n for n, _ in counts), max(n for _, n in counts)
+        num_valid_tokens = sum(run.gather(sum(map(len, completions))))
         loss_sum = torch.zeros((), device=device)
-        for k in range(num_packs):  # as many on every rank, or FSDP would wait for ever
-            pack = packs[min(k, len(packs) - 1)]
+        for pack, counts in run.rounds(packs, packs[-1]):
             logprobs, _, _ = model.completion_logprobs(
                 policy,
                 [prompts[i] for i in pack],
                 [[completions[i]] for i in pack],
                 temperature=1.0,
             )
-            loss = -float(k < len(packs)) * logprobs.sum() / num_valid_tokens
+            loss = -float(counts) * logprobs.sum() / num_valid_tokens
             (loss * run.world_size()).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.detach()
         if run.world_size() > 1:

@@ -219,9 +219,8 @@ def test_scores_are_not_rounded_to_bfloat16():
     exact = a.double() @ b.double().mT
     assert product.dtype == torch.float32 and (product - exact).abs().max() < 1e-4
     assert ((a @ b.mT) - exact).abs().max() > 0.05
-    with (
-        FakeTensorMode()
-    ):  # another kernel there; only its shape and type can be seen without a GPU
+    # another kernel there; only its shape and type can be seen without a GPU
+    with FakeTensorMode():
         a, b = (torch.empty(2, 3, n, 64, dtype=torch.bfloat16, device="cuda") for n in (4, 5))
         product = attention.float32_product(a, b.mT)
     assert product.dtype == torch.float32 and product.shape == (2, 3, 4, 5)
