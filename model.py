@@ -119,8 +119,9 @@ class Policy(nn.Module):
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
-                told = f"{modality}: {where.sum()} placeholders, {len(found)} features"
-                assert where.sum() == len(found), told
+                num_places = int(where.sum())
+                told = f"{modality}: {num_places} placeholders, {len(found)} features"
+                assert num_places == len(found), told
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 

@@ -72,6 +72,7 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
     width = max(map(len, slots))  # rows of a family
     slot = torch.tensor([s + [-1] * (width - len(s)) for s in slots], device=device).flatten()
     owner = slot.clamp(min=0) // group_size  # (rows,) the prompt that a row goes on from
+    num_alive = len(slot)
     with gathered(policy):
         logits, attention = prefill(policy, prompts, families, owner)
         logits = logits[owner]  # (rows, V)
@@ -94,10 +95,10 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
             length[slot] = step + 1
             ended[slot] = done = torch.isin(token, eos)
             slot = slot.masked_fill(done, -1)
-            num_alive = int((slot >= 0).sum())  # the one thing a step that a GPU is waited for
+            num_before, num_alive = num_alive, int((slot >= 0).sum())  # the one wait for a GPU
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
-            if num_alive <= 0.75 * len(slot):
+            if num_alive < num_before and num_alive <= 0.75 * len(slot):
                 families_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
                 if len(rows) < len(slot):  # finished rows leave
                     attention.keep(families_left, rows, size)
@@ -235,12 +236,10 @@ def sample(logits, temperature, noise):
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        cdf = (
-            logprobs.double().exp().cumsum(-1)
-        )  # float32 would lose the tail of a large vocabulary
-        token = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0].clamp(
-            max=logits.shape[1] - 1
-        )
+        # float32 would lose the tail of a large vocabulary
+        cdf = logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 

@@ -1,0 +1,143 @@
+"""
+The path of a GPU on a machine without one: devices, and the CUDA graph of a decoded token.
+
+    python -m pytest tests/test_gpu.py
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import RECIPE, launch
+from pretended_gpu import GPU, GpuTensor, Graph, capture, on_gpu, pretended_gpu
+
+import attention
+import data
+import model
+
+
+@pytest.fixture(scope="module")
+def setup(toy_dir):
+    """The toy's policy on the CPU and prompts with audio and without."""
+    policy = model.load(toy_dir / "model", 0, train_towers=True, gradient_checkpointing=True)
+    prompts = []
+    for stage, i in ((3, 0), (1, 0), (2, 1)):
+        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
+        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
+        prompts.append(build(rows[i]))
+    return policy, prompts, build
+
+
+def test_it_refuses_what_a_gpu_refuses():
+    with pretended_gpu():
+        a, b = torch.tensor([1.0, 2.0], device="cuda"), torch.tensor([3.0, 4.0])
+        assert a.is_cuda and a.device == GPU and on_gpu(a + 1) and not on_gpu(a.cpu())
+        assert (a + b.to(a)).tolist() == [4, 6] and b[torch.tensor([0])].tolist() == [3]
+        for mistake in (lambda: a + b, lambda: b[a.long()], lambda: torch.cat([a, b])):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mistake()
+        for mistake in (a.sum().item, lambda: a[a > 1], lambda: torch.tensor([1.0], device="cuda")):
+            with pytest.raises(RuntimeError, match="inside a capture"), capture(Graph()):
+                mistake()
+
+
+def test_a_graph_computes_when_it_is_replayed():
+    with pretended_gpu():
+        a, total, graph = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda"), Graph()
+        with capture(graph):
+            twice = 2 * a
+            total += twice
+        assert total.tolist() == [0, 0] and twice.isnan().all()
+        graph.replay()
+        a.fill_(3)
+        graph.replay()
+        assert total.tolist() == [8, 8] and twice.tolist() == [6, 6]
+        del a
+        with pytest.raises(AssertionError, match="freed"):
+            graph.replay()
+
+
+def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
+    """Rows leave and the room grows, and what was recorded before is not replayed over it."""
+    policy, prompts, build = setup
+    monkeypatch.setattr(attention, "ROOM", 4)  # four times that on a GPU
+    given = prompts, [4, 2, 3], 1.0, 60, build.eos_ids, [1, 2, 3]
+    expected = model.rollout(policy, *given)
+    assert max(len(c.ids) for group in expected for c in group) > 40
+    with pretended_gpu():
+        rolled = model.rollout(copy.deepcopy(policy).to(GPU), *given)
+    assert Graph.made > 4 and Graph.replays > 30
+    for group, expected_group in zip(rolled, expected, strict=True):
+        for one, two in zip(group, expected_group, strict=True):
+            assert one.ids.tolist() == two.ids.tolist()
+            torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
+
+
+def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
+    policy, prompts, _ = setup
+    generator = torch.Generator().manual_seed(0)
+    completions = [
+        [torch.randint(10, 250, (n,), generator=generator) for n in lengths]
+        for lengths in ([5, 9], [1, 12, 4], [7])
+    ]
+    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 0.9)
+    logprobs.sum().backward()
+    with pretended_gpu():
+        there = copy.deepcopy(policy).to(GPU)
+        again, _, _ = model.completion_logprobs(there, prompts, completions, 0.9)
+        again.sum().backward()
+        torch.testing.assert_close(again.cpu(), logprobs.detach(), atol=2e-5, rtol=0)
+        for (name, p), q in zip(policy.named_parameters(), there.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:  # one of the audio tower is not used
+                assert (q.grad.cpu() - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+    policy.zero_grad()
+
+
+def test_in_bfloat16_the_log_probs_of_the_rollout_are_the_recomputed_ones(setup):
+    policy, prompts, build = setup
+    policy = copy.deepcopy(policy)
+    model.cast(policy.parameters(), torch.bfloat16)
+    prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
+    with pretended_gpu(), torch.no_grad():
+        policy = policy.to(GPU)
+        rolled = model.rollout(policy, prompts, [4, 2, 3], 1.0, 40, build.eos_ids, [1, 2, 3])
+        ids = [[c.ids for c in group] for group in rolled]
+        logprobs, mask, _ = model.completion_logprobs(policy, prompts, ids, 1.0)
+        recomputed = logprobs.cpu()[mask.cpu()]
+    recorded = torch.cat([c.logprobs for group in rolled for c in group])
+    gap = (recomputed - recorded).abs()
+    assert gap.max() < 0.15 and gap.mean() < 0.02, gap
+
+
+def test_scores_on_a_gpu_are_not_rounded_to_bfloat16():
+    a, b = (torch.randn(2, 3, 4, 64, dtype=torch.bfloat16) * 3 for _ in range(2))
+    with pretended_gpu():
+        product = attention.float32_product(GpuTensor(a), GpuTensor(b.mT)).cpu()
+    assert product.dtype == torch.float32
+    assert (product - a.double() @ b.double().mT).abs().max() < 1e-4
+
+
+def test_training_on_a_gpu_is_training_on_a_cpu(toy_dir, tmp_path):
+    flags = [
+        "--stage",
+        2,
+        "--model",
+        toy_dir / "model",
+        "--data",
+        toy_dir / "stage2" / "train.jsonl",
+    ]
+    flags += ["--steps", 2, "--prompts-per-step", 2, "--max-new-tokens", 40, "--eval-every", 0]
+    launch("train_rl.py", *flags, "--out", tmp_path / "cpu")
+    with pretended_gpu():
+        launch("train_rl.py", *flags, "--out", tmp_path / "gpu", "--device", "cuda")
+    assert Graph.made and Graph.replays
+    expected, made = (
+        [json.loads(line) for line in (tmp_path / side / "metrics.jsonl").open()]
+        for side in ("cpu", "gpu")
+    )
+    assert len(made) == 2
+    for key in ("reward", "loss", "kl", "grad_norm", "advantage_std", "off/ratio_max"):
+        values = [[line[key] for line in lines] for lines in (made, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6), key
