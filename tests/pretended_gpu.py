@@ -79,19 +79,12 @@ def operation(func, args, kwargs):
         return torch.device("cpu")  # what C++ sees: autograd would ask a GPU's driver
     given = tensors(args, kwargs)
     there = any(map(on_gpu, given)) or torch.device(kwargs.get("device") or "cpu").type == "cuda"
-    if func not in COPIES and torch._C._current_graph_task_id() == -1:
-        own, given_index = (args[0], tensors(args[1])) if func in INDEXED else (None, [])
-        there = on_gpu(own) if func in INDEXED else there
-        # an index may come from the CPU, and so may a number
-        foreign = (
-            [x for x in given if x.dim() and not on_gpu(x)]
-            if there
-            else list(filter(on_gpu, given))
-        )
-        foreign = [x for x in foreign if on_gpu(x) or not any(x is i for i in given_index)]
-        if foreign:
-            shapes = [(tuple(x.shape), x.device.type) for x in given]
-            raise RuntimeError(f"{func}: tensors of two devices: {shapes}")
+    if func in INDEXED:
+        there = on_gpu(args[0])
+    in_backward = torch._C._current_graph_task_id() != -1
+    if foreign(func, args, given, there) and func not in COPIES and not in_backward:
+        shapes = [(tuple(x.shape), x.device.type) for x in given]
+        raise RuntimeError(f"{func}: tensors of two devices: {shapes}")
     values, settings = tree_map(lambda x: x.plain if on_gpu(x) else x, (args, kwargs))
     if there and "device" in settings:
         settings = settings | dict(device=torch.device("cpu"))
@@ -103,8 +96,16 @@ def operation(func, args, kwargs):
     if not there or func in WAITS and not isinstance(out, torch.Tensor):
         return out
     same = {id(x.plain): x for x in given if on_gpu(x)}  # in place: the tensor that was given
-    wrap = lambda x: same.get(id(x)) if id(x) in same else GpuTensor(x)  # noqa: E731
+    wrap = lambda x: same[id(x)] if id(x) in same else GpuTensor(x)  # noqa: E731
     return tree_map(lambda x: wrap(x) if isinstance(x, torch.Tensor) else x, out)
+
+
+def foreign(func, args, given, there):
+    """Of the tensors given, those that are on the other device and may not be."""
+    if not there:
+        return [x for x in given if on_gpu(x)]
+    indices = tensors(args[1]) if func in INDEXED else []  # may come from the CPU, as a number may
+    return [x for x in given if not on_gpu(x) and x.dim() and not any(x is i for i in indices)]
 
 
 def on_gpu(x):

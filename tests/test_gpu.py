@@ -120,14 +120,8 @@ def test_scores_on_a_gpu_are_not_rounded_to_bfloat16():
 
 
 def test_training_on_a_gpu_is_training_on_a_cpu(toy_dir, tmp_path):
-    flags = [
-        "--stage",
-        2,
-        "--model",
-        toy_dir / "model",
-        "--data",
-        toy_dir / "stage2" / "train.jsonl",
-    ]
+    rows = toy_dir / "stage2" / "train.jsonl"
+    flags = ["--stage", 2, "--model", toy_dir / "model", "--data", rows]
     flags += ["--steps", 2, "--prompts-per-step", 2, "--max-new-tokens", 40, "--eval-every", 0]
     launch("train_rl.py", *flags, "--out", tmp_path / "cpu")
     with pretended_gpu():
