@@ -109,25 +109,27 @@ class DecodeAttention:
         own_k.index_copy_(2, self.now, k)
         own_v.index_copy_(2, self.now, v)
         prompt_k, prompt_v = self.prompt_kv[layer]  # (B, K, P, E)
-        num_rows, num_heads, _, width = q.shape
-        num_prompts, num_kv, num_prompt_tokens, _ = prompt_k.shape
-        share = num_heads // num_kv  # heads with the same key
+        num_prompts, num_kv, num_prompt_tokens, width = prompt_k.shape
+        share = q.shape[1] // num_kv  # heads with the same key
 
-        def by_prompt(x):  # (B G, K, share, X) -> (B, K, G share, X): rows of one matrix product
-            x = x.view(num_prompts, -1, num_kv, share, x.shape[-1]).transpose(1, 2)
-            return x.reshape(num_prompts, num_kv, -1, x.shape[-1])
+        def by_row(x):  # (B, K, G share, X), rows of one matrix product -> (B, G, K, share, X)
+            return x.unflatten(2, (-1, share)).transpose(1, 2)
 
-        def by_row(x):  # and back
-            x = x.view(num_prompts, num_kv, -1, share, x.shape[-1]).transpose(1, 2)
-            return x.reshape(num_rows, num_kv, share, x.shape[-1])
-
-        q = q.view(num_rows, num_kv, share, width)
-        to_prompt = float32_product(by_prompt(q), prompt_k.mT) * scaling + self.bias[:, None, None]
-        to_own = float32_product(q, own_k.mT) * scaling + self.own_bias[:, None, None]
-        weights = torch.cat([by_row(to_prompt), to_own], dim=-1).softmax(-1).to(q.dtype)
-        out = weights[..., num_prompt_tokens:] @ own_v
-        out = out + by_row(by_prompt(weights[..., :num_prompt_tokens]) @ prompt_v)
-        return out.reshape(num_rows, 1, num_heads, width)
+        q = q.view(num_prompts, -1, num_kv, share, width)
+        of_prompt = by_row(float32_product(q.transpose(1, 2).flatten(2, 3), prompt_k.mT))
+        of_own = float32_product(q.flatten(0, 1), own_k.mT).view(*q.shape[:4], -1)
+        bias, own_bias = (
+            x.view(num_prompts, -1, 1, 1, x.shape[1]) for x in (self.bias, self.own_bias)
+        )
+        # (B, G, K, share, P + room), written once: on a GPU, long prompts are bound by this traffic
+        scores = of_own.new_empty(*q.shape[:4], num_prompt_tokens + of_own.shape[-1])
+        torch.add(bias, of_prompt, alpha=scaling, out=scores[..., :num_prompt_tokens])
+        torch.add(own_bias, of_own, alpha=scaling, out=scores[..., num_prompt_tokens:])
+        weights = scores.softmax(-1)
+        to_prompt = weights[..., :num_prompt_tokens].transpose(1, 2).to(q.dtype).flatten(2, 3)
+        of_own = weights[..., num_prompt_tokens:].to(q.dtype).flatten(0, 1) @ own_v
+        out = by_row(to_prompt @ prompt_v) + of_own.view(q.shape)
+        return out.reshape(len(own_k), 1, -1, width)
 
     def keep(self, prompts, rows, group_size):
         """

@@ -93,6 +93,10 @@ def main_guard(main):
             os._exit(code)  # the others may be waiting for this rank: torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not by way of Python's own end: gloo's threads may be left, and abort in it (pytorch#179291)
+        os._exit(code if line else 0)
     if line:
         sys.exit(code)
 

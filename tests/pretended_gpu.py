@@ -139,7 +139,7 @@ class Graph:
         self.needed += [weakref.ref(x) for x in given if x.graph is not self]
         if func is not aten.bmm.dtype and func._schema.is_mutable:
             self.kernels.append((kernel, values, settings, []))
-            return values[0]
+            return settings.get("out", values[0])
         out = kernel(*values, **settings)
         old = {x.untyped_storage().data_ptr() for x in tensors(values, settings)}
         if not any(x.untyped_storage().data_ptr() in old for x in tensors(out)):  # else a view

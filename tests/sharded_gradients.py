@@ -15,22 +15,8 @@ import torch
 import data
 import model
 
-folder, rows, lora_rank = (
-    sys.argv[1],
-    data.Rows(Path(sys.argv[2]) / "train.jsonl"),
-    int(sys.argv[3]),
-)
-device = run.init_processes("cpu")
-build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
-prompts = [build(rows[i]) for i in range(4)]
-generator = torch.Generator().manual_seed(0)
-sizes = [[5, 1], [7, 2, 2], [9], [3, 4]]
-completions = [
-    [torch.randint(10, 250, (n,), generator=generator) for n in group] for group in sizes
-]
 
-
-def policy_of():
+def policy_of(folder, lora_rank):
     policy = model.load(folder, lora_rank, train_towers=True, gradient_checkpointing=False)
     torch.manual_seed(1)
     for name, parameter in policy.named_parameters():
@@ -39,23 +25,38 @@ def policy_of():
     return policy
 
 
-def backward(policy, mine, scale):
-    prompts_, completions_ = prompts[mine], completions[mine]
-    logprobs, _, _ = model.completion_logprobs(policy, prompts_, completions_, 1.0)
+def backward(policy, prompts, completions, scale):
+    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
     (logprobs.sum() * scale).backward()
 
 
-plain, sharded = policy_of(), run.place(policy_of(), device, "float32")
-backward(plain, slice(None), 1.0)
-backward(sharded, run.share(len(prompts)), float(run.world_size()))  # FSDP takes the mean
-expected, compared = dict(plain.named_parameters()), 0
-for name, parameter in sharded.named_parameters():
-    if (other := expected[name].grad) is None:
-        assert parameter.grad is None, name
-        continue
-    gradient = parameter.grad.full_tensor()
-    assert (gradient - other).norm() <= 1e-4 * other.norm().clamp(min=1e-6), name
-    compared += 1
-assert compared > 50
-run.print0(f"{compared} parameters agree")
-torch.distributed.destroy_process_group()
+def main():
+    folder, rows, lora_rank = sys.argv[1:]
+    device, rows = run.init_processes("cpu"), data.Rows(Path(rows) / "train.jsonl")
+    build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
+    prompts = [build(rows[i]) for i in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    completions = [
+        [torch.randint(10, 250, (n,), generator=generator) for n in group]
+        for group in ([5, 1], [7, 2, 2], [9], [3, 4])
+    ]
+    plain = policy_of(folder, int(lora_rank))
+    sharded = run.place(policy_of(folder, int(lora_rank)), device, "float32")
+    mine = run.share(len(prompts))
+    backward(plain, prompts, completions, 1.0)
+    # FSDP takes the mean
+    backward(sharded, prompts[mine], completions[mine], float(run.world_size()))
+    expected, compared = dict(plain.named_parameters()), 0
+    for name, parameter in sharded.named_parameters():
+        if (other := expected[name].grad) is None:
+            assert parameter.grad is None, name
+            continue
+        gradient = parameter.grad.full_tensor()
+        assert (gradient - other).norm() <= 1e-4 * other.norm().clamp(min=1e-6), name
+        compared += 1
+    assert compared > 50
+    run.print0(f"{compared} parameters agree")
+
+
+if __name__ == "__main__":
+    run.main_guard(main)
