@@ -15,6 +15,7 @@ is decoded, encoded and read once for all questions about it.
 
 import argparse
 import json
+import os
 import sys
 import time
 import zlib
@@ -124,12 +125,18 @@ def recipe_of(args, folder, template, dtype):
 # ---- items -------------------------------------------------------------------------------------
 
 
+def name_of(file):
+    """One name of a file, however it was typed: from here if it lies below, else from the root."""
+    path = os.path.relpath(file)
+    return os.path.abspath(file) if path.startswith(os.pardir) else path
+
+
 def load_sets(args, toy_tests):
     """-> {name: (folder of its media, rows)}: of files as they are, of benchmarks raw."""
     sets, absent = {}, []
     for file in args.data or ([] if args.benchmark else toy_tests):
         rows = data.Rows(file)
-        sets[str(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
+        sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
     chosen = set(args.benchmark or [])
     if "all" in chosen:
         chosen |= {name for name in benchmarks.BENCHMARKS if not name.endswith("-ref")}

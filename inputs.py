@@ -204,9 +204,17 @@ def from_pretrained(kind, folder, **kwargs):
 def base_folder(folder):
     """The folder with the processor and full weights: an adapter's base, or the folder itself."""
     if is_adapter(folder):
-        config = (Path(folder) / "adapter_config.json").read_text()
-        return json.loads(config)["base_model_name_or_path"]
+        named = read_config(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
+        beside = Path(folder).resolve().parent / "base"  # as a run left it, wherever that is now
+        return str(beside) if beside.is_dir() and not Path(named).is_dir() else named
     return str(folder)
+
+
+def read_config(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise data.BadRow(f"{path}: not JSON ({error}): mend it, or copy the model anew") from None
 
 
 def is_adapter(folder):

@@ -170,12 +170,13 @@ def step_line(m, steps):
     return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
 
 
-def samples(step, group, advantages, replay, tokenizer):
-    """One group for samples.jsonl: what was written, what it earned, and why."""
+def samples(step, group, advantages, replay, tokenizer, rows):
+    """One group for samples.jsonl: what was asked and written, what it earned, and why."""
     for e, advantage in zip(group, advantages.tolist()):
         yield dict(
             step=step,
             prompt_id=e.prompt_id,
+            prompt=rows[rows.index(e.prompt_id)]["question"],
             completion=tokenizer.decode(e.completion_ids),
             reward=e.reward,
             reward_parts=e.reward_parts,

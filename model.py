@@ -26,7 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import run
 from attention import PackedAttention, shared_prefix_attention
-from inputs import InputBuilder, Prompt, base_folder, from_pretrained, is_adapter  # noqa: F401
+from inputs import InputBuilder, Prompt, base_folder, from_pretrained  # noqa: F401
+from inputs import is_adapter, read_config  # noqa: F401
 from rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
@@ -268,12 +269,13 @@ def cast(parameters, dtype):
 
 def start_folder(folder, lora_rank, out):
     """
-    Where a run starts. For a new adapter on top of an old one: OUT/base, the old one merged, so
-    that the new one has a base that exists (PEFT would name the old base and lose a stage).
+    Where a run starts; a folder that an adapter will name as its base is named from the root. For
+    a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
+    that exists (PEFT would name the old base and lose a stage).
     """
     if not lora_rank or not is_adapter(folder):
-        return folder
-    base = Path(out) / "base"
+        return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
+    base = Path(out).resolve() / "base"
     if run.rank() == 0 and not (Path(out) / "run.json").exists():
         shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
     if run.rank() == 0 and not base.exists():

@@ -3,7 +3,7 @@ A run: its processes, its folder, how it begins, and how it ends.
 
     OUT/run.json          arguments, versions, commit
     OUT/metrics.jsonl     one object a step
-    OUT/samples.jsonl     a few completions, now and then
+    OUT/samples.jsonl     a few completions, now and then (RL)
     OUT/checkpoints/      checkpoint.py
     OUT/final/            a standard Hugging Face folder
     OUT/lock              held while the run goes on
@@ -279,7 +279,8 @@ the toy's. Tags in [] are explained in README.md.
 
 def parse(parser, argv, overrides):
     """
-    Parses twice, so that defaults which depend on other flags still lose to a typed one.
+    Parses twice, so that defaults which depend on other flags still lose to a typed one. With
+    --resume, what the run began with stands for what is not typed again.
 
     overrides   callable(args of the first pass) -> pairs of (name, {flag: value}), later ones win
     returns     args, {flag: name of the override its value comes from}
@@ -287,12 +288,23 @@ def parse(parser, argv, overrides):
     source = {}
     words = sys.argv[1:] if argv is None else argv
     first = [word for word in words if word not in ("-h", "--help")]  # help: the final defaults
-    for name, values in overrides(parser.parse_known_args(first)[0]):
+    first = parser.parse_known_args(first)[0]
+    for name, values in [*overrides(first), ("run.json", begun_with(first))]:
         parser.set_defaults(**values)
         source |= {key: name for key in values}
     args = parser.parse_args(argv)
+    if not (args.out or "").strip():
+        raise UserError("--out is empty: give a folder")
     source = {k: name for k, name in source.items() if getattr(args, k) == parser.get_default(k)}
     return args, source
+
+
+def begun_with(args):
+    """-> {flag: value} of the run in --out that is to be resumed, if one is."""
+    path = Path(args.out or "") / "run.json"
+    about = json.loads(path.read_text()) if args.resume and path.is_file() else {}
+    kept = about["arguments"] if about.get("script") == Path(sys.argv[0]).name else {}
+    return {k: v for k, v in kept.items() if k in vars(args).keys() - {"out", "resume", "device"}}
 
 
 # of the numbers that both trainers take: the least; or the least and the most
@@ -313,8 +325,6 @@ def check_at_least(args, **bounds):
 
 def open_folder(args, source):
     """Locks the run's folder, checks it, and prints what will run; `begin` writes to it."""
-    if not args.out.strip():
-        raise UserError("--out is empty: give a folder")
     out = Path(args.out)
     lock(out)
     started = (out / "run.json").exists()
@@ -387,6 +397,7 @@ def begin(out, args, step):
     """Writes run.json, or on resuming drops what was logged after `step`: those steps run again."""
     if rank():
         return
+    (out / "checkpoints").mkdir(exist_ok=True)
     if not args.resume:
         about = dict(script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit())
         packages = ("torch", "transformers", "av", "torchaudio", "numpy")

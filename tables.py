@@ -8,6 +8,7 @@ from pathlib import Path
 
 import benchmarks
 import scores
+from clips import BadRow
 
 # what two runs must share, or they are not compared like with like
 RECIPE = "protocol template system instructions recipe temperature max_new_tokens".split()
@@ -18,7 +19,10 @@ def read_records(folder):
     """What a folder holds; of an interrupted evaluation also what each rank had done."""
     texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last
+    except ValueError as error:
+        raise BadRow(f"{folder}: a line of its records is not JSON ({error}): remove it") from None
     return list({(r["file"], r["prompt_id"]): r for r in records}.values())  # or comes between two
 
 

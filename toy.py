@@ -29,7 +29,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from clips import BadRow
-from model import base_folder
+from model import base_folder, read_config
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 COLORS["yellow"] = (230, 210, 40)
@@ -374,7 +374,7 @@ def is_toy(folder):
     if folder is None:
         return True
     config = Path(base_folder(folder)) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("avatar_toy", False)
+    return config.is_file() and read_config(config).get("avatar_toy", False)
 
 
 def once(folder, write, *given):

@@ -420,7 +420,7 @@ def main():
         run.log(out / "metrics.jsonl", report)
         if step % SAMPLE_EVERY == 1:
             one = group_advantages(torch.tensor([e.reward for e in made[0]]))
-            for sample in metrics.samples(step, made[0], one, replay, build.tokenizer):
+            for sample in metrics.samples(step, made[0], one, replay, build.tokenizer, rows):
                 run.log(out / "samples.jsonl", sample)
         for event, q in events:
             if event:

@@ -235,6 +235,14 @@ def test_evaluation(toy_dir, tmp_path):
     assert by_id(tables.read_records(tmp_path / "c")) == by_id(records)
 
 
+def test_a_file_has_one_name_however_it_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    for typed in ("rows.jsonl", "./rows.jsonl", "../sub/rows.jsonl", tmp_path / "sub" / "rows.jsonl"):
+        assert evaluation.name_of(typed) == "rows.jsonl"
+    assert evaluation.name_of("../rows.jsonl") == str(tmp_path / "rows.jsonl")
+
+
 def test_sampling_does_not_depend_on_the_batch(toy_dir, tmp_path):
     made = []
     for i, size in enumerate((16, 3)):
@@ -278,9 +286,15 @@ def test_failures_count_as_wrong_and_are_named(toy_dir, tmp_path):
 def test_mistakes_are_one_line(toy_dir, tmp_path):
     flags, words = eval_flags(toy_dir, tmp_path / "x"), tmp_path / "words.txt"
     words.write_text("Which one?")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "records.jsonl").write_text('{"file": \n')
+    (tmp_path / "torn" / "config.json").write_text("{")
     for more, said in (
         (("--against", tmp_path / "nowhere"), "--against: no records in"),
         (("--table", tmp_path / "nowhere"), "--table: no records in"),
+        (("--against", tmp_path / "torn"), "a line of its records is not JSON"),
+        (("--model", tmp_path / "torn"), "config.json: not JSON"),
+        (("--out", ""), "--out is empty"),
         (("--benchmark", "tomato", "--root", tmp_path), "no data/*.json in"),
         (("--template", tmp_path / "no.txt"), "no.txt"),
         (("--template", words), "no {question} in"),

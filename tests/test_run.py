@@ -88,7 +88,7 @@ def test_rl_resumes_bit_for_bit(toy_dir, tmp_path):
     )
     launch(*rl_flags(toy_dir, 2, straight, *flags))
     stopped_copy(straight, resumed, 2)
-    launch(*rl_flags(toy_dir, 2, resumed, *flags, "--resume"))
+    launch("train_rl.py", "--out", resumed, "--resume", "--steps", 4)  # the rest is known
     assert same_weights(straight, resumed)
     a, b = (without_times(read_metrics(out)) for out in (straight, resumed))
     assert a == b and a[-1]["hints/entered"] > 0
@@ -145,6 +145,17 @@ def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
     weight = lambda policy: policy.thinker.get_parameter(name)  # noqa: E731
     assert (weight(a) == weight(base)).all()
     assert (weight(a) != weight(raw)).any() and (weight(b) != weight(base)).any()
+    (tmp_path / "b").rename(tmp_path / "moved")  # the base moves with the adapter
+    assert (weight(model.load(tmp_path / "moved/final", 0, False, False)) == weight(b)).all()
+
+
+def test_an_adapter_names_its_base_from_the_root(toy_dir, tmp_path, monkeypatch):
+    """PEFT loads it from any working directory."""
+    monkeypatch.chdir(toy_dir)
+    launch(*rl_flags(toy_dir, 1, tmp_path / "a", "--lora-rank", 2, "--model", "model"))
+    config = json.loads((tmp_path / "a" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((toy_dir / "model").resolve())
+    assert (tmp_path / "a" / "checkpoints").is_dir()
 
 
 def test_resuming_as_another_run_is_refused(toy_dir, tmp_path):
