@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and its state is saved. args: the line to print, the signal."""
+    """The run ends here, and its state is saved. args: the line to print, the exit code."""
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
@@ -63,7 +63,7 @@ def main_guard(main):
     except (UserError, BadRow, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         line = str(error)
     except Stopped as stop:
-        line, code = stop.args[0], 128 + stop.args[1]
+        line, code = stop.args
     except KeyboardInterrupt:
         line, code = "stopped", 128 + signal.SIGINT
     except OSError as error:
@@ -88,7 +88,7 @@ def main_guard(main):
         if world_size() == 1 and code == 1:
             sys.exit(line)
         if rank() == 0 or code == 1:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr if code else sys.stdout, flush=True)
         if world_size() > 1 and code == 1:
             os._exit(code)  # the others may be waiting for this rank: torchrun ends them
     if dist.is_initialized():
@@ -347,8 +347,7 @@ def open_folder(args, source):
             told = "--resume: these would make it another run: " + ", ".join(told)
             raise UserError(f"{told}: leave them as they were, or start a new --out")
         if (out / "final").exists():
-            print0(f"{out} is finished: its model is {out / 'final'}")
-            sys.exit()
+            raise Stopped(f"{out} is finished: its model is {out / 'final'}", 0)
     print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}")
     for key, value in sorted(vars(args).items()):
         print0(f"  {key:22} {value}" + (f"   ({source[key]})" if key in source else ""))

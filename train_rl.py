@@ -429,15 +429,14 @@ def main():
         bar.update()
         if problem := health.collapse(report):
             since = step - metrics.PATIENCE + 1
-            remedy = (
-                f"the policy has collapsed at step {since}: start a new --out with a lower --lr"
-            )
-            raise run.UserError(f"step {step}: {problem}: {remedy}")
+            told = f"{problem}: the policy has collapsed at step {since}"
+            raise run.UserError(f"step {step}: {told}: start a new --out with a lower --lr")
         signal = run.stop_asked()
         if signal or (args.save_every and step % args.save_every == 0):
             save(step, small_state())
         if signal and step < steps:
-            raise run.Stopped(f"step {step} is saved; go on with: {run.how_to_go_on()}", signal)
+            line = f"step {step} is saved; go on with: {run.how_to_go_on()}"
+            raise run.Stopped(line, 128 + signal)
     bar.close()
     model.save(policy, out / "final", build.processor)
     if before is not None:

@@ -150,7 +150,8 @@ def main():
             state = dict(health=dict(health.state), rows=source_rows.state_dict())
             checkpoint.save(out, step, policy, optimizer, state, args.keep)
         if signal and step < steps:
-            raise run.Stopped(f"step {step} is saved; go on with: {run.how_to_go_on()}", signal)
+            line = f"step {step} is saved; go on with: {run.how_to_go_on()}"
+            raise run.Stopped(line, 128 + signal)
     bar.close()
     model.save(policy, out / "final", build.processor)
     run.print0(f"saved {out / 'final'}")
