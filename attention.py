@@ -23,7 +23,7 @@ ROOM = 64  # tokens by which the room for what is decoded grows
 
 class PackedAttention:
     """
-    Attention of a packed row. With `record`, the prompts' keys and values of every layer are kept.
+    Attention of a packed row. With `record`, the row's keys and values of every layer are kept.
 
     groups   list of (P, lengths of the completions behind the prompt), in the order of the row
     """
@@ -75,8 +75,8 @@ class DecodeAttention:
                 its own question after a clip that it shares with others; own_mask (B G, length)
                 says what of it is real
 
-    Between two growths of the room, a token changes no shape and no address, only values: so its
-    kernels can be recorded once and replayed (rollout.record).
+    Between two growths of the room or calls of `keep`, a token changes no shape and no address, only
+    values: so its kernels can be recorded once and replayed (rollout.record).
     """
 
     def __init__(self, prompt_kv, prompt_mask, group_size, own_kv, own_mask):
@@ -127,8 +127,8 @@ class DecodeAttention:
         torch.add(own_bias, of_own, alpha=scaling, out=scores[..., num_prompt_tokens:])
         weights = scores.softmax(-1)
         to_prompt = weights[..., :num_prompt_tokens].transpose(1, 2).to(q.dtype).flatten(2, 3)
-        of_own = weights[..., num_prompt_tokens:].to(q.dtype).flatten(0, 1) @ own_v
-        out = by_row(to_prompt @ prompt_v) + of_own.view(q.shape)
+        to_own = weights[..., num_prompt_tokens:].to(q.dtype).flatten(0, 1)
+        out = by_row(to_prompt @ prompt_v) + (to_own @ own_v).view(q.shape)
         return out.reshape(len(own_k), 1, -1, width)
 
     def keep(self, prompts, rows, group_size):

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     size("--vocab", type=int, default=152064)
     args = parser.parse_args(argv)
     args.intermediate = args.intermediate or args.hidden * 37 // 7
-    run.check_at_least(args, repeats=1, new_tokens=2)
+    run.check_bounds(args, repeats=1, new_tokens=2)
     return args
 
 

@@ -67,14 +67,14 @@ class Entry:
 Item = namedtuple("Item", "born_step order entry")
 
 
-def _gap(item, mean_reward):
+def _gap(entry, mean_reward):
     """R - R̄(q), rounded: rewards that differ by float noise must tie."""
-    return round(item.entry.reward - mean_reward, 6)
+    return round(entry.reward - mean_reward, 6)
 
 
 def _usefulness(items, mean_reward):
     """The draw weight of a prompt: how far its rewards reach, twice if to both sides.     [DRAW]"""
-    gaps = [_gap(item, mean_reward) for item in items]
+    gaps = [_gap(item.entry, mean_reward) for item in items]
     above, below = max(max(gaps), 0.0), max(-min(gaps), 0.0)
     return (above + below) * (2 if above and below else 1)
 
@@ -82,9 +82,9 @@ def _usefulness(items, mean_reward):
 def _farthest(items, mean_reward, num_off):
     """Half from each side of R̄(q), farthest first, then newest; the rest from either.     [DRAW]"""
     ranked = sorted(items, reverse=True)  # newest first, and the next sort is stable
-    ranked.sort(key=lambda item: -abs(_gap(item, mean_reward)))
-    below = [item for item in ranked if _gap(item, mean_reward) < 0][: num_off // 2]
-    above = [item for item in ranked if _gap(item, mean_reward) > 0][: num_off // 2]
+    ranked.sort(key=lambda item: -abs(_gap(item.entry, mean_reward)))
+    below = [item for item in ranked if _gap(item.entry, mean_reward) < 0][: num_off // 2]
+    above = [item for item in ranked if _gap(item.entry, mean_reward) > 0][: num_off // 2]
     fill = [item for item in ranked if item not in below + above]  # those at R̄ come last
     return [item.entry for item in (below + above + fill)[:num_off]]
 
@@ -158,8 +158,9 @@ class ReplayBuffer:
         if self._tiers is None:
             # a stable sort; rounded as in _gap: equal up to float noise is a tie
             ranked = sorted(self._means, key=lambda prompt_id: round(self._means[prompt_id], 6))
-            hard, easy = round(0.40 * len(ranked)), round(0.25 * len(ranked))
-            names = ["hard"] * hard + ["medium"] * (len(ranked) - hard - easy) + ["easy"] * easy
+            count = {tier: round(share * len(ranked) / 100) for tier, share in SHARES.items()}
+            count["medium"] = len(ranked) - count["hard"] - count["easy"]
+            names = [tier for tier in SHARES for _ in range(count[tier])]
             self._tiers = dict(zip(ranked, names))
         return self._tiers
 
@@ -205,7 +206,7 @@ class ReplayBuffer:
         best = {}
         for item in sorted(items, key=lambda item: (item.entry.reward, item)):
             best[item.entry.prompt_id, item.entry.hinted] = item  # the last one written is best
-        rare = [i for (q, _), i in best.items() if _gap(i, self._means.get(q, -math.inf)) > 0]
+        rare = [i for (q, _), i in best.items() if _gap(i.entry, self._means.get(q, -math.inf)) > 0]
         return {item.order for item in sorted(rare, reverse=True)[: self.room["hard"] // 2]}
 
     def forget(self, prompt_id):
@@ -276,7 +277,7 @@ class ReplayBuffer:
         flat = [i for i, group in enumerate(made) if group and len({e.reward for e in group}) == 1]
         taken = {e.prompt_id for group in drawn for e in group}
         more = self.draw(len(flat), num_off, step, rng, taken, max_staleness)
-        more = [g for g in more if any(round(e.reward - self._means[e.prompt_id], 6) for e in g)]
+        more = [g for g in more if any(_gap(e, self._means[e.prompt_id]) for e in g)]
         gone = set(flat[: len(more)])
         return [[] if i in gone else group for i, group in enumerate(made)], drawn + more
 

@@ -69,11 +69,11 @@ def add_flags(parser, keeps_clips=True):
 
 
 def recipe_from(args):
-    from run import check_at_least
+    from run import check_bounds
 
     recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
-    check_at_least(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
-    check_at_least(args, max_audio_seconds=0.1, max_prompt_tokens=1)
+    check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
+    check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if recipe.max_frames % 2:
         raise BadRow(f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs")
     return recipe

@@ -83,7 +83,7 @@ def parse_args(argv=None):
                 yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
 
     args = run.parse(parser, argv, overrides)
-    run.check_at_least(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
+    run.check_bounds(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
     if args[0].benchmark and not args[0].root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")
     if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):

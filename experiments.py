@@ -260,7 +260,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    run.check_at_least(args, seeds=0)
+    run.check_bounds(args, seeds=0)
     if not args.name:
         for name, commands in EXPERIMENTS.items():
             print(f"{name}: {SEEDS[name]} seeds")

@@ -1,7 +1,7 @@
 """
 A decoded clip -> what Qwen2.5-Omni's thinker takes: token ids, positions, media tensors.
 
-With model.py the only file that knows the backbone. P prompt tokens, D width.
+With model.py and rollout.py the only file that knows the backbone. P prompt tokens, D width.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """
-The backbone, Qwen2.5-Omni's thinker: load, shard, roll out, log-probs. Only this file and
-inputs.py know it.
+The backbone, Qwen2.5-Omni's thinker: load, shard, roll out, log-probs. Only this file, inputs.py
+and rollout.py know it.
 
 A group is one prompt and its completions. Nothing about a prompt is done twice: its clip is encoded
 once, it is read once for all its completions, in the rollout and in the update, and many groups
@@ -136,9 +136,8 @@ class Policy(nn.Module):
     def read(self, embeds, position_ids, shared):
         """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
         text = self.thinker.model.language_model
-        inputs = dict(
-            inputs_embeds=embeds[None], position_ids=position_ids[:, None].to(embeds.device)
-        )
+        position_ids = position_ids[:, None].to(embeds.device)
+        inputs = dict(inputs_embeds=embeds[None], position_ids=position_ids)
         return text(**inputs, use_cache=False, shared=shared).last_hidden_state[0]
 
 
@@ -194,28 +193,24 @@ def _packed_logprobs(policy, prompts, completions, temperature):
         for completion in group:
             steps = len(completion) - 1
             # the prompt's last token predicts the first token of every completion
-            gather.append(
-                torch.cat([torch.tensor([row + num_prompt - 1]), torch.arange(end, end + steps)])
-            )
+            reads = torch.arange(end - 1, end + steps)
+            reads[0] = row + num_prompt - 1
+            gather.append(reads)
             embeds.append(next(tails))
             own = last + 1 + torch.arange(steps, device=prompt.position_ids.device)
             positions.append(own.expand(3, -1))
             end += steps
         row = end
-    hidden = policy.read(
-        torch.cat(embeds), torch.cat(positions, dim=1), PackedAttention(groups, device)
-    )
+    packed = PackedAttention(groups, device)
+    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), packed)
     hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
-    logprobs, entropy = head_logprobs(
-        policy.thinker.lm_head, hidden, torch.cat(flat).to(device), temperature
-    )
+    head, targets = policy.thinker.lm_head, torch.cat(flat).to(device)
     sizes = [len(c) for c in flat]
-    mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in sizes], batch_first=True).to(
-        device
-    )
     logprobs, entropy = (
-        pad_sequence(x.split(sizes), batch_first=True) for x in (logprobs, entropy)
+        pad_sequence(x.split(sizes), batch_first=True)
+        for x in head_logprobs(head, hidden, targets, temperature)
     )
+    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
     return logprobs, mask, entropy
 
 

@@ -173,8 +173,8 @@ def prefill(policy, prompts, families, owner):
     returns   logits of the next token (B, V), the attention to decode with
     """
     device = policy.device
-    shared = [num_alike([prompts[b].input_ids for b in family]) for family in families]
-    order = [(b, n) for n, family in zip(shared, families) for b in family]
+    alike = [num_alike([prompts[b].input_ids for b in family]) for family in families]
+    order = [(b, n) for n, family in zip(alike, families) for b in family]
     tails = {b: prompts[b].input_ids[n:] for b, n in order}
     tail_ids = torch.cat(list(tails.values())).to(device)
     check_no_media(policy, tail_ids)
@@ -184,7 +184,7 @@ def prefill(policy, prompts, families, owner):
     # where, in the packed row, a family begins and a prompt ends
     embeds, positions, groups, begins, ends, row = [], [], [], [], {}, 0
     firsts = [prompts[family[0]] for family in families]
-    for n, family, first, embed in zip(shared, families, firsts, policy.embed(firsts)):
+    for n, family, first, embed in zip(alike, families, firsts, policy.embed(firsts)):
         embeds += [embed[:n], *(tail_embeds[b] for b in family)]
         positions += [first.position_ids[:, :n], *(prompts[b].position_ids[:, n:] for b in family)]
         groups.append((n, [len(tails[b]) for b in family]))
@@ -199,18 +199,18 @@ def prefill(policy, prompts, families, owner):
     logits = policy.thinker.lm_head(hidden[ends - 1]).float()
 
     # keys and values of the packed row (K, L, E) as padded batches: families, and tails of the rows
-    shared, begins = (torch.tensor(x, device=device)[:, None] for x in (shared, begins))
-    lengths = torch.tensor([len(tails[b]) for b in range(len(prompts))], device=device)
-    ahead = torch.arange(int(shared.max()), device=device)
-    back = torch.arange(int(lengths.max()), 0, -1, device=device)  # all tails end at one place
-    family_at = (begins + ahead).clamp(max=row - 1)  # (F, P)
+    lengths = [len(tails[b]) for b in range(len(prompts))]
+    ahead = torch.arange(max(alike), device=device)
+    back = torch.arange(max(lengths), 0, -1, device=device)  # all tails end at one place
+    alike, begins, lengths = (torch.tensor(x, device=device) for x in (alike, begins, lengths))
+    family_at = (begins[:, None] + ahead).clamp(max=row - 1)  # (F, P)
     tail_at = (ends[owner, None] - back).clamp(min=0)  # (rows, tail)
     family_kv, tail_kv = {}, {}
     for layer in list(packed.kept):
         pair = [x[0] for x in packed.kept.pop(layer)]
         family_kv[layer] = tuple(x[:, family_at].transpose(0, 1).contiguous() for x in pair)
         tail_kv[layer] = tuple(x[:, tail_at].transpose(0, 1) for x in pair)
-    masks = ahead < shared, back <= lengths[owner, None]
+    masks = ahead < alike[:, None], back <= lengths[owner, None]
     width = len(owner) // len(families)
     return logits, DecodeAttention(family_kv, masks[0], width, tail_kv, masks[1])
 

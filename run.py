@@ -93,6 +93,7 @@ def main_guard(main):
             os._exit(code)  # the others may be waiting for this rank: torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+    if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         # not by way of Python's own end: gloo's threads may be left, and abort in it (pytorch#179291)
@@ -247,7 +248,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 
 PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
-# what may change when a run is resumed: it does not change what the run computes
+# what may change when a run is resumed: where and how fast it computes, and what it tolerates
 FREE = """
     out resume save_every keep eval_every eval_samples eval_data workers cache_gb device feature_dir
     micro_tokens gradient_checkpointing allow_outside max_bad_frac on_bad_step max_ratio min_entropy
@@ -314,7 +315,7 @@ BOUNDS = dict(
 )  # fmt: skip
 
 
-def check_at_least(args, **bounds):
+def check_bounds(args, **bounds):
     for name, bound in bounds.items():
         least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
         value = getattr(args, name)

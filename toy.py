@@ -19,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from run import PARSER, alone, check_at_least, empty_part, gather, main_guard, rank  # before torch
+from run import PARSER, alone, check_bounds, empty_part, gather, main_guard, rank  # before torch
 
 import av
 import numpy as np
@@ -432,7 +432,7 @@ def main(argv=None):
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)
-    check_at_least(args, seed=0, num_train=1)
+    check_bounds(args, seed=0, num_train=1)
     if args.ship:
         ship_weights(args.ship)
         return

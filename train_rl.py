@@ -121,7 +121,7 @@ def parse_args(argv=None):
         raise run.UserError("the judge part of the reward needs --judge: a URL or a folder")
     if args.feature_dir and args.train_towers:
         raise run.UserError("--feature-dir is for frozen towers: leave out --train-towers")
-    run.check_at_least(
+    run.check_bounds(
         args, **run.BOUNDS, **judge.BOUNDS, num_off=0, num_on=1 if args.num_off else 2, prompts_per_step=1,
         buffer_size=max(1, -(-5 * args.num_off // 2)),  # Hard's 40 % have to hold what is drawn at once
         max_new_tokens=1, temperature=1e-3, clip_eps=0, kl_coef=0, tas_lambda=0, hint_patience=1, hint_kl=1e-9,
@@ -298,7 +298,8 @@ def main():
         own = {q: hint[q] for q in ids[mine] if q in hint}
         hinted_prompts, too_long = stream.read_all(load, own)
         for q, problem in too_long.items():
-            refused.add(q), hint.pop(q)
+            refused.add(q)
+            hint.pop(q)
             run.print0(f"hint refused: {problem}")
         prompts = [hinted_prompts.get(q, prompt) for q, prompt in zip(ids[mine], prompts)]
         data_s = time.perf_counter() - began
@@ -340,9 +341,9 @@ def main():
                 if reward is not None
             ])  # fmt: skip
         made = [group for part in run.gather(made) for group in part]
-        num_on, reward_s = sum(map(len, made)), time.perf_counter() - began_reward
-        unjudged_frac = 1 - num_on / sum(num_fresh)
-        if unjudged_frac > args.max_unjudged_frac or not num_on:
+        num_made, reward_s = sum(map(len, made)), time.perf_counter() - began_reward
+        unjudged_frac = 1 - num_made / sum(num_fresh)
+        if unjudged_frac > args.max_unjudged_frac or not num_made:
             save(step - 1, before_step)
             why = f"step {step}: {unjudged_frac:.0%} of the completions could not be judged"
             why += f", over --max-unjudged-frac: {judge.reason(run.gather(judged.why))}"
@@ -353,8 +354,8 @@ def main():
             used, drawn = made, draw(step, again) if again else drawn
             if args.flat_groups == "replace" and args.num_off:
                 rng = np.random.default_rng([args.seed, step, again, 2])
-                stored = (args.num_off, step, rng, args.max_staleness)
-                used, drawn = replay.replace_flat(made, drawn, *stored)
+                given = (args.num_off, step, rng, args.max_staleness)
+                used, drawn = replay.replace_flat(made, drawn, *given)
             infos, past = (not again and early) or gradient_of_replayed(step, drawn)
             used = used if any(drawn) else made  # if no stored clip could be read, all fresh stay
             fresh = [group_advantages(torch.tensor([e.reward for e in group])) for group in used]
@@ -389,8 +390,8 @@ def main():
         for group in filter(None, made):
             if not group[0].hinted:  # R̄(q) is what the policy earns by itself     [R.mean] [U8]
                 replay.observe(group[0].prompt_id, [e.reward for e in group])
-            if args.num_off:
-                replay.add(group)
+        if args.num_off:  # once: it ranks all prompts seen so far
+            replay.add([e for group in made for e in group])
         num_generated += sum(num_fresh)
 
         # ---- report
@@ -419,8 +420,8 @@ def main():
             report["eval/acc"] = accuracy
         run.log(out / "metrics.jsonl", report)
         if step % SAMPLE_EVERY == 1:
-            one = group_advantages(torch.tensor([e.reward for e in made[0]]))
-            for sample in metrics.samples(step, made[0], one, replay, build.tokenizer, rows):
+            advantages = group_advantages(torch.tensor([e.reward for e in made[0]]))
+            for sample in metrics.samples(step, made[0], advantages, replay, build.tokenizer, rows):
                 run.log(out / "samples.jsonl", sample)
         for event, q in events:
             if event:

@@ -49,7 +49,7 @@ def parse_args(argv=None):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
     args, source = run.parse(parser, argv, overrides)
-    run.check_at_least(args, **run.BOUNDS, batch_size=1)
+    run.check_bounds(args, **run.BOUNDS, batch_size=1)
     return args, source
 
 

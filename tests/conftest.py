@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # their figures are float32's, on a CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # their figures are float32's, on a CPU
 
 import run  # noqa: E402, F401  before torch: it sets how torch's threads wait
 

@@ -240,6 +240,12 @@ def test_kl_of_nothing_and_layout_mistakes():
 
 COLORS = ["red", "blue", "green", "yellow"]
 LEAKS = [
+    # above a hundred, in words
+    ("there are one hundred and twenty", "120", "number", None),
+    ("one hundred twenty of them", "120", "number", None),
+    ("a hundred and one dogs", "101", "number", None),
+    ("three hundred and five", "305", "number", None),
+    ("between one hundred and twenty", "20", "number", None),
     # a letter used as a choice
     ("The answer is B", "B", "choice", None),
     ("the answer is b.", "B", "choice", None),
@@ -353,6 +359,7 @@ LEAKS = [
     ("a girl who plays the flute, in the center", "center: girl playing flute", "location", None),
 ]
 HARMLESS = [
+    ("three hundred and five", "205", "number", None),
     ("first locate the object making the sound, then count", "2", "number", None),
     ("first locate the object making the sound, then count", "A", "choice", COLORS),
     ("A good start: watch the shapes while the high tone sounds", "A", "choice", COLORS),
