@@ -175,8 +175,8 @@ def _says(hint, text):
     if len(text) == 1 and text.isalpha():
         return _names_letter(hint, text.upper())
     # "100 and 20" are two numbers, or one
-    words += " . " + re.sub(r"\b([1-9])00 (?:and )?([1-9]\d?)\b", r"\1%\2", words)
-    words = re.sub(r"%(\d\d?)", lambda found: f"{found[1]:0>2}", words)
+    joined = lambda found: f"{found[1]}{found[2]:0>2}"  # noqa: E731
+    words += " . " + re.sub(r"\b([1-9])00 (?:and )?([1-9]\d?)\b", joined, words)
     return bool(text and re.search(rf"(?<!\S){re.escape(text)}(?:e?s)?(?!\S)", words))  # plural
 
 

@@ -172,11 +172,12 @@ def step_line(m, steps):
 
 def samples(step, group, advantages, replay, tokenizer, rows):
     """One group for samples.jsonl: what was asked and written, what it earned, and why."""
+    question = rows[rows.index(group[0].prompt_id)]["question"] if group else None
     for e, advantage in zip(group, advantages.tolist()):
         yield dict(
             step=step,
             prompt_id=e.prompt_id,
-            prompt=rows[rows.index(e.prompt_id)]["question"],
+            prompt=question,
             completion=tokenizer.decode(e.completion_ids),
             reward=e.reward,
             reward_parts=e.reward_parts,

@@ -17,7 +17,10 @@ import run  # noqa: E402, F401  before torch: it sets how torch's threads wait
 
 import pytest  # noqa: E402
 
+import torch  # noqa: E402
+
 import data  # noqa: E402
+import model  # noqa: E402
 import toy  # noqa: E402
 
 RECIPE = data.Recipe(
@@ -33,6 +36,22 @@ def toy_dir(tmp_path_factory):
     for stage in range(4):
         toy.write_rows(folder / f"stage{stage}", stage, num_train=16, num_test=8, seed=0)
     return folder
+
+
+def toy_prompts(toy_dir):
+    """-> prompts with sound and without, of different lengths; what built the last of them."""
+    prompts = []
+    for stage, i in ((3, 0), (1, 0), (2, 1)):
+        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
+        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
+        prompts.append(build(rows[i]))
+    return prompts, build
+
+
+def random_completions(sizes, seed=0):
+    """Ragged completions of ordinary tokens (ids from 10 on: none is a special token)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randint(10, 250, (n,), generator=generator) for n in group] for group in sizes]
 
 
 def launch(script, *flags, code=0, processes=1):

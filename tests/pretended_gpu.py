@@ -82,7 +82,7 @@ def operation(func, args, kwargs):
     if func in INDEXED:
         there = on_gpu(args[0])
     in_backward = torch._C._current_graph_task_id() != -1
-    if foreign(func, args, given, there) and func not in COPIES and not in_backward:
+    if func not in COPIES and not in_backward and foreign(func, args, given, there):
         shapes = [(tuple(x.shape), x.device.type) for x in given]
         raise RuntimeError(f"{func}: tensors of two devices: {shapes}")
     values, settings = tree_map(lambda x: x.plain if on_gpu(x) else x, (args, kwargs))

@@ -35,11 +35,7 @@ def main():
     device, rows = run.init_processes("cpu"), data.Rows(Path(rows) / "train.jsonl")
     build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
     prompts = [build(rows[i]) for i in range(4)]
-    generator = torch.Generator().manual_seed(0)
-    completions = [
-        [torch.randint(10, 250, (n,), generator=generator) for n in group]
-        for group in ([5, 1], [7, 2, 2], [9], [3, 4])
-    ]
+    completions = conftest.random_completions([[5, 1], [7, 2, 2], [9], [3, 4]])
     plain = policy_of(folder, int(lora_rank))
     sharded = run.place(policy_of(folder, int(lora_rank)), device, "float32")
     mine = run.share(len(prompts))

@@ -9,11 +9,10 @@ import json
 
 import pytest
 import torch
-from conftest import RECIPE, launch
+from conftest import launch, random_completions, toy_prompts
 from pretended_gpu import GPU, GpuTensor, Graph, capture, on_gpu, pretended_gpu
 
 import attention
-import data
 import model
 
 
@@ -21,12 +20,7 @@ import model
 def setup(toy_dir):
     """The toy's policy on the CPU and prompts with audio and without."""
     policy = model.load(toy_dir / "model", 0, train_towers=True, gradient_checkpointing=True)
-    prompts = []
-    for stage, i in ((3, 0), (1, 0), (2, 1)):
-        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
-        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
-        prompts.append(build(rows[i]))
-    return policy, prompts, build
+    return policy, *toy_prompts(toy_dir)
 
 
 def test_it_refuses_what_a_gpu_refuses():
@@ -76,11 +70,7 @@ def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
 
 def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
     policy, prompts, _ = setup
-    generator = torch.Generator().manual_seed(0)
-    completions = [
-        [torch.randint(10, 250, (n,), generator=generator) for n in lengths]
-        for lengths in ([5, 9], [1, 12, 4], [7])
-    ]
+    completions = random_completions([[5, 9], [1, 12, 4], [7]])
     logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 0.9)
     logprobs.sum().backward()
     with pretended_gpu():

@@ -14,7 +14,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, launch
+from conftest import RECIPE, launch, random_completions, toy_prompts
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
@@ -33,19 +33,9 @@ def setup(toy_dir):
     policy = model.load(
         toy_dir / "model", lora_rank=0, train_towers=True, gradient_checkpointing=False
     )
-    prompts = []
-    for stage, i in ((3, 0), (1, 0), (2, 1)):
-        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
-        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
-        prompts.append(build(rows[i]))
+    prompts, build = toy_prompts(toy_dir)
     assert "audio" in prompts[0].media and "audio" not in prompts[1].media
     return policy, Thinker.from_pretrained(toy_dir / "model"), prompts, build
-
-
-def random_completions(sizes, seed=0):
-    """Ragged completions of ordinary tokens (ids from 10 on: none is a special token)."""
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randint(10, 250, (n,), generator=generator) for n in group] for group in sizes]
 
 
 def oracle_logprobs(hf, prompt, completion, temperature):
