@@ -22,30 +22,27 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import run  # before torch: it sets how torch's threads wait
+from run import UserError, arguments, ending, files, optim, processes  # before torch
 
 import av
 import numpy as np
+from tqdm import tqdm
 
-import benchmarks
-import clips
-import data
-import model
-import optim
-import page
-import protocol
 import rewards
-import scores
-import tables
 import toy
+from evaluation import page, protocol, published, scores, tables
+from omni import model
+from omni.qwen import base_folder
+from rows import clips, data, limits
+from rows.reader import num_decoders
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
     flag("--data", nargs="+", help="JSONL files (default: the toy's held-out rows, all stages)")
-    names = list(benchmarks.BENCHMARKS)
+    names = list(published.BENCHMARKS)
     flag("--benchmark", nargs="+", choices=["all", *names], metavar="NAME",
          help=f"of the paper: all (fifteen), {', '.join(names)}")  # fmt: skip
     flag(
@@ -71,7 +68,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=2048, help="enough to reason and still to answer")
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
     flag("--audio-captions", action=boolean, default=False, help="put audio_caption in the prompt")
-    data.add_flags(parser, keeps_clips=False)
+    limits.add_flags(parser, keeps_clips=False)
 
     def overrides(first):
         if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
@@ -82,8 +79,8 @@ def parse_args(argv=None):
             if first.protocol == "ours":
                 yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
 
-    args = run.parse(parser, argv, overrides)
-    run.check_bounds(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
+    args = arguments.parse(parser, argv, overrides)
+    arguments.check_bounds(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
     if args[0].benchmark and not args[0].root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")
     if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):
@@ -95,26 +92,22 @@ def read_template(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise run.UserError(
-            f"--template: {path} is not UTF-8 ({error.reason}): convert it"
-        ) from None
+        raise UserError(f"--template: {path} is not UTF-8 ({error.reason}): convert it") from None
     if "{question}" not in text:
-        raise run.UserError(
-            f"--template: no {{question}} in {path}: put it where the question goes"
-        )
+        raise UserError(f"--template: no {{question}} in {path}: put it where the question goes")
     return text
 
 
 def recipe_of(args, folder, template, dtype):
     """What a score depends on beside the items: kept with it, and the same where it is resumed."""
-    folders = {str(folder), model.base_folder(folder)}  # of a hub id no file
+    folders = {str(folder), base_folder(folder)}  # of a hub id no file
     files = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
     recipe = dict(model=str(folder), protocol=args.protocol, template=template)
     recipe["weights"] = max((path.stat().st_mtime for path in files), default=None)  # of when
     recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
-    recipe |= dict(recipe=data.recipe_from(args)._asdict(), temperature=args.temperature)
+    recipe |= dict(recipe=limits.recipe_from(args)._asdict(), temperature=args.temperature)
     recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
-    recipe |= dict(dtype=str(dtype), commit=run.commit(), arguments=vars(args))
+    recipe |= dict(dtype=str(dtype), commit=files.commit(), arguments=vars(args))
     if args.protocol == "paper":
         words = dict(system=protocol.SYSTEM, instructions=protocol.ASKED)
         return recipe | words | dict(max_new_tokens=args.max_new_tokens or protocol.TOKENS)
@@ -139,21 +132,21 @@ def load_sets(args, toy_tests):
         sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
     chosen = set(args.benchmark or [])
     if "all" in chosen:
-        chosen |= {name for name in benchmarks.BENCHMARKS if not name.endswith("-ref")}
-    for name in [name for name in benchmarks.BENCHMARKS if name in chosen]:
+        chosen |= {name for name in published.BENCHMARKS if not name.endswith("-ref")}
+    for name in [name for name in published.BENCHMARKS if name in chosen]:
         if args.protocol == "paper" and name not in protocol.TOKENS:
-            raise run.UserError(f"--protocol paper: the authors published no script for {name}")
-        folder, rows = sets[name] = benchmarks.load(name, args.root)
-        missing = benchmarks.missing_media(folder, rows)
+            raise UserError(f"--protocol paper: the authors published no script for {name}")
+        folder, rows = sets[name] = published.load(name, args.root)
+        missing = published.missing_media(folder, rows)
         for path in missing[:10]:
-            run.print0(f"missing: {folder / path}")
+            processes.print0(f"missing: {folder / path}")
         if missing:
             absent.append(
                 f"{name}: {len(missing)} media files are not in {folder}, the first are above: put "
-                f"them there, from {benchmarks.BENCHMARKS[name].source}"
+                f"them there, from {published.BENCHMARKS[name].source}"
             )
     if absent and not args.allow_missing:
-        raise run.UserError("; ".join(absent) + ", or --allow-missing")
+        raise UserError("; ".join(absent) + ", or --allow-missing")
     return sets
 
 
@@ -218,7 +211,7 @@ def new_items(name, rows, have, args, template):
             continue
         record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
         record |= unanswered(row, authors)
-        if name not in benchmarks.BENCHMARKS:  # there it is decided by the clip
+        if name not in published.BENCHMARKS:  # there it is decided by the clip
             record["use_audio"] = bool(row.get("use_audio"))
         if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
             settled.append(record)
@@ -247,7 +240,7 @@ def asked_text(row, args, template):
         return template.replace("{question}", protocol.question_and_options(row))
     if args.protocol == "paper":
         return protocol.authors_text(row)
-    return data.question_text(row, None, args.audio_captions)
+    return data.question_text(row, args.audio_captions)
 
 
 def words_of(name, row, args, template):
@@ -313,7 +306,7 @@ def answer(policy, build, name, items, prompts, args):
     ids = [f"{name} {row['prompt_id']}".encode() for row, _, _ in asked]
     groups = model.rollout(
         policy, [prompt for _, _, prompt in asked], [1] * len(asked), args.temperature, tokens,
-        build.eos_ids, [run.seed(args.seed, zlib.crc32(i)) for i in ids],
+        build.eos_ids, [processes.seed(args.seed, zlib.crc32(i)) for i in ids],
     )  # fmt: skip
     for (row, record, _), (made,) in zip(asked, groups):
         judge(record, row, build.texts([made])[0], made.truncated, name, authors)
@@ -321,7 +314,7 @@ def answer(policy, build, name, items, prompts, args):
 
 def keep(out, records):
     """Writes whole records in one file, and removes what single ranks had written."""
-    run.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    files.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     for path in out.glob("records-*.jsonl"):
         path.unlink()
 
@@ -336,55 +329,55 @@ def main():
     if args.table:
         for folder in args.table:
             if not tables.read_records(folder):
-                raise run.UserError(f"--table: no records in {folder}")
+                raise UserError(f"--table: no records in {folder}")
         return tables.print_tables(args.table, args.seed)
-    device = run.init_processes(args.device)
+    device = processes.init(args.device)
     out = Path(args.out)
-    run.lock(out)  # two evaluations would mix their records
+    files.lock(out)  # two evaluations would mix their records
     done = tables.read_records(out)
-    run.gather(None)  # every rank has looked before one writes
+    processes.gather(None)  # every rank has looked before one writes
     if done and not args.resume:
-        raise run.UserError(f"{out} already holds records: add --resume, or choose another --out")
+        raise UserError(f"{out} already holds records: add --resume, or choose another --out")
     others = tables.read_records(args.against) if args.against else None
     if others == []:
-        raise run.UserError(f"--against: no records in {args.against}")
+        raise UserError(f"--against: no records in {args.against}")
     toy_paths = [] if args.benchmark else [toy.defaults(args, stage) for stage in (1, 2, 3)]
     folder = args.model or (toy_paths or [toy.defaults(args, 1)])[0][0]
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same
     template = args.template and read_template(args.template)
-    dtype = run.compute_dtype(device, args.dtype)
+    dtype = processes.compute_dtype(device, args.dtype)
     result = recipe_of(args, folder, template, dtype)
     changed = tables.recipe_changes(result, out, "model", "weights", "seed") if done else []
     if changed:
-        raise run.UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
+        raise UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
 
     # ---- items: what an earlier command asked is kept if it is the same today and was read
     have = {(r["file"], r["prompt_id"]): r for r in done}
     done, items = [r for r in done if r["file"] not in sets], {}
     if done:
-        run.print0(f"{out} also holds {', '.join(dict.fromkeys(r['file'] for r in done))}")
+        processes.print0(f"{out} also holds {', '.join(dict.fromkeys(r['file'] for r in done))}")
     for name, (_, rows) in sets.items():
         items[name], settled = new_items(name, rows, have, args, template)
         done += settled
     if again := sum((n, r["prompt_id"]) in have for n, asked in items.items() for _, r in asked):
-        run.print0(f"{again} items are asked again: changed since, or not read then")
-    run.gather(None)
-    if run.rank() == 0:
-        run.write_text(out / "recipe.json", json.dumps(result, indent=1))
+        processes.print0(f"{again} items are asked again: changed since, or not read then")
+    processes.gather(None)
+    if processes.rank() == 0:
+        files.write_text(out / "recipe.json", json.dumps(result, indent=1))
         keep(out, done)
-    run.gather(None)
+    processes.gather(None)
 
     policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
     model.cast(policy.to(device).parameters(), dtype)
-    build = model.InputBuilder(folder, data.recipe_from(args), ".", args.audio_captions)
+    build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together
     packs, records = [], []
     for name, asked in items.items():
         groups = sorted(by_clip(asked), key=lambda group: len(group["items"]))
-        groups = groups[run.rank() :: run.world_size()]
+        groups = groups[processes.rank() :: processes.world_size()]
         for group in groups:
             words = lambda row, name=name: words_of(name, row, args, template)  # noqa: E731
             group |= dict(build=build.at(sets[name][0]), words=words)
@@ -392,10 +385,11 @@ def main():
         for pack in optim.micro_batches(sizes, args.batch_size):
             packs.append((name, [groups[i] for i in pack]))
 
-    bar = run.progress(0, sum(len(g["items"]) for _, pack in packs for g in pack), "eval")
+    total = sum(len(g["items"]) for _, pack in packs for g in pack)
+    bar = tqdm(total=total, desc="eval", dynamic_ncols=True, disable=bool(processes.rank()) or None)
     began, right = time.perf_counter(), []
-    path, reading = out / f"records-{run.rank()}.jsonl", {}
-    with open(path, "a") as file, ThreadPoolExecutor(max(args.workers, 1)) as pool:
+    path, reading = out / f"records-{processes.rank()}.jsonl", {}
+    with open(path, "a") as file, ThreadPoolExecutor(num_decoders()) as pool:
         for k, (name, pack) in enumerate(packs):
             for j in range(k, min(k + 2, len(packs))):  # the next clips are read meanwhile
                 if j not in reading:
@@ -413,8 +407,8 @@ def main():
     bar.close()
 
     # ---- what all ranks found
-    records = done + [r for part in run.gather(records) for r in part]
-    if run.rank():
+    records = done + [r for part in processes.gather(records) for r in part]
+    if processes.rank():
         return
     result |= dict(seconds=time.perf_counter() - began, scores=tables.summary(records, args.seed))
     videos = [r for r in records if r["video"] and r["completion"] is not None]
@@ -422,7 +416,7 @@ def main():
     if others:
         result["against"] = tables.compare(records, others, args.seed)
     keep(out, records)
-    run.write_text(out / "scores.json", json.dumps(result, indent=1))
+    files.write_text(out / "scores.json", json.dumps(result, indent=1))
     for record in records:
         if record["failure"] and record["completion"] is None:
             print(f"wrong: {record['failure']}")
@@ -432,7 +426,7 @@ def main():
     print(f"sound heard in {result['heard']['with_sound']} of {len(videos)} videos asked about")
     tables.print_scores(result)
     if others and not result["against"]:
-        raise run.UserError(f"--against: {args.against} shares no item with {out}")
+        raise UserError(f"--against: {args.against} shares no item with {out}")
     if others and (changed := tables.recipe_changes(result, args.against)):
         print(f"not like with like: other {', '.join(changed)} than in {args.against}")
     if args.html:
@@ -442,4 +436,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.main_guard(main)
+    ending.main_guard(main, data.BadRow)

@@ -19,17 +19,20 @@ import argparse
 import json
 from pathlib import Path
 
-from run import PARSER, alone, check_bounds, empty_part, gather, main_guard, rank  # before torch
+from run.arguments import PARSER, check_bounds  # before torch
+from run.ending import main_guard
+from run.files import alone, empty_part
+from run.processes import gather, rank
 
 import av
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from clips import BadRow
-from model import base_folder, read_config
+from omni.qwen import base_folder, read_config
+from rows.clips import BadRow
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 COLORS["yellow"] = (230, 210, 40)
@@ -46,11 +49,11 @@ NUM_ROWS = {0: (2048, 128), 1: (512, 128), 2: (512, 128), 3: (512, 128)}  # stag
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
     "sft": dict(
-        lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True, gradient_checkpointing=False
+        lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True
     ),
     "rl": dict(
         lr=1e-4, steps=120, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=40, audio_captions=False, gradient_checkpointing=False,
+        eval_every=40, audio_captions=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
@@ -281,12 +284,14 @@ def make_tokenizer_json(corpus, vocab_size):
 
 def toy_corpus(seed):
     """Texts that hold every word the toy uses."""
-    from data import SYSTEM_PROMPT, completion_text, question_text
+    from hints import place_hint
+    from rows.data import SYSTEM_PROMPT, completion_text, question_text
 
     rng = np.random.default_rng(seed)
     for i in range(3000):
         row, _ = make_row(rng, 0, str(i), "text")
-        question = question_text(row, row.get("hint"), False)
+        question = question_text(row, False)
+        question = place_hint(question, row["hint"]) if row.get("hint") else question
         yield f"system\n{SYSTEM_PROMPT}user\n{question}assistant\n{completion_text(row)}"
 
 
@@ -445,4 +450,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(main, BadRow)

@@ -1,25 +1,64 @@
 """
-One update of the policy: the gradient of [J] over the step's completions, fresh and replayed, in
-packed micro-batches; and how far the policy has moved on stored completions.
+The parts of a step that read completions again: the gradient of [J], over fresh and replayed ones, in
+packed micro-batches; and how far the policy has moved on stored ones, which decides about hints.
 
 N completions in all, G of a group.
 """
 
-import run  # before torch: it sets how torch's threads wait
+import functools
+
+from run import optim, processes  # before torch
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import hints
-import model
-import optim
 import tas
-from grpo import grpo_loss
+from grpo import group_advantages, grpo_loss, replay_advantages
+from omni import model
+from rows.stream import read_all
+from teachers.leaks import usable_hint
+
+KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
 
 
-def update(policy, reference, groups, filler, step, args):
+def fresh_gradient(policy, reference, prompts, made, filler, step, args):
     """
-    Adds the step's gradient over micro-batches; a prompt is read once for all its completions.
+    Adds the gradient of J_on: each fresh completion against the others of its prompt.
+
+    prompts  this rank's slice of the step's Prompts
+    made     list of lists of Entry, a prompt of the step each; an empty one is left out  [U22]
+    returns  infos as `gradient`; advantages, a list of (G,)
+    """
+    advantages = [group_advantages(torch.tensor([e.reward for e in group])) for group in made]
+    weight = 1 / max(sum(map(len, made)), 1)  # [J.on]
+    own = enumerate(prompts, processes.share(len(made)).start)
+    groups = [(prompt, made[i], advantages[i], weight) for i, prompt in own]
+    return gradient(policy, reference, groups, filler, step, args), advantages
+
+
+def replayed_gradient(policy, reference, prompts, drawn, mean_reward, filler, step, args):
+    """
+    Adds the gradient of alpha J_off: each replayed completion against what its prompt now usually earns.
+
+    prompts      {place in `drawn`: Prompt}, this rank's
+    drawn        list of lists of Entry, a stored prompt each
+    mean_reward  callable(prompt_id) -> R̄(q)
+    returns      infos as `gradient`; advantages, a list of (M,)
+    """
+    replayed = [e for group in drawn for e in group]
+    advantages = replay_advantages(
+        torch.tensor([e.reward for e in replayed]),
+        torch.tensor([mean_reward(e.prompt_id) for e in replayed]),
+    ).split([len(group) for group in drawn])
+    weight = args.off_policy_coef / max(len(replayed), 1)  # [J.off]
+    groups = [(prompt, drawn[i], advantages[i], weight) for i, prompt in prompts.items()]
+    return gradient(policy, reference, groups, filler, step, args), advantages
+
+
+def gradient(policy, reference, groups, filler, step, args):
+    """
+    Adds a gradient over micro-batches; a prompt is read once for all its completions.
 
     groups   list of (Prompt, list of G Entry, advantages (G,), weight of each in J), this rank's
     filler   (Prompt, [Entry]): what a rank reads that has less to do than others, with weight 0
@@ -36,7 +75,7 @@ def update(policy, reference, groups, filler, step, args):
     packs = [[pieces[i] for i in pack] for pack in optim.micro_batches(sizes, args.micro_tokens)]
     infos = []
     idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
-    for part, counts in run.rounds(packs, idle):
+    for part, counts in processes.rounds(packs, idle):
         prompts = [prompt for prompt, _ in part]
         completions = [[e.completion_ids.long() for e, _, _ in items] for _, items in part]
         entries, advantages, weights = zip(*(item for _, items in part for item in items))
@@ -49,22 +88,51 @@ def update(policy, reference, groups, filler, step, args):
         if args.kl_coef:
             with torch.no_grad(), policy.reference():
                 ref_logprobs, _, _ = model.completion_logprobs(reference or policy, *inputs)
-        shape = (mask, args.tas_shape, args.tas_lambda, args.tas_equal_mean)
+        name, equal_mean = args.tas_shape.removesuffix("-mean1"), args.tas_shape.endswith("-mean1")
+        shape = (mask, name, args.tas_lambda, equal_mean)
         token_advantages = tas.shape_advantages(torch.tensor(advantages).to(logprobs), *shape)
         loss, info = grpo_loss(
             logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
-            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
-            args.kl_ratio,
+            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef, args.kl_ratio,
         )  # fmt: skip
         # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
-        (loss * run.world_size()).backward()
+        (loss * processes.world_size()).backward()
         if counts:
             lengths = mask.sum(1)
             info["entropy"] = (entropy * mask).sum(1) / lengths
             info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
             info["fresh"] = torch.tensor([e.born_step == step for e in entries])
             infos.append({name: value.cpu() for name, value in info.items()})
-    return [info for part in run.gather(infos) for info in part]
+    return [info for part in processes.gather(infos) for info in part]
+
+
+def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts, args):
+    """
+    Which prompts of the step carry their hint                                             [HINT]
+
+    returns  prompts, this rank's, some of them with their hints; all ranks' hinted prompt_ids
+    """
+    mine = processes.share(len(step_rows))
+    usable = functools.partial(usable_hint, refused=schedule.refused, tell=processes.print0)
+    told = {row["prompt_id"]: (row, hint) for row in step_rows if (hint := usable(row))}
+    stored = {}
+    for row, prompt in zip(step_rows[mine], prompts):
+        q = row["prompt_id"]
+        entries = [e for e in replay.entries_of(q, steps.step) if not e.hinted][-KL_SAMPLES:]
+        if entries and q in told and schedule.needs_kl(q, replay.tier(q)):
+            stored[q] = (prompt, entries)
+    kls = stored_kls(policy, stored, filler, args.temperature)
+    ids = [row["prompt_id"] for row in step_rows]
+    for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
+        if event := schedule.observe(q, replay.tier(q), kls.get(q)):
+            steps.tell(f"hint {event}: {q}")
+    hinted = {q for q in told if schedule.due(q)}
+    found, too_long = read_all(read, {q: told[q] for q in ids[mine] if q in hinted})
+    for q, problem in too_long.items():
+        schedule.refused.add(q)
+        hinted.discard(q)
+        processes.print0(f"hint refused: {problem}")
+    return [found.get(q, prompt) for q, prompt in zip(ids[mine], prompts)], hinted
 
 
 def stored_kls(policy, stored, filler, temperature):
@@ -72,11 +140,11 @@ def stored_kls(policy, stored, filler, temperature):
     How far the policy has moved from the ones that sampled the stored completions.  [HINT.KL]
 
     stored   {prompt_id: (Prompt, list of Entry)}, this rank's
-    filler   as for `update`
+    filler   as for `gradient`
     returns  {prompt_id: nats per token}, of all ranks
     """
     kls = {}
-    for (prompt_id, (prompt, entries)), _ in run.rounds(list(stored.items()), (None, filler)):
+    for (prompt_id, (prompt, entries)), _ in processes.rounds(list(stored.items()), (None, filler)):
         completions = [e.completion_ids.long() for e in entries]
         with torch.no_grad():
             inputs = ([prompt], [completions], temperature)
@@ -84,4 +152,4 @@ def stored_kls(policy, stored, filler, temperature):
         old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
         kls[prompt_id] = hints.behavior_kl(logprobs, old_logprobs, mask)
     kls.pop(None, None)
-    return {q: kl for part in run.gather(kls) for q, kl in part.items()}
+    return {q: kl for part in processes.gather(kls) for q, kl in part.items()}

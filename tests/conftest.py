@@ -13,14 +13,16 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # their figures are float32's, on a CPU
 
-import run  # noqa: E402, F401  before torch: it sets how torch's threads wait
+import run  # before torch: it sets how torch's threads wait
+from run import ending
 
 import pytest  # noqa: E402
 
 import torch  # noqa: E402
 
-import data  # noqa: E402
-import model  # noqa: E402
+from rows import data  # noqa: E402
+from rows.clips import BadRow  # noqa: E402
+from omni import model  # noqa: E402
 import toy  # noqa: E402
 
 RECIPE = data.Recipe(
@@ -76,7 +78,8 @@ def launch(script, *flags, code=0, processes=1):
         with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             try:
-                run.main_guard(importlib.import_module(script.removesuffix(".py")).main)
+                module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+                ending.main_guard(module.main, BadRow)
             except SystemExit as end:
                 status = end.code
         printed = out.getvalue()

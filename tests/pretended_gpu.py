@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import model
-import run
+from omni import model
+import run  # before torch: it sets how torch's threads wait
 import update
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from safetensors import safe_open
 
-import judge
+from teachers import judge
 import toy
 
 

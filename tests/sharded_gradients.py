@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import conftest  # puts the repository on the path
-import run  # before torch
+from run import ending, processes  # before torch
 
 import torch
 
-import data
-import model
+from rows import data
+from omni import model
 
 
 def policy_of(folder, lora_rank):
@@ -32,16 +32,16 @@ def backward(policy, prompts, completions, scale):
 
 def main():
     folder, rows, lora_rank = sys.argv[1:]
-    device, rows = run.init_processes("cpu"), data.Rows(Path(rows) / "train.jsonl")
+    device, rows = processes.init("cpu"), data.Rows(Path(rows) / "train.jsonl")
     build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
     prompts = [build(rows[i]) for i in range(4)]
     completions = conftest.random_completions([[5, 1], [7, 2, 2], [9], [3, 4]])
     plain = policy_of(folder, int(lora_rank))
-    sharded = run.place(policy_of(folder, int(lora_rank)), device, "float32")
-    mine = run.share(len(prompts))
+    sharded = model.place(policy_of(folder, int(lora_rank)), device, "float32")
+    mine = processes.share(len(prompts))
     backward(plain, prompts, completions, 1.0)
     # FSDP takes the mean
-    backward(sharded, prompts[mine], completions[mine], float(run.world_size()))
+    backward(sharded, prompts[mine], completions[mine], float(processes.world_size()))
     expected, compared = dict(plain.named_parameters()), 0
     for name, parameter in sharded.named_parameters():
         if (other := expected[name].grad) is None:
@@ -51,8 +51,8 @@ def main():
         assert (gradient - other).norm() <= 1e-4 * other.norm().clamp(min=1e-6), name
         compared += 1
     assert compared > 50
-    run.print0(f"{compared} parameters agree")
+    processes.print0(f"{compared} parameters agree")
 
 
 if __name__ == "__main__":
-    run.main_guard(main)
+    ending.main_guard(main)

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 import conftest  # noqa: F401  puts the repository on the path
-import run  # before torch
+import run  # before torch: it sets how torch's threads wait
+from run import arguments
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from test_faults import children, same_end
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs")
     parser.add_argument("--steps", type=int, default=200, help="of the run; 2 a kill are enough")
     parser.add_argument("--processes", type=int, default=1, help="of the run")

@@ -18,13 +18,13 @@ import torch
 from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
 from conftest import RECIPE, launch
 
-import annotations
-import benchmarks
-import data
+from evaluation import annotations
+from evaluation import published
+from rows import data
 import eval as evaluation
-import model
-import protocol
-import tables
+from omni import model
+from evaluation import protocol
+from evaluation import tables
 
 FLAGS = ("--max-frames", 4, "--max-pixels", 56 * 56, "--max-audio-seconds", 8)
 
@@ -85,7 +85,7 @@ def test_score_by_hand(name, scripted):
 
 def test_all_fifteen_are_there(scripted):
     assert len(set(EXPECTED) - {"av-counting-ref"}) == 15 and set(EXPECTED) == set(
-        benchmarks.BENCHMARKS
+        published.BENCHMARKS
     )
     assert set(scripted[0]["scores"]) == set(EXPECTED)
 
@@ -167,16 +167,16 @@ def test_the_toy_model_on_all(toy_dir, benchmark_root, tmp_path):  # noqa: F811
 
 def test_missing_annotations_say_where_they_belong(tmp_path):
     with pytest.raises(data.BadRow, match="no qa.json in .*liarliar/Daily-Omni.*archives unpacked"):
-        benchmarks.load("daily-omni", tmp_path)
+        published.load("daily-omni", tmp_path)
     (tmp_path / "qa.json").write_text('[{"Question": "Who?"}]')
     with pytest.raises(data.BadRow, match="item 0 is not as published .KeyError 'video_id'"):
-        benchmarks.load("daily-omni", tmp_path)
+        published.load("daily-omni", tmp_path)
     (tmp_path / "qa.json").write_text('[{"Question"')
     with pytest.raises(data.BadRow, match="cannot be read"):
-        benchmarks.load("daily-omni", tmp_path)
+        published.load("daily-omni", tmp_path)
     (tmp_path / "qa.json").write_text("[]")
     with pytest.raises(data.BadRow, match="without a question"):
-        benchmarks.load("daily-omni", tmp_path)
+        published.load("daily-omni", tmp_path)
 
 
 def test_missing_media_are_listed(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
@@ -196,10 +196,10 @@ def test_missing_media_are_listed(toy_dir, benchmark_root, tmp_path, monkeypatch
 
 
 def test_ids_are_stable_and_unique(benchmark_root):  # noqa: F811
-    for name in benchmarks.BENCHMARKS:
-        folder, rows = benchmarks.load(name, benchmark_root)
+    for name in published.BENCHMARKS:
+        folder, rows = published.load(name, benchmark_root)
         ids = [row["prompt_id"] for row in rows]
-        again = [row["prompt_id"] for row in benchmarks.load(name, folder)[1]]
+        again = [row["prompt_id"] for row in published.load(name, folder)[1]]
         assert ids == again and len(set(ids)) == len(ids) and all(i.startswith(name) for i in ids)
 
 
@@ -267,10 +267,10 @@ def test_pictures_of_the_annotations_stay_in_the_root(prompt_id, tmp_path):
     root.mkdir(parents=True)
     item = dict(id=prompt_id, image=dict(bytes=b"PNG"))
     if prompt_id == "..":  # "...png" is a name like any other
-        assert (root / benchmarks.unpacked(root, item)).read_bytes() == b"PNG"
+        assert (root / published.unpacked(root, item)).read_bytes() == b"PNG"
     else:
         with pytest.raises(data.BadRow, match="is no file name"):
-            benchmarks.unpacked(root, item)
+            published.unpacked(root, item)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == (prompt_id == "..") and not list(root.rglob("*.part"))
 
@@ -303,8 +303,8 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
     items = json.loads((benchmark_root / name / file).read_text())
     shutil.copytree(benchmark_root / name, tmp_path / name)
     (tmp_path / name / file).write_text(json.dumps([items[0] | edit, *items[1:]]))
-    folder, rows = benchmarks.load(name, tmp_path)
-    missing = benchmarks.missing_media(folder, rows)
+    folder, rows = published.load(name, tmp_path)
+    missing = published.missing_media(folder, rows)
     assert all("y" == path or "v" * 400 in path for path in missing)
     assert bool(missing) == ("video_id" in edit or "audio_path" in edit)
     args, _ = evaluation.parse_args([])
@@ -317,8 +317,8 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
 
 def test_ids_that_look_like_ours(monkeypatch):
     rows = lambda root: (dict(prompt_id=i) for i in ("x", "x", "x-2", "x"))  # noqa: E731
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "b", benchmarks.Benchmark("B", "b", rows))
-    ids = [row["prompt_id"] for row in benchmarks.load("b", ".")[1]]
+    monkeypatch.setitem(published.BENCHMARKS, "b", published.Benchmark("B", "b", rows))
+    ids = [row["prompt_id"] for row in published.load("b", ".")[1]]
     assert ids == ["b-x", "b-x-2", "b-x-2-2", "b-x-3"]
 
 

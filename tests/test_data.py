@@ -22,11 +22,11 @@ import torch
 from conftest import RECIPE, launch
 from PIL import Image
 
-import data
-import model
+from rows import data
+from omni import model
 import rewards
-import stream
-from clips import frame_size
+from rows import stream
+from rows.clips import frame_size
 
 BITS = 11  # of a frame's number, and then a white column and a black one
 WIDE = RECIPE._replace(

@@ -18,12 +18,12 @@ import pytest
 from conftest import RECIPE, launch
 
 import eval as evaluation
-import page
-import protocol
+from evaluation import page
+from evaluation import protocol
 import rewards
-import run
-import scores
-import tables
+from run import files  # before torch
+from evaluation import scores
+from evaluation import tables
 
 
 def eval_flags(toy_dir, out, *more):
@@ -517,7 +517,7 @@ def test_recipe_is_kept(toy_dir):
     assert recipe["system"]["tomato"] == protocol.ASSISTANT
     typed, _ = evaluation.parse_args([*flags, "--root", "x", "--max-new-tokens", "7"])
     assert evaluation.recipe_of(typed, "m", None, "float32")["max_new_tokens"] == 7
-    assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == run.commit()
+    assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == files.commit()
     assert (
         recipe["recipe"]["max_frames"] == 16
     )  # the toy's wins over the paper's, as it comes later

@@ -20,10 +20,10 @@ from conftest import ROOT, launch
 from test_run import mistake, same_weights, sft_flags, without_times
 from test_train_rl import read_metrics, rl_flags
 
-import checkpoint
-import data
-import metrics
-import model
+from run import checkpoint  # before torch
+from rows import data
+from run import metrics
+from omni import model
 from conftest import RECIPE
 
 STEPS = 4

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import launch
 
-import experiments
-import figures
-import metrics
+from experiments import runs
+from experiments import figures
+from run import metrics  # before torch
 
 # ---- numbers by hand
 
@@ -105,7 +105,7 @@ def test_histogram_of_advantages():
 
 
 def a_run(label, seed, end, accuracy):
-    series = dict.fromkeys(experiments.SERIES, [0.5, 0.5])
+    series = dict.fromkeys(runs.SERIES, [0.5, 0.5])
     curve = [[0, 0.2], [end / 2, (0.2 + accuracy) / 2], [end, accuracy]]
     return dict(label=label, seed=seed, accuracy=curve, series=series | dict(
         completions_generated=[end / 2, end]), advantage_hist=[1] * 60)  # fmt: skip
@@ -133,16 +133,16 @@ def test_dashboard_of_a_true_run_and_what_an_experiment_keeps(toy_dir, tmp_path,
     flags = f"--stage 2 --model {toy_dir}/model --data {rows}/train.jsonl --judge toy"
     flags += f" --eval-data {rows}/test.jsonl --eval-samples 8 --eval-every 1 --save-every 0"
     flags += " --max-new-tokens 16 --prompts-per-step 2 --steps 2"
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
     calls = []
 
     def python(script, *words, log):
         calls.append(script)
         log.write_text(launch(script, *words))
 
-    monkeypatch.setattr(experiments, "python", python)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "splits", {"8/0": flags, "same": flags})
-    result = json.loads(json.dumps(experiments.experiment("splits", [0], is_quick=False)))
+    monkeypatch.setattr(runs, "python", python)
+    monkeypatch.setitem(runs.EXPERIMENTS, "splits", {"8/0": flags, "same": flags})
+    result = json.loads(json.dumps(runs.experiment("splits", [0], is_quick=False)))
     assert calls == ["train_rl.py"]  # one command is run once, and a finished run is not run again
     one = result["runs"][0]
     assert [n for n, _ in one["accuracy"]] == [0, 16, 24]
@@ -156,14 +156,14 @@ def test_dashboard_of_a_true_run_and_what_an_experiment_keeps(toy_dir, tmp_path,
 
 def test_a_quick_run_is_short_and_otherwise_the_same():
     assert (
-        experiments.quick("--lr 1 --steps 60 --eval-every 4") == "--lr 1 --steps 12 --eval-every 4"
+        runs.quick("--lr 1 --steps 60 --eval-every 4") == "--lr 1 --steps 12 --eval-every 4"
     )
 
 
 def test_every_experiment_parses():
     import train_rl
 
-    for commands in experiments.EXPERIMENTS.values():
+    for commands in runs.EXPERIMENTS.values():
         for flags in filter(None, commands.values()):
             train_rl.parse_args(flags.format(hasty="toy/model", few="toy/few.jsonl").split())
 

@@ -12,8 +12,8 @@ import torch
 from conftest import launch, random_completions, toy_prompts
 from pretended_gpu import GPU, GpuTensor, Graph, capture, on_gpu, pretended_gpu
 
-import attention
-import model
+from omni import attention
+from omni import model
 
 
 @pytest.fixture(scope="module")

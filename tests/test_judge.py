@@ -13,12 +13,12 @@ import pytest
 from conftest import RECIPE, launch
 from servers import ChatServer, steps_of, text_of, verdict, write_internvl
 
-import chat
-import data
-import judge
+from teachers import chat
+from rows import data
+from teachers import judge
 import rewards
-import teachers
-from judge import addresses_judge, judge_prompt, read_scores, score_steps
+from teachers import ask
+from teachers.judge import addresses_judge, judge_prompt, read_scores, score_steps
 
 STEPS = ["1: left red circle; high tone", "2: nothing; no tone", "so left: red circle"]
 
@@ -31,7 +31,7 @@ def quick(monkeypatch):
 def teacher_of(toy_dir, tmp_path, where, **changes):
     settings = dict(concurrency=4, timeout=5.0, retries=1) | changes
     folder = toy_dir / "stage3"
-    return teachers.Teacher(str(where), "m", folder, RECIPE, tmp_path / "answers", **settings)
+    return ask.Teacher(str(where), "m", folder, RECIPE, tmp_path / "answers", **settings)
 
 
 def row_of(toy_dir, i=0):

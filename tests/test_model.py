@@ -18,13 +18,13 @@ from conftest import RECIPE, launch, random_completions, toy_prompts
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-import attention
-import bench
-import bench_gpu
-import data
-import model
-import optim
-import rollout
+from omni import attention
+from experiments import bench
+from experiments import bench_gpu
+from rows import data
+from omni import model
+from run import optim  # before torch
+from omni import rollout
 
 
 @pytest.fixture(scope="module")

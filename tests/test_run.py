@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from conftest import launch
 from test_train_rl import read_metrics, rl_flags
 
-import model
-import optim
-import run
+from omni import model
+from run import optim  # before torch
+from run import ending, files
 
 
 def sft_flags(toy_dir, out, *more):
@@ -254,7 +254,7 @@ def test_the_command_that_goes_on_parses(monkeypatch):
     said = ["train_rl.py", "--stage", "2", "--on-bad-step", "stop", "--resume"]
     for words in (said, said[:-1], said[:3]):
         monkeypatch.setattr(sys, "argv", words)
-        command = run.after_bad_step().split("out: ")[-1].split()
+        command = ending.after_bad_step().split("out: ")[-1].split()
         args, _, _ = train_rl.parse_args(command[2:])
         assert command[:2] == ["python", "train_rl.py"]
         assert args.resume and args.on_bad_step == "skip"
@@ -290,5 +290,5 @@ def test_lr_scale():
 
 def test_resuming_cuts_the_logs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    run.begin(tmp_path, Namespace(resume=True), step=2)
+    files.begin(tmp_path, Namespace(resume=True), step=2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import RECIPE
 
-import data
-import model
-import run
-import stream
+from rows import data
+from omni import model
+import run  # before torch: it sets how torch's threads wait
+from rows import stream
 
 
 class Numbers:

@@ -26,11 +26,11 @@ import torchvision
 from conftest import RECIPE, ROOT, launch
 from servers import ChatServer, text_of, transformers_serve, write_internvl, write_qwen_vl
 
-import chat
-import data
-import judge
-import teachers
-from run import UserError
+from teachers import chat
+from rows import data
+from teachers import judge
+from teachers import ask
+from run import UserError  # before torch
 
 KEY = "sk-not-to-be-told"
 
@@ -61,7 +61,7 @@ def read(path):
 
 def teacher_of(folder, where, name="m", **changes):
     settings = dict(concurrency=4, timeout=5.0, retries=2) | changes
-    return teachers.Teacher(str(where), name, folder, RECIPE, folder / "answers", **settings)
+    return ask.Teacher(str(where), name, folder, RECIPE, folder / "answers", **settings)
 
 
 def row_of(folder, i=0):
@@ -289,8 +289,8 @@ def test_a_reply_of_no_use_is_not_kept(rows):
 
 def test_a_clip_is_decoded_once_for_many_questions(rows, monkeypatch):
     decoded = []
-    decode = teachers.decode_clip
-    monkeypatch.setattr(teachers, "decode_clip", lambda *a: decoded.append(1) or decode(*a))
+    decode = ask.decode_clip
+    monkeypatch.setattr(ask, "decode_clip", lambda *a: decoded.append(1) or decode(*a))
     with ChatServer(lambda r, n: "x") as server:
         teacher = teacher_of(rows, server.url, concurrency=8)
         asked = [
@@ -367,7 +367,7 @@ def row_of_text(line):
 def same_clip(request, folder, row):
     sound = next(p for p in request["messages"][0]["content"] if p["type"] == "input_audio")
     clip = data.decode_clip(row, folder, RECIPE)
-    return base64.b64decode(sound["input_audio"]["data"]) == teachers.wav_bytes(clip.audio)
+    return base64.b64decode(sound["input_audio"]["data"]) == ask.wav_bytes(clip.audio)
 
 
 def test_a_killed_run_pays_for_nothing_twice(rows):
@@ -425,7 +425,7 @@ def test_a_command_that_ends_early_loses_no_answer(rows):
     assert "in.jsonl: no answer since then: lines 2\n" in printed
     assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
     assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
-    assert teachers.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+    assert ask.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
 
 
 def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
@@ -447,7 +447,7 @@ def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
 def test_a_row_with_several_sounds_is_asked_about(rows):
     for name, rate in (("one.wav", 400), ("two.wav", 800)):
         tone = np.sin(np.arange(16000) * rate / 16000 * 2 * np.pi).astype(np.float32)
-        (rows / name).write_bytes(teachers.wav_bytes(tone))
+        (rows / name).write_bytes(ask.wav_bytes(tone))
     row = dict(prompt_id="both", question="Which?", answer="A", answer_type="choice",
                options=["first", "second"], audio=["one.wav", "two.wav"])  # fmt: skip
     (rows / "in.jsonl").write_text(json.dumps(row) + "\n")

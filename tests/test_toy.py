@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import RECIPE, ROOT
 
-import data
+from rows import data
 import hints
 import rewards
 import toy

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import launch
 
-import run
+import run  # before torch: it sets how torch's threads wait
 import toy
 import train_rl
 

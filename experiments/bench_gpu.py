@@ -24,20 +24,20 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import run  # before torch: it sets how torch's threads wait
+from run import arguments, ending, files, processes  # before torch
 
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-import bench
-import model
-import rollout
+from experiments import bench
+from omni import model
+from omni import rollout
 
 GROUP_SIZE = 8
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     size("--vocab", type=int, default=152064)
     args = parser.parse_args(argv)
     args.intermediate = args.intermediate or args.hidden * 37 // 7
-    run.check_bounds(args, repeats=1, new_tokens=2)
+    arguments.check_bounds(args, repeats=1, new_tokens=2)
     return args
 
 
@@ -66,7 +66,7 @@ def build_policy(args, device):
     with torch.device(device):
         thinker = Thinker(bench.thinker_config(*sizes))
     policy = model.prepare(thinker, args.lora_rank, train_towers=False, gradient_checkpointing=True)
-    return run.place(policy, device, args.dtype)
+    return model.place(policy, device, args.dtype)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def measure(task, repeats, warm_up=1):
 
 def ceilings(args, device):
     """-> TFLOP/s of a large matrix product, GB/s of a large copy (reading and writing)."""
-    dtype = run.compute_dtype(device, args.dtype)
+    dtype = processes.compute_dtype(device, args.dtype)
     size, num_bytes = (8192, 2**31) if device.type == "cuda" else (512, 2**28)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(num_bytes, device=device, dtype=torch.uint8)
@@ -178,7 +178,7 @@ def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
         row["eager_ms"] = eager_s and (eager_s - prefill_s) / (few - 1) * 1e3
         row["tokens_per_s"] = num_prompts * GROUP_SIZE * count / seconds
         # a token of all rows reads every weight, every prompt's keys and values, and the rows' own
-        width = torch.finfo(run.compute_dtype(policy.device, args.dtype)).bits // 8
+        width = torch.finfo(processes.compute_dtype(policy.device, args.dtype)).bits // 8
         per_token = 2 * args.layers * args.kv_heads * (args.hidden // args.heads)
         cached = per_token * num_prompts * (num_prompt + GROUP_SIZE * count / 2)
         config = policy.thinker.config.text_config
@@ -221,7 +221,7 @@ def logprob_gap(args, policy, num_prompt):
 
 def main():
     args = parse_args()
-    device = run.init_processes(args.device)
+    device = processes.init(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     policy = build_policy(args, device)
     tflops, gb = ceilings(args, device)
@@ -229,7 +229,7 @@ def main():
     print(f"torch {torch.__version__}, {name}, {shape}, LoRA rank {args.lora_rank}")
     print(f"at best here: {tflops:.4g} TFLOP/s in a matrix product, {gb:.4g} GB/s in a copy")
     result = dict(
-        arguments=vars(args), commit=run.commit(), device=name, tflops=tflops, gb_per_s=gb
+        arguments=vars(args), commit=files.commit(), device=name, tflops=tflops, gb_per_s=gb
     )
 
     def show(part, rows):
@@ -256,4 +256,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.main_guard(main)
+    ending.main_guard(main)

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import run  # before torch
+import run  # before torch: it sets how torch's threads wait
+from run import arguments, ending, files
 
 import tas
 
@@ -146,7 +147,7 @@ def hasty_model():
         [row for row in rows if "hint" in row][::20],
     ]
     data = run.HERE / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
-    run.write_text(data, "".join(json.dumps(row) + "\n" for kind in kinds for row in kind))
+    files.write_text(data, "".join(json.dumps(row) + "\n" for kind in kinds for row in kind))
     flags = "--steps 40 --lr 2e-4 --save-every 0".split()
     python("train_sft.py", "--data", data, "--out", final.parent, *flags, log=log)
 
@@ -157,7 +158,7 @@ def few_rows():
     if not path.exists():
         python("toy.py", "--stages", 3, log=RUNS / "few.log")
         lines = (path.parent / "train.jsonl").read_text().splitlines(keepends=True)
-        run.write_text(path, "".join(lines[:32]))
+        files.write_text(path, "".join(lines[:32]))
 
 
 def quick(flags):
@@ -170,13 +171,13 @@ def train(flags, seed, start=None):
     words = [*flags.split(), "--seed", str(seed)]
     name = " ".join(words) + (f" from {start.name}" if start else "")
     out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
-    with run.alone(RUNS / "locks" / out.name):  # another experiment may hold the same command
+    with files.alone(RUNS / "locks" / out.name):  # another experiment may hold the same command
         if (out / "done.json").exists():
             return out
         shutil.rmtree(out, ignore_errors=True)
         log = out.with_suffix(".log")
         log.unlink(missing_ok=True)
-        with run.alone(RUNS / "locks" / "start"):
+        with files.alone(RUNS / "locks" / "start"):
             for path, make in ((HASTY, hasty_model), (FEW_ROWS, few_rows)):
                 if path in words:
                     make()
@@ -184,7 +185,7 @@ def train(flags, seed, start=None):
         python("train_rl.py", *words, "--out", out, log=log)
         before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
         about = dict(command=f"python train_rl.py {name}", before=before and float(before[1]))
-        run.write_text(out / "done.json", json.dumps(about))
+        files.write_text(out / "done.json", json.dumps(about))
     return out
 
 
@@ -250,7 +251,7 @@ def experiment(name, seeds, is_quick):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
     parser.add_argument("--seeds", type=int, default=0, help="how many, from 0 on; 0: as listed")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
@@ -260,7 +261,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    run.check_bounds(args, seeds=0)
+    arguments.check_bounds(args, seeds=0)
     if not args.name:
         for name, commands in EXPERIMENTS.items():
             print(f"{name}: {SEEDS[name]} seeds")
@@ -272,9 +273,9 @@ def main():
     result = experiment(args.name, seeds, args.quick)
     out = Path(args.out) / ("quick" if args.quick else "")
     out.mkdir(parents=True, exist_ok=True)
-    run.write_text(out / f"{args.name}.json", json.dumps(result))
+    files.write_text(out / f"{args.name}.json", json.dumps(result))
     print(f"{out / args.name}.json: draw it with python figures.py --results {out}")
 
 
 if __name__ == "__main__":
-    run.main_guard(main)
+    ending.main_guard(main)

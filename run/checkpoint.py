@@ -20,14 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import run
+import run  # before torch: it sets how torch's threads wait
+from run import ending, files, processes
 
+KEPT = 2  # checkpoints: one may be cut off by a dying machine
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save(out, step, policy, optimizer, state, keep):
+def save(out, step, policy, optimizer, state):
     """
-    Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest `keep`.
+    Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest KEPT.
 
     state    dict of numbers, strings, lists, dicts and tensors: what else the run needs to go on
     raises   run.UserError    it cannot be written; the one before it is whole
@@ -35,13 +37,15 @@ def save(out, step, policy, optimizer, state, keep):
     model_state, optimizer_state = get_model_state_dict(policy, options=WHOLE), None
     if optimizer.state:  # before its first step it has none, and torch would make some
         optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-    if run.rank():
-        return run.gather(None)  # a rank that ends now would have torchrun end the one that writes
+    if processes.rank():
+        return processes.gather(
+            None
+        )  # a rank that ends now would have torchrun end the one that writes
     folder = out / "checkpoints" / f"step-{step:06d}"
     stale = folder.with_suffix(".stale")
     shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed while it saved
     try:
-        part = run.empty_part(folder)
+        part = files.empty_part(folder)
         save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
         torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
         logs = [out / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -52,7 +56,7 @@ def save(out, step, policy, optimizer, state, keep):
         why = str(error).splitlines()[0]
         raise run.UserError(
             f"the checkpoint of step {step} could not be written ({why}), the one before it is "
-            f"whole: make room and go on with: {run.how_to_go_on()}"
+            f"whole: make room and go on with: {ending.how_to_go_on()}"
         ) from None
     if folder.exists():  # cut off by a dying machine: `load` passed it over
         os.rename(folder, stale)
@@ -61,9 +65,20 @@ def save(out, step, policy, optimizer, state, keep):
     shutil.rmtree(stale, ignore_errors=True)
     saved = sorted(folder.parent.glob("step-??????"))
     at = saved.index(folder)  # beyond it: torn ones, of steps that have run again
-    for old in saved[: max(at + 1 - keep, 0)] + saved[at + 1 :]:
+    for old in saved[: max(at + 1 - KEPT, 0)] + saved[at + 1 :]:
         shutil.rmtree(old)
-    run.gather(None)
+    processes.gather(None)
+
+
+def states(**parts):
+    """-> {name: state} of the parts of a run that know theirs."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(found, **parts):
+    """Each part goes on as the one whose state was saved under its name."""
+    for name, part in parts.items():
+        part.load_state_dict(found[name])
 
 
 def sync(path):
@@ -80,7 +95,7 @@ def read(folder):
         return load_file(folder / "model.safetensors"), state
     except Exception as error:  # cut off anywhere: there is no end to the kinds of error
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        run.print0(f"  {folder} is not whole ({why:.100}): taking the one before it")
+        processes.print0(f"  {folder} is not whole ({why:.100}): taking the one before it")
         return None
 
 
@@ -89,7 +104,7 @@ def load(out, policy, optimizer):
     folders = sorted((out / "checkpoints").glob("step-??????"), reverse=True)
     for folder in folders:
         found = read(folder)
-        if not all(run.gather(found is not None)):
+        if not all(processes.gather(found is not None)):
             continue
         weights, state = found
         # not WHOLE: of that, only rank 0 gets anything

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from torchvision.io import encode_jpeg
 
-import clips
+from rows import clips
 import rewards
 
 PICTURES = dict(fps=2.0, max_frames=6, max_pixels=112 * 112)  # six small frames

@@ -6,6 +6,10 @@ import math
 
 import torch
 
+MAX_GRAD_NORM = 1.0  # [U18]
+WEIGHT_DECAY = 0.0  # [U18]
+WARMUP_FRAC = 0.05  # share of the steps in which the learning rate rises (authors' script)
+
 
 def micro_batches(sizes, max_tokens):
     """Indices of items, in order, in packs of at most max_tokens (an item over it gets its own)."""
@@ -27,14 +31,22 @@ def lr_scale(step, steps, warmup, cosine):
     return 0.55 + 0.45 * math.cos(math.pi * done) if cosine else 1.0
 
 
-def set_lr(optimizer, lr, step, steps, warmup_frac, cosine):
-    scale = lr_scale(step, steps, max(1, round(warmup_frac * steps)), cosine)
+def adamw(policy, lr):
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
+
+
+def step(optimizer, lr, step, steps, cosine):
+    """A step with the gradient that was added up, which is then gone, at the rate of `step`."""
+    scale = lr_scale(step, steps, max(1, round(WARMUP_FRAC * steps)), cosine)
     for group in optimizer.param_groups:
         group["lr"] = lr * scale
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def clip_grad_norm(policy, max_norm):
+def clip_grad_norm(policy):
     """Clips in place -> the gradient's norm over all ranks and parameters before clipping, float."""
     params = [p for p in policy.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,42 +1,34 @@
 """
 The frozen models that are asked about a clip: the captioner of stage 2's sounds, the teacher of the
-hints (hints.py), the judge of stage 3's reasoning (judge.py). One way to ask, two kinds of model:
-any OpenAI-compatible chat server by its URL, or a local Hugging Face folder in this process.
-
-    python teachers.py caption --data IN --out OUT --captioner http://localhost:8000/v1 \\
-        --captioner-model moonshotai/Kimi-Audio-7B-Instruct
-    python teachers.py caption --data IN --out OUT --captioner FOLDER
+hints, the judge of stage 3's reasoning. One way to ask, two kinds of model: any OpenAI-compatible
+chat server by its URL, or a local Hugging Face folder in this process.
 
 Every answer is kept on disk under a hash of the whole question, media included, so nothing is asked
 twice: a killed run goes on where it was. A server's key is read from the environment
 (OPENAI_API_KEY), sent to that server only, and never printed or written.
 """
 
-import argparse
 import base64
 import hashlib
 import io
 import json
 import os
-import sys
 import threading
 import wave
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 
-from run import PARSER, UserError, main_guard  # before torch: it sets how torch's threads wait
+from run import UserError  # before torch: it sets how torch's threads wait
+
 
 import numpy as np
-import torch
 import torchvision
-from tqdm import tqdm
 
-import data
-from chat import NoAnswer, Server
-from clips import AUDIO_RATE, BadRow, decode_clip, find_media
-from local import Local, frame_times
+from rows import data
+from teachers.chat import NoAnswer, Server
+from rows.clips import AUDIO_RATE, decode_clip, find_media
+from teachers.local import Local, frame_times
 
 KEY = "OPENAI_API_KEY"  # of the environment
 CLIPS_KEPT, FORMAT = 32, 1  # decoded clips in memory; part of every hash: raise it if prompts move
@@ -90,7 +82,10 @@ class Teacher:
         if self.server:
             self.server.close()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Ends all that is under way, so that a program which stops does not wait for it."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.end("closed")
@@ -228,168 +223,7 @@ def wav_bytes(audio):
     return file.getvalue()
 
 
-# ---- a field of every row ----------------------------------------------------------------------
-
-
-def add_flags(parser, who):
-    """The flags of a command that asks a model about the rows of a file."""
-    flag = parser.add_argument
-    flag("--data", required=True, help="JSONL of rows")
-    flag("--out", required=True, help="JSONL to write, in the folder of --data; one row a row")
-    flag(f"--{who}", required=True, help="URL of a chat server (http://host:8000/v1) or a folder")
-    flag(f"--{who}-model", help="the model's name on the server")
-    flag("--answers", help="folder of the answers kept (default: OUT.answers)")
-    flag("--concurrency", type=int, default=16, help="requests at one time")
-    flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
-    flag("--retries", type=int, default=4, help="attempts after the first")
-    flag("--frames-as", choices=["images", "video"], default="images", help="video: vLLM only")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a folder")
-    data.add_flags(parser, keeps_clips=False)
-
-
-def from_args(args, where, name):
-    """-> the Teacher of such a command."""
-    data.check_file(args.data)
-    if Path(args.out).resolve().parent != Path(args.data).resolve().parent:
-        raise UserError("--out must lie beside --data: the rows' media paths are relative to it")
-    if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:
-        raise UserError("--concurrency and --timeout must be over 0, --retries at least 0")
-    recipe, answers = data.recipe_from(args), args.answers or f"{args.out}.answers"
-    return Teacher(
-        where, name, Path(args.data).parent, recipe, answers, args.concurrency, args.timeout,
-        args.retries, args.frames_as, args.device,
-    )  # fmt: skip
-
-
-def fill(teacher, source, out, field, find, keep, concurrency):
-    """
-    Copies a JSONL row by row and gives each row a field that it lacks.
-
-    find     callable(row) -> text or None (the row needs none); raises NoAnswer, BadRow
-    keep     callable(row, text) -> None, or why the text that a row has is not to be kept
-    returns  dict of counts: rows, kept (had it), new, needless, without
-    raises   UserError    after writing OUT: the model cannot be reached or refuses us
-
-    One row in, one row out, in order. A row without an answer is named and stays as it is, but for
-    a text that is not to be kept. An OUT of before is not read: its rows, their clips or the model
-    may have changed since; the answers kept know, and give again what is still true.
-    """
-    lines, name = Path(source).read_bytes().splitlines(), Path(source).name
-    counts, waiting, dead = dict(rows=0, kept=0, new=0, needless=0, without=0), deque(), 0
-    part, late = Path(f"{out}.part"), []  # late: lines without an answer since the model's end
-
-    def look(line, where):
-        """-> the line to write, what became of the row, why it has no answer."""
-        try:
-            raw = data.parse_line(line, where)
-            row = data.normalize_row(raw)
-            text = raw.pop(field, None)
-            why = keep(row, text) if text else None
-            if text and not why:
-                return line, "kept", None
-            if why:
-                bar.write(f"row {row['prompt_id']}: its {field} is not kept: {why}")
-                line = json.dumps(raw).encode()
-            if text := find(row):
-                return json.dumps(raw | {field: text}).encode(), "new", None
-            return line, "needless", None
-        except (NoAnswer, BadRow, UserError) as problem:
-            if isinstance(problem, UserError):
-                teacher.end(str(problem))
-            return line, "without", problem
-
-    def settle(number, asked):
-        nonlocal dead
-        line, kind, problem = asked.result()
-        dead = 0 if kind == "new" else dead + getattr(problem, "dead", False)
-        if teacher.ended and isinstance(problem, (NoAnswer, UserError)):
-            if not late:
-                bar.write(f"{teacher.ended}: for the rest only the answers kept are looked up")
-            late.append(number)
-        elif problem:
-            bar.write(f"{name}:{number}: {problem}")
-        if dead > 2 * concurrency and not teacher.ended:
-            teacher.end(f"{teacher.where} does not answer")
-        counts["rows"] += 1
-        counts[kind] += 1
-        file.write(line + b"\n")
-        bar.update()
-
-    with open(part, "wb") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                waiting.append((number, teacher.submit(look, line, f"{name}:{number}")))
-            if len(waiting) > 4 * concurrency:
-                settle(*waiting.popleft())
-        while waiting:
-            settle(*waiting.popleft())
-    os.replace(part, out)
-    if late:
-        print(f"{name}: no answer since then: lines {spans(late)}")
-    told = (
-        f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
-    )
-    told += f", {counts['needless']} need none, {counts['without']} without"
-    print(told + (": named above; mend the cause and run again" if counts["without"] else ""))
-    if teacher.ended:
-        raise UserError(f"{teacher.ended}; the answers so far are kept: run again to go on")
-    return counts
-
-
-def spans(numbers):
-    """[1, 3, 4, 5] -> "1, 3-5"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda x: x[1] - x[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def plain(text):
     """A reply on one line, without what a row's text may not hold."""
     text = data.TAGS.sub(" ", data.RESERVED.sub(" ", text))
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-# ---- captions of sounds ------------------------------------------------------------------------
-
-CAPTION = (
-    "Describe what is heard in this recording in one or two short sentences: voices and what they "
-    "say, music, other sounds, in the order in which they come, and how often. Say only what is "
-    "heard. Reply with the description alone."
-)
-MAX_CAPTION = 120  # words
-
-
-def find_caption(teacher, row):
-    """The caption of a row's sound; None for a row without sound."""
-    if not (row.get("audio") or row.get("use_audio")):
-        return None
-
-    def accept(reply):
-        words = plain(reply).strip("\"' ").split()
-        if not any(c.isalnum() for c in "".join(words)):
-            raise ValueError("no words")
-        return " ".join(words[:MAX_CAPTION]).removesuffix(".")
-
-    return teacher.ask(row, ("audio",), CAPTION, 2 * MAX_CAPTION, accept)
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
-    parser.add_argument("command", choices=["caption"], help="write audio_caption into every row")
-    add_flags(parser, "captioner")
-    return parser.parse_args(argv)
-
-
-def main():
-    args = parse_args()
-    teacher = from_args(args, args.captioner, args.captioner_model)
-    try:
-        find = lambda row: find_caption(teacher, row)  # noqa: E731
-        counts = fill(teacher, args.data, args.out, "audio_caption", find, lambda row, text: None,
-                      args.concurrency)  # fmt: skip
-    finally:
-        teacher.close()
-    sys.exit(1 if counts["without"] else 0)
-
-
-if __name__ == "__main__":
-    main_guard(main)

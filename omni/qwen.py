@@ -1,7 +1,8 @@
 """
-A decoded clip -> what Qwen2.5-Omni's thinker takes: token ids, positions, media tensors.
+Qwen2.5-Omni: a row as what its thinker takes, what its towers make of a clip, and which of its layers
+train and are sharded. Only this file knows the backbone by name.
 
-With model.py and rollout.py the only file that knows the backbone. P prompt tokens, D width.
+P prompt tokens, D width.
 """
 
 import copy
@@ -11,10 +12,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, Qwen2_5OmniProcessor
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker  # noqa: F401
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
-import data
+from hints import place_hint
+from rows import data
+
+# linear layers that get a LoRA adapter: of the text model, of the towers
+TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+TOWER_LAYERS = (
+    r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
+)
+TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)  # what FSDP gathers at one time
+TOWER_UNITS = (omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer)
+
+
+# ---- a row as a prompt -------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -84,7 +100,8 @@ class InputBuilder:
         words   None, or (system prompt, the user's turn) in the place of ours: text, or a list of
                 pieces {"type": "text", "text"} and {"type", "index"} with the media among them
         """
-        question = data.question_text(row, hint, self.audio_captions)
+        question = data.question_text(row, self.audio_captions)
+        question = place_hint(question, hint) if hint else question  # [HINT]
         system, text = words or (data.SYSTEM_PROMPT, question)
         pieces = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
         content = text if isinstance(text, list) else pieces
@@ -186,6 +203,48 @@ def in_order(media, kind, words):
     if words and isinstance(words[1], list):
         return [media[piece["index"]] for piece in words[1] if piece["type"] == kind]
     return media
+
+
+# ---- towers ------------------------------------------------------------------------------------
+
+
+def encode(core, prompts, device, train_towers):
+    """
+    The towers' outputs; each tower is run once for all prompts if it trains, else a prompt at
+    a time: the clips of a batch at once can be 100 GB.
+
+    returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
+    """
+    if not train_towers and len(prompts) > 1:
+        return [encode(core, [prompt], device, False)[0] for prompt in prompts]
+    out = [dict(p.media) for p in prompts]
+    if train_towers and dist.is_initialized():
+        # sharded towers: a rank that skips one leaves the others waiting in its collectives
+        video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
+        sound = dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
+        out.append(dict(video=video, audio=sound))
+    seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
+    heard = [o for o in out if isinstance(o.get("audio"), dict)]
+    if seen:
+        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in seen])
+        grid = torch.cat([o[m]["grid"].to(device) for o, m in seen])
+        pieces = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
+        for o, m in seen:
+            o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
+    if heard:
+        lengths = torch.cat([o["audio"]["lengths"] for o in heard])
+        mels = torch.cat([o["audio"]["mel"].T.to(device) for o in heard])
+        mels = pad_sequence(mels.split(lengths.tolist()), batch_first=True)
+        mask = (torch.arange(mels.shape[1]) < lengths[:, None]).long().to(device)
+        sound = core.get_audio_features(mels.transpose(1, 2), mask, return_dict=True)
+        sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
+        pieces = list(sound.last_hidden_state.split(sizes))
+        for o in heard:
+            o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
+    return out
+
+
+# ---- folders -----------------------------------------------------------------------------------
 
 
 def from_pretrained(kind, folder, **kwargs):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from attention import DecodeAttention, PackedAttention
+from omni.attention import DecodeAttention, PackedAttention
 
 
 _no_graph = []  # why none could be recorded in this process, if so: it is not tried again

@@ -2,15 +2,28 @@
 Accuracy on held-out rows while training goes on: sampled as in training, on all ranks.
 """
 
-import run  # before torch: it sets how torch's threads wait
+from run import optim, processes  # before torch
 
-import data
-import model
-import optim
 import rewards
-import stream
+from omni import model
+from rows import data
+from rows.reader import Reader
+from rows.stream import read_all
 
 BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
+
+
+def evaluator(file, policy, build, room, encode, args):
+    """
+    -> callable that gives the accuracy on the rows of a file; on None it gives None.
+
+    room, encode   of the reader that keeps their clips
+    """
+    if not file:
+        return lambda: None
+    rows = data.Rows(file)
+    reader = Reader(build.at(rows.path.parent), room, encode)
+    return lambda: accuracy(policy, reader.get, rows, build, args)
 
 
 def accuracy(policy, load, rows, build, args):
@@ -22,15 +35,15 @@ def accuracy(policy, load, rows, build, args):
     """
     count = min(len(rows), args.eval_samples)
     per_row, right, bad = max(1, round(args.eval_samples / count)), 0, {}
-    for first in range(0, count, BATCH * run.world_size()):  # as many rounds on every rank
-        places = range(count)[first + run.rank() :: run.world_size()][:BATCH]
+    for first in range(0, count, BATCH * processes.world_size()):  # as many rounds on every rank
+        places = range(count)[first + processes.rank() :: processes.world_size()][:BATCH]
         look = lambda i: ((row := rows[i]), load(row))  # noqa: E731
-        found, failed = stream.read_all(look, {i: (i,) for i in places})
+        found, failed = read_all(look, {i: (i,) for i in places})
         bad |= failed
-        batch = [(*both, per_row, run.seed(args.seed, 0, i)) for i, both in found.items()]
+        batch = [(*both, per_row, processes.seed(args.seed, 0, i)) for i, both in found.items()]
         packs = optim.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
         packs = [[batch[i] for i in pack] for pack in packs]
-        for part, _ in run.rounds(packs, [(None, build.filler, 1, 0)]):
+        for part, _ in processes.rounds(packs, [(None, build.filler, 1, 0)]):
             taken, prompts, counts, seeds = zip(*part)
             rolled = model.rollout(
                 policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
@@ -40,5 +53,5 @@ def accuracy(policy, load, rows, build, args):
                     answer = rewards.parse_answer(text)
                     right += rewards.accuracy_reward(answer, *data.truth(row)) == 1
     for problem in bad.values():
-        run.print0(f"held-out, counted as wrong: {problem}")
-    return sum(run.gather(right)) / (count * per_row)
+        processes.print0(f"held-out, counted as wrong: {problem}")
+    return sum(processes.gather(right)) / (count * per_row)

@@ -25,15 +25,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import run  # before torch: it sets how torch's threads wait
+from run import arguments, files  # before torch
 
 import torch
 from transformers import Qwen2_5OmniThinkerConfig
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 import buffer
-import model
-import optim
+from omni import model
+from run import optim
 import update
 from grpo import group_advantages
 
@@ -48,7 +48,7 @@ GROWTH = {  # what is varied, around P 512, C 32, G 8, B 4
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
     flag("--quick", action="store_true", help="the two smaller sizes, fewer repeats, no plot")
     parts = ["update", "rollout", "step", "growth"]
@@ -438,7 +438,7 @@ def main():
     )
     for name in args.only or [part for part in parts if part != "growth" or not args.quick]:
         result[name] = parts[name]()
-        result[f"{name} measured with"] = dict(arguments=vars(args), commit=run.commit())
+        result[f"{name} measured with"] = dict(arguments=vars(args), commit=files.commit())
     if "growth" in (args.only or []) or not (args.only or args.quick):
         plot_growth(result["growth"], args.out.removesuffix(".json") + ".png")
     with open(args.out, "w") as file:

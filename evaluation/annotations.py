@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from clips import BadRow
-from data import LETTERS
+from rows.clips import BadRow
+from rows.data import LETTERS
 
 
 def annotations(root, *patterns):

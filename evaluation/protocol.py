@@ -11,7 +11,7 @@ repeated: items that fail still count as wrong, and a clip without sound changes
 
 import re
 
-import data
+from rows import data
 import rewards
 
 TOKENS = {  # max_new_tokens of the authors' scripts; there are none for the other benchmarks

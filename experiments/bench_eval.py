@@ -15,17 +15,18 @@ import time
 from pathlib import Path
 
 import run  # before torch: it sets how torch's threads wait
+from run import arguments
 
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-import data
-import model
+from rows import data
+from omni import model
 import toy
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     return parser.parse_args(argv)
 

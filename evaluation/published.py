@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from annotations import annotations, by_key, by_letter, by_text, certain, cut_options
-from annotations import place, video_file
-from clips import BadRow
-from data import media_paths
+from evaluation.annotations import annotations, by_key, by_letter, by_text, certain, cut_options
+from evaluation.annotations import place, video_file
+from rows.clips import BadRow
+from rows.data import media_paths
 
 
 class Benchmark(NamedTuple):

@@ -29,8 +29,16 @@ import time
 import unicodedata
 from concurrent.futures import Future
 
+from run import UserError, ending, processes  # before torch
+
 import rewards
-from chat import NoAnswer
+from rows.clips import BadRow
+from teachers import ask
+from teachers.chat import NoAnswer
+
+CONCURRENCY = 32  # requests to the judge at one time, of all ranks: what a vLLM batches well
+TIMEOUT, RETRIES = 120.0, 4  # seconds of one attempt; attempts after the first
+MAX_UNJUDGED_FRAC = 0.25  # of a step's completions: with more, what is left is no fair sample
 
 PROMPT = """\
 Above is a clip, if there is one. Below is a JSON object: a question about the clip, its options, \
@@ -182,7 +190,7 @@ def score_steps(teacher, row, steps):
     """
     What a frozen model makes of a reasoning                                            [R.judge]
 
-    teacher  teachers.Teacher
+    teacher  ask.Teacher
     returns  list of float in [0, 1], one a step
     raises   as teacher.ask
     """
@@ -225,11 +233,12 @@ class Judge:
         self._room, self._first, self._last = threading.BoundedSemaphore(threads), None, None
         self._waited = 0.0
 
-    def begin(self, row, texts):
-        """Has the reasonings of a prompt's completions scored; returns at once."""
-        for text in texts:
-            if steps := rewards.reasoning_steps(rewards.split_completion(text)[0]):
-                self._ask(row, steps)
+    def begin(self, rows, texts):
+        """Has the reasonings of the completions, a list for each row, scored; returns at once."""
+        for row, group_texts in zip(rows, texts):
+            for text in group_texts:
+                if steps := rewards.reasoning_steps(rewards.split_completion(text)[0]):
+                    self._ask(row, steps)
 
     def _ask(self, row, steps):
         key = (row["prompt_id"], tuple(steps))
@@ -269,44 +278,31 @@ class Judge:
         return took, waited
 
 
-def reason(whys):
-    """The first reason of any rank, or that there is none."""
-    return next(filter(None, whys), "no reason was given")
+def stop_if_unjudged(step, unjudged_frac, judged, save):
+    """Ends the run, the state before the step saved, where too little of it could be judged."""
+    if unjudged_frac > MAX_UNJUDGED_FRAC or unjudged_frac == 1:
+        save()
+        whys = processes.gather(judged.why)
+        why = next(filter(None, whys), "no reason was given")
+        told = f"step {step}: {unjudged_frac:.0%} of the completions could not be judged: {why}"
+        raise UserError(f"{told}; the state before it is saved: {ending.how_to_go_on()}")
 
 
-BOUNDS = dict(
-    judge_concurrency=1, judge_retries=0, judge_timeout=1e-3, max_unjudged_frac=(0, 1)
-)  # fmt: skip
-
-
-def add_flags(parser):
-    flag = parser.add_argument
-    flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
-    flag("--judge-model", help="the judge's name on its server")
-    flag("--judge-concurrency", type=int, default=32, help="requests to the judge at one time")
-    flag("--judge-timeout", type=float, default=120.0, help="seconds of one attempt")
-    flag("--judge-retries", type=int, default=4, help="attempts after the first")
-    flag("--max-unjudged-frac", type=float, default=0.25, help="of a step's completions: else stop")
-
-
-def open_judge(args, folder, recipe, out, device):
+def open_judge(args, folder, recipe, out, device, toy_judge):
     """
-    -> the Judge that --judge names.
+    -> the Judge that --judge names: a URL or a folder.
 
     folder   Path    that the rows' media paths are relative to
     out      Path    the run's folder; scores are kept in OUT/judged, for a run that is resumed
-    raises   run.UserError    as teachers.Teacher
+    toy_judge  callable(row, steps), for --judge toy
+    raises   run.UserError    as ask.Teacher
     """
-    import teachers
-    import toy
-    from run import UserError, world_size
-
-    concurrency = max(1, args.judge_concurrency // world_size())  # the flag is of all ranks
     if args.judge == "toy":
-        return Judge(toy.judge, (), 1)
-    teacher = teachers.Teacher(
-        args.judge, args.judge_model, folder, recipe, out / "judged", concurrency,
-        args.judge_timeout, args.judge_retries, device=device,
+        return Judge(toy_judge, (), 1)
+    concurrency = max(1, CONCURRENCY // processes.world_size())
+    teacher = ask.Teacher(
+        args.judge, args.judge_model, folder, recipe, out / "judged", concurrency, TIMEOUT, RETRIES,
+        device=device,
     )  # fmt: skip
-    failures = (NoAnswer, UserError, teachers.BadRow)  # a wrong key, a clip that is gone
+    failures = (NoAnswer, UserError, BadRow)  # a wrong key, a clip that is gone
     return Judge(functools.partial(score_steps, teacher), failures, concurrency)

@@ -1,6 +1,5 @@
 """
-The backbone, Qwen2.5-Omni's thinker: load, shard, roll out, log-probs. Only this file, inputs.py
-and rollout.py know it.
+The policy: a backbone (qwen.py) behind one forward; log-probs of completions; load, shard, save.
 
 A group is one prompt and its completions. Nothing about a prompt is done twice: its clip is encoded
 once, it is read once for all its completions, in the rollout and in the update, and many groups
@@ -19,24 +18,18 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Qwen2_5OmniProcessor
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
-
 from transformers.utils.logging import disable_progress_bar
 
-import run
-from attention import PackedAttention, shared_prefix_attention
-from inputs import InputBuilder, Prompt, base_folder, from_pretrained  # noqa: F401
-from inputs import is_adapter, read_config  # noqa: F401
-from rollout import Completion, rollout  # noqa: F401  part of what this file offers
+from run import UserError, files, processes  # before torch
+from omni.attention import PackedAttention, shared_prefix_attention
+from omni import qwen
+from omni.qwen import InputBuilder, Prompt, from_pretrained, is_adapter  # noqa: F401
+from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
-TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-TOWER_LAYERS = (
-    r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
-)
+SMALL = 10**8  # weights: a model of fewer has no need of gradient checkpointing
 
 
 # ---- policy ------------------------------------------------------------------------------------
@@ -72,39 +65,14 @@ class Policy(nn.Module):
         return self.model.disable_adapter() if lora else nullcontext()
 
     def encode(self, prompts):
-        """
-        The towers' outputs; each tower is run once for all prompts if it trains, else a prompt at
-        a time: the clips of a batch at once can be 100 GB.
+        """The towers' outputs: a list, a prompt each, of modality -> (n, D)."""
+        return qwen.encode(self.thinker.model, prompts, self.device, self.train_towers)
 
-        returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
-        """
-        if not self.train_towers and len(prompts) > 1:
-            return [self.encode([prompt])[0] for prompt in prompts]
-        core, out = self.thinker.model, [dict(p.media) for p in prompts]
-        if self.train_towers and dist.is_initialized():
-            # sharded towers: a rank that skips one leaves the others waiting in its collectives
-            video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
-            sound = dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
-            out.append(dict(video=video, audio=sound))
-        seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
-        heard = [o for o in out if isinstance(o.get("audio"), dict)]
-        if seen:
-            pixels = torch.cat([o[m]["pixels"].to(self.device) for o, m in seen])
-            grid = torch.cat([o[m]["grid"].to(self.device) for o, m in seen])
-            pieces = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
-            for o, m in seen:
-                o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
-        if heard:
-            lengths = torch.cat([o["audio"]["lengths"] for o in heard])
-            mels = torch.cat([o["audio"]["mel"].T.to(self.device) for o in heard])
-            mels = pad_sequence(mels.split(lengths.tolist()), batch_first=True)
-            mask = (torch.arange(mels.shape[1]) < lengths[:, None]).long().to(self.device)
-            sound = core.get_audio_features(mels.transpose(1, 2), mask, return_dict=True)
-            sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
-            pieces = list(sound.last_hidden_state.split(sizes))
-            for o in heard:
-                o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
-        return out
+    @torch.no_grad()
+    def encoded(self, prompt):
+        """The prompt with the outputs of frozen towers, which never change, for its media."""
+        media = self.encode([prompt])[0]
+        return prompt._replace(media={name: value.cpu() for name, value in media.items()})
 
     def embed(self, prompts):
         """-> the prompts' embeddings, media in their places: a list of (P, D)."""
@@ -217,15 +185,29 @@ def _packed_logprobs(policy, prompts, completions, temperature):
 # ---- load, shard, save -------------------------------------------------------------------------
 
 
+def open_policies(folder, args, device, with_reference):
+    """
+    -> the policy to train, and the frozen one that the KL is to, None where none of its own is needed:
+    with LoRA it is the policy without its adapter                                          [U15]
+    """
+    reference = None
+    if with_reference and not args.lora_rank:
+        reference = load(folder, 0, args.train_towers, False).requires_grad_(False)
+        reference = place(reference, device, args.dtype)
+    policy = load(folder, args.lora_rank, args.train_towers, gradient_checkpointing=None)
+    return place(policy, device, args.dtype), reference
+
+
 def load(folder, lora_rank, train_towers, gradient_checkpointing):
     """
     A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
 
     lora_rank     int     0 = every weight of the text model trains
     train_towers  bool    whether the vision and audio towers train too
+    gradient_checkpointing  bool    less memory for more time; None: if there are over SMALL weights
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
-    thinker = from_pretrained(Thinker, folder, dtype=torch.float32)
+    thinker = from_pretrained(qwen.Thinker, folder, dtype=torch.float32)
     if is_adapter(folder):  # a trained adapter becomes part of the weights; what trains now is new
         from peft import PeftModel
 
@@ -242,14 +224,16 @@ def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        target = rf".*language_model\.layers\.\d+\..*\.({TEXT_LAYERS})"
+        target = rf".*language_model\.layers\.\d+\..*\.({qwen.TEXT_LAYERS})"
         if train_towers:
-            target += rf"|.*(visual|audio_tower)\.(.*\.)?({TOWER_LAYERS})"
+            target += rf"|.*(visual|audio_tower)\.(.*\.)?({qwen.TOWER_LAYERS})"
         kwargs = dict(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0)  # [D2]
         config = LoraConfig(target_modules=target, **kwargs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
             model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+    if gradient_checkpointing is None:
+        gradient_checkpointing = sum(p.numel() for p in thinker.parameters()) > SMALL
     if gradient_checkpointing:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.activation_checkpointing_enable(kwargs)
@@ -271,16 +255,31 @@ def start_folder(folder, lora_rank, out):
     if not lora_rank or not is_adapter(folder):
         return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
     base = Path(out).resolve() / "base"
-    if run.rank() == 0 and not (Path(out) / "run.json").exists():
+    if processes.rank() == 0 and not (Path(out) / "run.json").exists():
         shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
-    if run.rank() == 0 and not base.exists():
+    if processes.rank() == 0 and not base.exists():
         merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-        part = run.empty_part(base)
+        part = files.empty_part(base)
         merged.thinker.save_pretrained(part)
         from_pretrained(Qwen2_5OmniProcessor, folder).save_pretrained(part)
         part.rename(base)
-    run.gather(None)  # the others wait
+    processes.gather(None)  # the others wait
     return str(base)
+
+
+def place(policy, device, dtype):
+    """Moves the policy to its device; sharded when there is a GPU or more than one process."""
+    if not dist.is_initialized():
+        if dtype == "bfloat16":
+            told = "--dtype bfloat16 needs a GPU or several processes: FSDP computes in it"
+            raise UserError(told)
+        return policy.to(device)
+    param_dtype = processes.compute_dtype(
+        device, dtype
+    )  # FSDP's of all; float32 is for what trains
+    cast((p for p in policy.parameters() if not p.requires_grad), param_dtype)
+    mesh = dist.init_device_mesh(device.type, (processes.world_size(),))
+    return shard(policy.to(device), mesh, param_dtype)
 
 
 def shard(policy, mesh, param_dtype):
@@ -288,21 +287,18 @@ def shard(policy, mesh, param_dtype):
     FSDP2: one unit a decoder layer (and a tower layer if towers train), the rest in the root.
 
     Frozen towers stay whole on every rank, outside FSDP: who has no audio or no video to encode
-    does not call them, and nobody waits. What is frozen has param_dtype already (run.place).
+    does not call them, and nobody waits. What is frozen has param_dtype already (model.place).
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    units = [omni.Qwen2_5OmniDecoderLayer]
-    ignored = set()
-    if policy.train_towers:
-        units += [omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer]
-    else:
-        ignored = {p for tower in policy.towers for p in tower.parameters()}
+    units = qwen.TEXT_UNITS + qwen.TOWER_UNITS * policy.train_towers
+    frozen = [] if policy.train_towers else policy.towers
+    ignored = {p for tower in frozen for p in tower.parameters()}
     precision = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in policy.modules():
-        if isinstance(module, tuple(units)):
+        if isinstance(module, units):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=ignored)
 
@@ -313,9 +309,9 @@ def save(policy, folder, processor):
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
-    if run.rank() == 0:
+    if processes.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        part = run.empty_part(folder)
+        part = files.empty_part(folder)
         policy.model.save_pretrained(part, state_dict=state)
         processor.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)

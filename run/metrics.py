@@ -6,11 +6,10 @@ the step on all ranks: no mean of means.
 """
 
 import math
+import time
 from statistics import fmean as mean
 
 import torch
-
-PATIENCE = 10  # steps in a row that make a collapse
 
 METRICS = {  # name -> formula or meaning; the README's table is this one
     "step": "optimizer steps so far",
@@ -109,60 +108,34 @@ def histogram(advantages):
     return bins.int().tolist()
 
 
-class Health:
-    """
-    When the numbers say that a step must not change the weights, or that going on is pointless.
+class Clock:
+    """Where the seconds of a step go: each lap belongs to the part that is named at its end."""
 
-    max_ratio     pi / b of a completion (if fresh: also b / pi), as the geometric mean of its
-                  tokens; 0 = no limit. A single token may go far: one sampled against the odds that
-                  is likely now; and a stored completion may be given up
-    min_entropy   nats a token; 0 = no limit
-    """
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.seconds = {}
 
-    def __init__(self, max_ratio, min_entropy):
-        self.max_ratio, self.min_entropy = max_ratio, min_entropy
-        # so far; steps in a row; whether any completion has ended by itself yet
-        self.state = dict(skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False)
+    def lap(self, part):
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
 
-    def bad_step(self, loss, grad_norm, ratio=1.0, again=0):
-        """
-        What is wrong with a gradient, before it is applied (str), or None.
+    def total(self):
+        return time.perf_counter() - self.began
 
-        again   int     updates of this step before it: only the first one counts as the step's [U19]
-        """
-        problem = None
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
-        elif self.max_ratio and ratio > self.max_ratio:
-            problem = f"a mean ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
-        if again:
-            return problem
-        self.state["skipped"] += problem is not None
-        self.state["in_a_row"] = self.state["in_a_row"] + 1 if problem else 0
-        if self.state["in_a_row"] >= PATIENCE:
-            problem += f", the {PATIENCE}th bad step in a row"
-        return problem
-
-    def collapse(self, report):
-        """What went wrong with the policy (str) after PATIENCE steps of it in a row, or None."""
-        state, cut_off = self.state, report["completions/clipped_ratio"] == 1
-        state["ended"] |= not cut_off  # before that it is --max-new-tokens that is too low
-        low = report["entropy"] < self.min_entropy
-        state["without_entropy"] = state["without_entropy"] + 1 if low else 0
-        state["cut_off"] = state["cut_off"] + 1 if cut_off and state["ended"] else 0
-        if state["without_entropy"] >= PATIENCE:
-            return f"entropy below --min-entropy {self.min_entropy:g} in {PATIENCE} steps in a row"
-        if state["cut_off"] >= PATIENCE:
-            return f"every completion of {PATIENCE} steps in a row was cut off by --max-new-tokens"
+    def report(self, judged):
+        """Metrics: seconds of data, rollout and update; of the judge, if there is one."""
+        judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
+        parts = {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
+        return parts | {"time/judge_s": judge_s, "time/judge_wait_s": judge_wait_s}
 
 
-def step_line(m, steps):
+def step_line(m):
     """The line printed for a step."""
     parts = ("data", "rollout", "update", "judge_wait")
     seconds = sum(m[f"time/{part}_s"] for part in parts)
     line = (
-        f"step {m['step']:4d}/{steps}  reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  "
-        f"kl {m['kl']:.4f}  "
+        f"reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  kl {m['kl']:.4f}  "
         f"zero-std {m['frac_reward_zero_std']:.2f}  grad {m['grad_norm']:.2f}  "
         f"len {m['completions/mean_length']:.0f}  buffer {m['buffer/size']}  "
         f"made {m['completions_generated']}  {seconds:.1f} s"
@@ -170,14 +143,13 @@ def step_line(m, steps):
     return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
 
 
-def samples(step, group, advantages, replay, tokenizer, rows):
+def samples(step, group, advantages, replay, tokenizer, row):
     """One group for samples.jsonl: what was asked and written, what it earned, and why."""
-    question = rows[rows.index(group[0].prompt_id)]["question"] if group else None
     for e, advantage in zip(group, advantages.tolist()):
         yield dict(
             step=step,
             prompt_id=e.prompt_id,
-            prompt=question,
+            prompt=row["question"],
             completion=tokenizer.decode(e.completion_ids),
             reward=e.reward,
             reward_parts=e.reward_parts,

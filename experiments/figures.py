@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-import run  # before torch: it sets how torch's threads wait
+from run import arguments, ending  # before torch
 
 import matplotlib
 import numpy as np
@@ -426,7 +426,7 @@ def write_all(folder):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **run.PARSER)
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("run", nargs="?", help="folder with metrics.jsonl: draw its dashboard")
     parser.add_argument("--results", metavar="DIR", help="folder of experiments.py's JSON")
     args = parser.parse_args(argv)
@@ -447,4 +447,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.main_guard(main)
+    ending.main_guard(main)

@@ -1,0 +1,98 @@
+"""
+The arguments that every trainer takes, where each value comes from, and which numbers are allowed.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from run import UserError
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is written, and every default."""
+
+
+PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
+
+# what may change when a run is resumed: where and how fast it computes, and what it tolerates
+FREE = """
+    out resume save_every eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
+    on_bad_step max_ratio
+""".split()
+
+
+def add_flags(parser):
+    parser.epilog = """
+Defaults are those for the --model, --data, --stage and --algo on the line; without --model they are
+the toy's. Tags in [] are explained in README.md and docs/method.md.
+"""
+    flag = parser.add_argument_group("run").add_argument
+    flag("--out", help="folder of the run; must be new, or --resume")
+    flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
+    flag("--seed", type=int, default=0, help="of the data order and every draw")
+    flag("--resume", action="store_true", help="continue --out where it stopped")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    dtypes = ["auto", "float32", "bfloat16"]
+    flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
+    flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
+    choices = ["stop", "skip"]
+    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
+    flag = parser.add_argument_group("model and data").add_argument
+    flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
+    flag("--data", help="JSONL of rows (default: the toy's for this stage)")
+    return flag
+
+
+def parse(parser, argv, overrides):
+    """
+    Parses twice, so that defaults which depend on other flags still lose to a typed one. With
+    --resume, what the run began with stands for what is not typed again.
+
+    overrides   callable(args of the first pass) -> pairs of (name, {flag: value}), later ones win
+    returns     args, {flag: where its value comes from: "typed", the name of an override, or None}
+    """
+    source = {}
+    words = sys.argv[1:] if argv is None else argv
+    first = [word for word in words if word not in ("-h", "--help")]  # help: the final defaults
+    first = parser.parse_known_args(first)[0]
+    for name, values in [*overrides(first), ("run.json", begun_with(first))]:
+        parser.set_defaults(**values)
+        source |= {key: name for key in values}
+    args = parser.parse_args(argv)
+    if not (args.out or "").strip():
+        raise UserError("--out is empty: give a folder")
+    return args, {
+        key: source.get(key) if value == parser.get_default(key) else "typed"
+        for key, value in vars(args).items()
+    }
+
+
+def begun_with(args):
+    """-> {flag: value} of the run in --out that is to be resumed, if one is."""
+    about = read_about(args.out or "") if args.resume else {}
+    kept = about["arguments"] if about.get("script") == Path(sys.argv[0]).name else {}
+    return {k: v for k, v in kept.items() if k in vars(args).keys() - {"out", "resume", "device"}}
+
+
+def read_about(out):
+    """What OUT/run.json holds; {} before there is one."""
+    path = Path(out) / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# of the numbers that both trainers take: the least; or the least and the most
+BOUNDS = dict(
+    seed=0, steps=0, save_every=0, cache_gb=0, lr=0, micro_tokens=1, lora_rank=0,
+)  # fmt: skip
+
+
+def check_bounds(args, **bounds):
+    for name, bound in bounds.items():
+        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
+        value = getattr(args, name)
+        if value is not None and not (least <= value <= most and value < math.inf):
+            told = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: {told} is needed")

@@ -1,0 +1,117 @@
+"""
+How a run ends: with one line where a user can do something about it, or because it was asked to.
+"""
+
+import errno
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from run import Stopped, UserError, files
+from run.processes import gather, rank, world_size
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
+
+PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+
+
+def main_guard(main, *mendable):
+    """
+    Runs `main`; what a user can do something about ends it with one line and no traceback.
+
+    mendable   more exceptions of that kind, such as clips.BadRow
+    """
+    line, code = None, 1
+    _signals.clear()
+    try:
+        main()
+    except (UserError, *mendable, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        line = str(error)
+    except Stopped as stop:
+        line, code = stop.args
+    except KeyboardInterrupt:
+        line, code = "stopped", 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        denied = error.errno in (errno.EACCES, errno.EROFS)
+        remedy = "give another path, or the right to use it" if denied else "make room"
+        line = f"{error.filename or 'disk'}: {error.strerror}: {remedy}, then go on with --resume"
+    except SafetensorError as error:
+        line = f"a weights file ({error}): is the disk full, or the file cut off?"
+    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+        if world_size() == 1 or not re.search(PEER_GONE, str(error)):
+            raise
+        line = f"rank {rank()}: another process of the run has ended: see above; then --resume"
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        while files._locks:
+            files._locks.pop().close()
+    if line:
+        line = f"{Path(sys.argv[0]).name}: {line}"
+        if world_size() == 1 and code == 1:
+            sys.exit(line)
+        if rank() == 0 or code == 1:
+            print(line, file=sys.stderr if code else sys.stdout, flush=True)
+        if world_size() > 1 and code == 1:
+            os._exit(code)  # the others may be waiting for this rank: torchrun ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not by way of Python's own end: gloo's threads may be left, and abort in it (pytorch#179291)
+        os._exit(code if line else 0)
+    if line:
+        sys.exit(code)
+
+
+_signals = []  # (signal that asked this process to stop, when)
+
+SAME = 3.0  # seconds in which a signal is the same one: launchers send theirs after the terminal's
+
+
+def watch_signals():
+    """From here on SIGTERM and Ctrl-C let the step finish; the next one ends at once."""
+
+    def note(number, frame):
+        now = time.monotonic()
+        if _signals and now - _signals[0][1] > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not _signals and rank() == 0:  # print could be interrupted in the middle of itself
+            os.write(2, b"stopping after this step; once more, in 3 seconds, stops at once\n")
+        _signals.append((number, now))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def stop_asked():
+    """The signal that asked any rank to stop, or None; the same on every rank."""
+    return next((number for part in gather(_signals) for number, _ in part), None)
+
+
+def how_to_go_on(*more):
+    """The command that continues this run, with more flags."""
+    words = [*sys.argv, *["--resume"][: "--resume" not in sys.argv], *more]
+    local = os.environ.get("LOCAL_WORLD_SIZE", world_size())
+    launcher = f"torchrun --nproc-per-node {local}" if world_size() > 1 else "python"
+    return f"{launcher} {shlex.join(words)}"
+
+
+def end_of_step(step, steps, save_every, save):
+    """Saves when it is time to, or when the run was asked to stop: then it ends here."""
+    signal = stop_asked()
+    if signal or (save_every and step % save_every == 0):
+        save()
+    if signal and step < steps:
+        raise Stopped(f"step {step} is saved; go on with: {how_to_go_on()}", 128 + signal)

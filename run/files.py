@@ -1,0 +1,162 @@
+"""
+The folder of a run.
+
+    OUT/run.json          arguments, versions, commit
+    OUT/metrics.jsonl     one object a step
+    OUT/samples.jsonl     a few completions, now and then (RL)
+    OUT/checkpoints/      checkpoint.py
+    OUT/final/            a standard Hugging Face folder
+    OUT/lock              held while the run goes on
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+from run import HERE, Stopped, UserError
+from run.arguments import FREE, read_about
+from run.processes import gather, print0, rank, world_size
+
+
+def open_folder(args, source):
+    """Locks the run's folder, checks it, and prints what will run; `begin` writes to it."""
+    out = Path(args.out)
+    lock(out)
+    about = read_about(out)
+    gather(None)  # every rank has looked before one writes
+    if about and not args.resume:
+        raise UserError(
+            f"{out} already holds a run: continue it with --resume or choose another --out"
+        )
+    if args.resume and not about:
+        raise UserError(f"--resume: {out} holds no run: start one without --resume")
+    if args.resume:
+        before, now = about["arguments"], vars(args)
+        # a flag that the run did not have yet when it began is none of its arguments
+        known = [k for k in now if k in before and k not in FREE]
+        if all(str(words.get("judge")).startswith("http") for words in (before, now)):
+            known.remove("judge")  # it may come back at another address: its model is what counts
+        changed = [k for k in known if str(before[k]) != str(now[k])]
+        if changed:
+            told = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in changed]
+            told = "--resume: these would make it another run: " + ", ".join(told)
+            raise UserError(f"{told}: leave them as they were, or start a new --out")
+        if (out / "final").exists():
+            raise Stopped(f"{out} is finished: its model is {out / 'final'}", 0)
+    tell_choices(out, args, source)
+    return out
+
+
+def tell_choices(out, args, source):
+    """What was typed, and what differs from the 7B's defaults; all else stands in run.json."""
+    print0(f"{Path(sys.argv[0]).name}  commit {commit()}  torch {version('torch')}  {args.device}")
+    for name in ("typed", *sorted({*source.values()} - {"typed", "run.json", None})):
+        told = [f"{k} {getattr(args, k)}" for k, origin in source.items() if origin == name]
+        line = f"{name}: " + ", ".join(told or ["nothing"])
+        print0(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    "))
+    print0(f"  {out}: run.json holds every argument, metrics.jsonl a line for every step")
+
+
+_locks = []  # open files
+
+
+def lock(out):
+    """This run's folder is its own until the process ends, however it ends."""
+    if rank():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{out} belongs to a run that is going on ({file.read()}): wait for it, or choose "
+            "another --out"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            print0(f"  {out}: no locks on this file system: see that one run at a time uses it")
+            return
+        raise UserError(f"cannot write to {out}: {error.strerror}: choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)  # closing it would end the lock
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Others that would make something in the folder wait until this one has made it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:  # closing it ends the lock
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def begin(out, args, step):
+    """Writes run.json, or on resuming drops what was logged after `step`: those steps run again."""
+    if rank():
+        return
+    (out / "checkpoints").mkdir(exist_ok=True)
+    if not args.resume:
+        about = dict(script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit())
+        packages = ("torch", "transformers", "av", "torchaudio", "numpy")
+        about |= dict(versions={p: version(p) for p in packages}, python=platform.python_version())
+        about |= dict(world_size=world_size())
+        write_text(out / "run.json", json.dumps(about, indent=1, default=str))
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if step_of(line) <= step))
+
+
+def step_of(line):
+    """The step of a line of a log; infinity for one that a kill or a power cut has damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def commit():
+    """The short git commit of this code, or None outside git."""
+    try:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def write_text(path, text):
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def empty_part(folder):
+    """FOLDER.part: becomes FOLDER when all of it is there."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def log(path, item):
+    """A line of JSON, which has no NaN and no infinity: these become null."""
+    if rank() == 0:
+        infinite = {k for k, v in item.items() if isinstance(v, float) and not math.isfinite(v)}
+        with open(path, "a") as file:
+            file.write(json.dumps(item | dict.fromkeys(infinite)) + "\n")

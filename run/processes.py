@@ -1,0 +1,108 @@
+"""
+The processes of a run, one or many: who does what, and what all of them know.
+"""
+
+import os
+from datetime import timedelta
+
+import run  # before torch: it sets how torch's threads wait
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init(device):
+    """-> torch.device. One process without torchrun, several with it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise run.UserError(
+            "--device cuda: torch finds no GPU here: leave it out to run on the CPU"
+        )
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world_size() > 1:
+        # one rank may work for long while the others wait; a dead one ends torchrun anyway
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device(device)
+
+
+def compute_dtype(device, dtype):
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
+
+
+def gather(item):
+    """-> list of every rank's item, in the order of the ranks."""
+    items = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def rounds(items, filler):
+    """
+    As many rounds on every rank, as a forward under FSDP needs: a rank that has fewer items than
+    another goes on with fillers. -> pairs of (item, whether it is one of the items)
+    """
+    for k in range(max(gather(len(items)))):
+        yield (items[k], True) if k < len(items) else (filler, False)
+
+
+def share(count):
+    """The slice of `count` things that is this rank's."""
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def seed(*numbers):
+    """A 63-bit seed that depends on every number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_multiple(flag, value):
+    if value % world_size():
+        raise run.UserError(f"{flag} {value} must be a multiple of the {world_size()} processes")
+
+
+def print0(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+class Steps:
+    """
+    The steps of a run, from the one after `start`, with a bar on rank 0; without a terminal only what
+    is told through it appears.
+    """
+
+    def __init__(self, start, count, title):
+        self.step, self.count = start, count
+        self.bar = tqdm(
+            total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None
+        )
+
+    def __iter__(self):
+        while self.step < self.count:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+        self.bar.close()
+
+    def tell(self, text):
+        """A line about the present step."""
+        line = f"step {self.step:4d}/{self.count}  {text}"
+        print0(line) if self.bar.disable else self.bar.write(line)
