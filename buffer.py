@@ -6,8 +6,10 @@ measured against the prompt's own mean reward, still differ: replaying them keep
 update. q a prompt, R a reward, R̄(q) the mean reward of q (mean_reward), n the prompts seen.
 
 Which policy old_logprobs belong to after replay: always the one that generated the completion,
-however many steps ago. Nothing here rewrites them, so the ratio pi_theta / pi_behaviour of a
-replayed token is a true importance ratio and is not 1, not even before the first update on it.
+however many steps ago. Nothing here rewrites them, so pi_theta / pi_behaviour of a replayed token is
+the ratio of two known policies and is not 1, not even before the first update on it. What is drawn
+is not distributed as the behaviour policy, though: half comes from each side of R̄(q), farthest
+first, and no ratio undoes that choice.
 
 Everything is a function of the calls made and of the generator passed in: ranks that gather the
 step's completions, make the same calls and hold the same generator draw the same groups.
@@ -36,6 +38,8 @@ class Entry:
     reward          raw weighted sum, never normalised; reward_parts: the parts before weighting
     born_step       optimizer step at generation
     hinted          whether the prompt carried its hint when this was sampled
+    ref_logprobs    (L,) float32 or None  nats, of the frozen reference: they never change, so they are
+                    computed once
     raises          ValueError    lengths differ or are 0; a reward or log-prob is not finite
     """
 
@@ -46,6 +50,7 @@ class Entry:
     reward_parts: dict
     born_step: int
     hinted: bool
+    ref_logprobs: torch.Tensor | None = None
 
     def __post_init__(self):
         # copies: a row of a padded batch would keep the whole batch, and its graph, in memory
@@ -296,10 +301,15 @@ class ReplayBuffer:
         }
 
     def state_dict(self):
-        """Plain lists, numbers and three flat tensors: torch.load(weights_only=True) reads it."""
+        """Plain lists, numbers and four flat tensors: torch.load(weights_only=True) reads it."""
         items = [item for items in self._items.values() for item in items]
         entries = [item.entry for item in sorted(items, key=lambda item: item.order)]
         ids, old = [e.completion_ids for e in entries], [e.old_logprobs for e in entries]
+        known = [e.ref_logprobs is not None for e in entries]
+        ref = [
+            e.ref_logprobs if k else torch.zeros(len(e.old_logprobs))
+            for e, k in zip(entries, known)
+        ]
         fields = ("prompt_id", "reward", "reward_parts", "born_step", "hinted")
         return {
             "capacity": self.capacity,
@@ -309,6 +319,8 @@ class ReplayBuffer:
             "lengths": torch.tensor(list(map(len, ids)), dtype=torch.int64),
             "completion_ids": torch.cat([torch.zeros(0, dtype=torch.int32), *ids]),
             "old_logprobs": torch.cat([torch.zeros(0), *old]),
+            "ref_logprobs": torch.cat([torch.zeros(0), *ref]),
+            "ref_known": known,
         }
 
     def load_state_dict(self, state):
@@ -321,6 +333,8 @@ class ReplayBuffer:
             self.observe(prompt_id, rewards)
         lengths, fields = state["lengths"].tolist(), state["entries"]
         ids, old = state["completion_ids"].split(lengths), state["old_logprobs"].split(lengths)
+        ref = state["ref_logprobs"].split(lengths)
         for i, row in enumerate(zip(*fields.values())):
             entry = Entry(completion_ids=ids[i], old_logprobs=old[i], **dict(zip(fields, row)))
+            entry.ref_logprobs = ref[i].clone() if state["ref_known"][i] else None
             self._store(entry)  # not add: what the saved buffer still held was still to be drawn

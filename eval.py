@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from run import UserError, arguments, ending, files, optim, processes  # before torch
+from run.folders import base_folder
+from run.sharding import cast
 
 import av
 import numpy as np
@@ -32,7 +34,6 @@ import rewards
 import toy
 from evaluation import page, protocol, published, scores, tables
 from omni import model
-from omni.qwen import base_folder
 from rows import clips, data, limits
 from rows.reader import num_decoders
 
@@ -370,7 +371,7 @@ def main():
     processes.gather(None)
 
     policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-    model.cast(policy.to(device).parameters(), dtype)
+    cast(policy.to(device).parameters(), dtype)
     build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together

@@ -12,8 +12,8 @@ import torch
 
 STD_EPS = 1e-4  # added to a group's std, as TRL does: equal rewards give 0, not 0/0 [U1]
 SIGMA_FLOOR = 0.1  # least sigma_off: few, nearly equal replayed rewards must not explode [U1]
-LOG_RATIO_MAX = 20.0  # |log ratio| beyond which exp is not taken [U1]
-DUAL_CLIP = 3.0  # most a negative advantage counts, in multiples of itself [U1]
+LOG_RATIO_MAX = 20.0  # log ratio beyond which exp is not taken [U1]
+DUAL_CLIP = 3.0  # most a token's ratio counts, with a negative advantage and in the KL [U1] [U20]
 
 
 def group_advantages(group_rewards):
@@ -56,55 +56,64 @@ def grpo_loss(
     weights,
     clip_eps,
     kl_coef,
-    kl_ratio=False,
 ):
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
     r_t = pi(c_t) / b(c_t), b the policy that sampled the completion                     [RATIO]
-    KL_t = exp(d) - d - 1,  d = log pi_ref(c_t) - log pi(c_t)   (k3, never negative)     [KL]
+    KL_t = r (exp(d) - d - 1),  d = log pi_ref(c_t) - log pi(c_t)                        [KL]
 
     logprobs          (N, T) float   present policy pi, with gradient
     old_logprobs      (N, T) float   behaviour policy b, as recorded when it sampled
     ref_logprobs      (N, T) float   frozen reference, or None for no KL
     token_advantages  (N, T) float   A_{i,t}, after TAS
-    completion_mask   (N, T) bool    1 up to and including EOS: ending is an action too
+    completion_mask   (N, T) bool    1 up to and including EOS; what stands off it is never read
     weights           (N,) float     1 / (fresh completions in the update, all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
-    kl_ratio          bool           KL_t times min(r, DUAL_CLIP), held fixed: the samples are b's,
-                                     not pi's, and exp(d) of a token pi has given up explodes [U20]
     returns           loss (), -J; info: dict of (N,) float without gradient
 
     On fresh completions r is 1, so the loss is about -mean(A) = 0 at first; its gradient is not.
-    Before any update b = pi for them; for replayed ones r is a true importance ratio. A negative A
-    with a huge r would pull without bound: it counts at most DUAL_CLIP A.
+    Before any update b = pi for them. A negative A with a huge r would pull without bound: it counts
+    at most DUAL_CLIP A.
+
+    The KL is exact: samples are b's, E_b[KL_t] = KL(pi || ref), and its gradient, through r as well,
+    is r log(pi / ref) grad log pi, of expectation grad KL(pi || ref), and 0 where pi has given a token
+    up. (k3 alone has 1 - ref / pi there, which explodes; on fresh samples its expectation is the
+    gradient of the other direction, KL(ref || pi).) A token counts with at most DUAL_CLIP.   [U20]
     """
     assert logprobs.shape == old_logprobs.shape == token_advantages.shape == completion_mask.shape
     assert weights.shape == logprobs.shape[:1]
-    mask, num_tokens = completion_mask.float(), completion_mask.sum(1).clamp(min=1)
-    log_ratio = ((logprobs - old_logprobs) * mask).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)  # (N, T)
-    ratio = log_ratio.exp()
+    mask, num_tokens = completion_mask.bool(), completion_mask.sum(1).clamp(min=1)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (N, T)
+    ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
+    advantages = torch.where(mask, token_advantages, 0.0)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    surrogate = torch.min(ratio * token_advantages, clipped * token_advantages)
-    surrogate = torch.where(
-        token_advantages < 0, torch.max(surrogate, DUAL_CLIP * token_advantages), surrogate
-    )
-    kl = torch.zeros_like(logprobs)
+    surrogate = torch.min(ratio * advantages, clipped * advantages)
+    surrogate = torch.where(advantages < 0, torch.max(surrogate, DUAL_CLIP * advantages), surrogate)
+    kl, d = torch.zeros_like(ratio), torch.zeros_like(ratio)
     if ref_logprobs is not None:
-        d = ((ref_logprobs - logprobs) * mask).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-        kl = d.exp() - d - 1
-        if kl_ratio:
-            kl = kl * ratio.detach().clamp(max=DUAL_CLIP)
-    objective = ((surrogate - kl_coef * kl) * mask).sum(1) / num_tokens  # (N,) per sequence
+        d = torch.where(mask, ref_logprobs - logprobs, 0.0)
+        # r (exp(d) - d - 1) = ref / b - r (1 + d), in which nothing overflows
+        ref_ratio = torch.where(mask, ref_logprobs - old_logprobs, 0.0).clamp(max=LOG_RATIO_MAX)
+        truncation = (DUAL_CLIP / ratio.detach()).clamp(max=1)  # min(r, DUAL_CLIP) / r
+        kl = truncation * (ref_ratio.exp() - ratio * (1 + d))
+    objective = (surrogate - kl_coef * kl).sum(1) / num_tokens  # (N,) per sequence
     with torch.no_grad():
         up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
-        outside = torch.where(token_advantages > 0, up, down & (token_advantages < 0))
+        outside = torch.where(advantages > 0, up, down & (advantages < 0))
+        used = torch.where(mask, ratio.clamp(max=DUAL_CLIP), 0.0)  # what a token weighs in the loss
+        share = weights / num_tokens
         info = dict(
             loss=-weights * objective,
             num_tokens=completion_mask.sum(1),
-            kl=(kl * mask).sum(1) / num_tokens,
-            clip_frac=(outside * mask).sum(1) / num_tokens,
-            ratio_max=(ratio * mask).amax(1),
+            kl=kl.sum(1) / num_tokens,
+            clip_frac=(outside & mask).sum(1) / num_tokens,
+            ratio_max=torch.where(mask, ratio, 0.0).amax(1),
             log_ratio=log_ratio.sum(1),  # of the whole completion
             gap=log_ratio.abs().amax(1),
+            ratio_sum=used.sum(1),
+            ratio_square_sum=(used**2).sum(1),
+            # how hard each term pulls: sums of what stands before grad log pi
+            surrogate_pull=share * torch.where(outside, 0.0, ratio * advantages).abs().sum(1),
+            kl_pull=share * kl_coef * (used * d).abs().sum(1),
         )
     return -(weights * objective).sum(), info

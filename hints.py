@@ -10,6 +10,10 @@ A hint changes the text of a prompt, never its prompt_id: that stays the key of 
 
 import torch
 
+SOLVED = (
+    0.5  # of a plain visit's completions that are right: the prompt can do without its hint [U7]
+)
+
 
 def behavior_kl(logprobs, old_logprobs, completion_mask):
     """
@@ -37,15 +41,17 @@ def behavior_kl(logprobs, old_logprobs, completion_mask):
 
 class HintSchedule:
     """
-    enter: Hard at `patience` visits in a row and KL(b || pi) < kl_threshold;
-    leave: at the first visit that finds the prompt outside Hard                      [HINT]
+    enter: Hard and unsolved at `patience` visits in a row, and KL(b || pi) < kl_threshold;
+    leave: at the first visit that finds the prompt outside Hard, or solved without its hint   [HINT]
 
     patience      int >= 1     visits of a prompt, not steps
     kl_threshold  float > 0    nats per token; inf enters on any known KL
     raises        ValueError   out of range, or an unknown tier
 
+    Hard is a rank: some prompts always are, however much they earn. A hint is for those that earn
+    nothing, so entry also asks that no plain completion of the visits before was right.
     Hinted rewards do not count in a prompt's mean reward, so a prompt sampled only with its hint
-    would keep its old mean and never leave Hard: hence every second visit is plain (`due`).
+    would keep its old mean and never leave: hence every second visit is plain (`due`).
     """
 
     def __init__(self, patience, kl_threshold):
@@ -54,31 +60,34 @@ class HintSchedule:
         self.patience, self.kl_threshold = patience, kl_threshold
         self.entered = self.withdrawn = 0  # totals
         self.refused = set()  # prompt_ids whose hint is of no use
-        self._visits = {}  # prompt_id -> visits in Hard without a break
+        self._visits = {}  # prompt_id -> visits, Hard and unsolved, without a break
         self._active = {}  # prompt_id -> visits since its hint entered, in order of entry
 
-    def needs_kl(self, prompt_id, tier):
+    def needs_kl(self, prompt_id, tier, solved):
         """Whether this visit could enter: only then is behavior_kl worth a forward pass."""
         patient = self._visits.get(prompt_id, 0) + 1 >= self.patience
-        return tier == "hard" and patient and prompt_id not in self._active
+        return tier == "hard" and not solved and patient and prompt_id not in self._active
 
-    def observe(self, prompt_id, tier, behavior_kl):
+    def observe(self, prompt_id, tier, solved, behavior_kl):
         """
-        One call per visit of a prompt, with its present tier.                       [HINT]
+        One call per visit of a prompt, before it is sampled.                        [HINT]
 
+        tier         "hard" | "medium" | "easy", at present
+        solved       float or None   share of right answers among the plain completions of the last
+                                     visit that had some; None before any
         behavior_kl  float or None   nats per token; None = unknown (nothing stored): no entry
         returns      "entered" | "withdrawn" | None
         """
         if tier not in ("hard", "medium", "easy"):
             raise ValueError(f"unknown tier {tier!r} of {prompt_id}")
-        if tier != "hard":
-            self._visits.pop(prompt_id, None)
-            left = self._active.pop(prompt_id, None) is not None
-            self.withdrawn += left
-            return "withdrawn" if left else None
-        could_enter = self.needs_kl(prompt_id, tier)
-        self._visits[prompt_id] = self._visits.get(prompt_id, 0) + 1
+        could_enter = self.needs_kl(prompt_id, tier, solved)
+        is_unsolved = tier == "hard" and not solved
+        self._visits[prompt_id] = self._visits.get(prompt_id, 0) + 1 if is_unsolved else 0
         if prompt_id in self._active:
+            if tier != "hard" or (solved or 0) >= SOLVED:
+                del self._active[prompt_id]
+                self.withdrawn += 1
+                return "withdrawn"
             self._active[prompt_id] += 1
         # a nan compares false: a broken KL does not enter either
         elif could_enter and behavior_kl is not None and behavior_kl < self.kl_threshold:
@@ -87,18 +96,9 @@ class HintSchedule:
             return "entered"
         return None
 
-    def active(self, prompt_id):
-        """Whether the prompt has its hint; `due` says whether the present visit carries it."""
-        return prompt_id in self._active
-
     def due(self, prompt_id):
         """After observe: whether this visit carries the hint, from entry on every second one."""
         return self._active.get(prompt_id, 1) % 2 == 0
-
-    @property
-    def active_prompts(self):
-        """The prompts that have a hint now, in order of entry."""
-        return list(self._active)
 
     def state_dict(self):
         """Plain lists and numbers: torch.load(weights_only=True) reads it."""

@@ -10,6 +10,8 @@ None, and None never earns a reward. Time is linear in the length of the text.
 import math
 import re
 
+PARTS = ("format", "acc", "self", "judge")
+
 # ------------------------------------------------------------------------------------------
 # a completion: its two blocks and its format
 
@@ -261,24 +263,6 @@ def normalize_answer(answer, answer_type, options=None):
     return None if answer is None else _READERS[answer_type](answer, options)
 
 
-def bare_answer(text, answer_type, options=None):
-    """
-    The answer of a completion without any answer tag, for evaluating models that never learned
-    them; no reward is given for it.
-
-    returns      str      what stands after the reasoning, or its last line: the first of the two
-                          that normalize_answer can read; None if neither, or if there is a tag
-    """
-    tail = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    if re.search("</?answer>|<think>", tail):
-        return None
-    tail = tail.strip()
-    for part in (tail, tail.split("\n")[-1]):
-        if normalize_answer(part, answer_type, options) is not None:
-            return part.strip()
-    return None
-
-
 # ------------------------------------------------------------------------------------------
 # the rewards of an answer
 
@@ -367,21 +351,6 @@ def judge_reward(step_scores):
     if not step_scores or any(s is None or not math.isfinite(s) for s in step_scores):
         return None
     return sum(min(max(float(s), 0.0), 1.0) for s in step_scores) / len(step_scores)
-
-
-def parse_weights(text):
-    """'format=.5,acc=.5' -> {part: weight}; raises ValueError."""
-    if not text.strip():
-        raise ValueError("it is empty")
-    weights = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        if name not in ("format", "acc", "self", "judge"):
-            raise ValueError(f"no part called {name}")
-        weights[name] = float(weight)
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"{weight} is no weight")
-    return weights
 
 
 def combine_rewards(parts, weights):

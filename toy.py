@@ -22,6 +22,7 @@ from pathlib import Path
 from run.arguments import PARSER, check_bounds  # before torch
 from run.ending import main_guard
 from run.files import alone, empty_part
+from run.folders import base_folder, read_config
 from run.processes import gather, rank
 
 import av
@@ -31,7 +32,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from omni.qwen import base_folder, read_config
 from rows.clips import BadRow
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
@@ -44,7 +44,8 @@ SIZE, VIDEO_FPS, AUDIO_RATE = 56, 4, 24000  # pixels, frames/s, samples/s
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "toy_stage0.safetensors"
-NUM_ROWS = {0: (2048, 128), 1: (512, 128), 2: (512, 128), 3: (512, 128)}  # stage: train, held-out
+# stage: train, held-out; in RL a prompt comes back every 16 steps, or no hint could enter
+NUM_ROWS = {0: (2048, 128), 1: (128, 128), 2: (128, 128), 3: (128, 128)}
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
@@ -433,7 +434,7 @@ def main(argv=None):
     flag("--out", default=str(HERE / "toy"), help="folder for the model and the stages")
     flag("--seed", type=int, default=0, help="of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
-    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 512)")
+    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)

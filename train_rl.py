@@ -65,7 +65,6 @@ def parse_args(argv=None):
     flag("--judge-model", help="the judge's name on its server")
     flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
-    flag("--kl-ratio", action=boolean, default=False, help="each token's KL times r [U20]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     shapes = [*tas.SHAPES, *(f"{shape}-mean1" for shape in tas.SHAPES)]
     flag("--tas-shape", choices=shapes, default="parabolic", help="weight of a token [TAS.w] [U10]")
@@ -104,7 +103,7 @@ def parse_args(argv=None):
 
     args, source = arguments.parse(parser, argv, overrides)
     try:
-        weights = rewards.parse_weights(args.reward_weights)
+        weights = arguments.parse_weights(args.reward_weights, rewards.PARTS)
     except ValueError as problem:
         raise UserError(f"--reward-weights: {problem}: write it as format=.5,acc=.5") from None
     if "judge" in weights and not args.judge:
@@ -269,9 +268,10 @@ def main():
             used = used if any(drawn) else made  # if no stored clip could be read, all fresh stay
             given = (policy, reference, prompts, used, filler, step, args)
             fresh, advantages = update.fresh_gradient(*given)
-            info = {name: torch.cat([part[name] for part in past + fresh]) for name in fresh[0]}
+            info = update.joined(past + fresh)
             grad_norm = optim.clip_grad_norm(policy)
             if not again:
+                watch.tell_spike(info, grad_norm, steps.tell)
                 first = (info, advantages, off_advantages, grad_norm)  # what the step reports
             problem = watch.bad_step(
                 info["loss"].sum().item(), grad_norm, health.worst_ratio(info), again

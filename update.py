@@ -34,7 +34,9 @@ def fresh_gradient(policy, reference, prompts, made, filler, step, args):
     weight = 1 / max(sum(map(len, made)), 1)  # [J.on]
     own = enumerate(prompts, processes.share(len(made)).start)
     groups = [(prompt, made[i], advantages[i], weight) for i, prompt in own]
-    return gradient(policy, reference, groups, filler, step, args), advantages
+    infos = gradient(policy, reference, groups, filler, step, args)
+    share_reference(made)
+    return infos, advantages
 
 
 def replayed_gradient(policy, reference, prompts, drawn, mean_reward, filler, step, args):
@@ -53,7 +55,9 @@ def replayed_gradient(policy, reference, prompts, drawn, mean_reward, filler, st
     ).split([len(group) for group in drawn])
     weight = args.off_policy_coef / max(len(replayed), 1)  # [J.off]
     groups = [(prompt, drawn[i], advantages[i], weight) for i, prompt in prompts.items()]
-    return gradient(policy, reference, groups, filler, step, args), advantages
+    infos = gradient(policy, reference, groups, filler, step, args)
+    share_reference(drawn)
+    return infos, advantages
 
 
 def gradient(policy, reference, groups, filler, step, args):
@@ -62,7 +66,7 @@ def gradient(policy, reference, groups, filler, step, args):
 
     groups   list of (Prompt, list of G Entry, advantages (G,), weight of each in J), this rank's
     filler   (Prompt, [Entry]): what a rank reads that has less to do than others, with weight 0
-    returns  list, of all ranks, of dicts of tensors, a number a completion, for metrics.py
+    returns  list, of all ranks, of dicts of tensors, a number a completion, and their prompt_ids
     """
     pieces = []  # a group larger than --micro-tokens is read in parts
     for prompt, entries, advantages, weight in groups:
@@ -73,6 +77,9 @@ def gradient(policy, reference, groups, filler, step, args):
             pieces.append((prompt, [items[i] for i in pack]))
     sizes = [len(p.input_ids) + sum(len(e.completion_ids) for e, _, _ in i) for p, i in pieces]
     packs = [[pieces[i] for i in pack] for pack in optim.micro_batches(sizes, args.micro_tokens)]
+    entries = [e for _, group, _, _ in groups for e in group]
+    # one answer for all ranks: what one of them reads, all read
+    known = all(processes.gather(all(e.ref_logprobs is not None for e in entries)))
     infos = []
     idle = [(filler[0], [(entry, 0.0, 0.0) for entry in filler[1]])]
     for part, counts in processes.rounds(packs, idle):
@@ -86,14 +93,18 @@ def gradient(policy, reference, groups, filler, step, args):
         old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
         ref_logprobs = None
         if args.kl_coef:
-            with torch.no_grad(), policy.reference():
-                ref_logprobs, _, _ = model.completion_logprobs(reference or policy, *inputs)
+            if not known:
+                with torch.no_grad(), policy.reference():
+                    ref, _, _ = model.completion_logprobs(reference or policy, *inputs)
+                for e, row in zip(entries, ref.cpu()):
+                    e.ref_logprobs = row[: len(e.completion_ids)].clone()
+            ref_logprobs = pad_sequence([e.ref_logprobs for e in entries], True).to(logprobs)
         name, equal_mean = args.tas_shape.removesuffix("-mean1"), args.tas_shape.endswith("-mean1")
         shape = (mask, name, args.tas_lambda, equal_mean)
         token_advantages = tas.shape_advantages(torch.tensor(advantages).to(logprobs), *shape)
         loss, info = grpo_loss(
             logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
-            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef, args.kl_ratio,
+            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
         )  # fmt: skip
         # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
         (loss * processes.world_size()).backward()
@@ -101,9 +112,26 @@ def gradient(policy, reference, groups, filler, step, args):
             lengths = mask.sum(1)
             info["entropy"] = (entropy * mask).sum(1) / lengths
             info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
-            info["fresh"] = torch.tensor([e.born_step == step for e in entries])
+            info["age"] = torch.tensor([step - e.born_step for e in entries])
+            info["fresh"] = info["age"] == 0
             infos.append({name: value.cpu() for name, value in info.items()})
+            infos[-1]["prompt_id"] = [e.prompt_id for e in entries]
     return [info for part in processes.gather(infos) for info in part]
+
+
+def joined(infos):
+    """infos of `gradient` -> one dict of (N,) tensors, and of the N prompt_ids."""
+    tensors = {k: torch.cat([i[k] for i in infos]) for k in infos[0] if k != "prompt_id"}
+    return tensors | dict(prompt_id=[q for info in infos for q in info["prompt_id"]])
+
+
+def share_reference(groups):
+    """Every rank learns the reference's log-probs of all entries, so that all store the same."""
+    entries = [e for group in groups for e in group]
+    known = {i: e.ref_logprobs for i, e in enumerate(entries) if e.ref_logprobs is not None}
+    for part in processes.gather(known):
+        for i, ref_logprobs in part.items():
+            entries[i].ref_logprobs = ref_logprobs
 
 
 def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts, args):
@@ -112,19 +140,18 @@ def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts
 
     returns  prompts, this rank's, some of them with their hints; all ranks' hinted prompt_ids
     """
-    mine = processes.share(len(step_rows))
+    mine, ids = processes.share(len(step_rows)), [row["prompt_id"] for row in step_rows]
     usable = functools.partial(usable_hint, refused=schedule.refused, tell=processes.print0)
     told = {row["prompt_id"]: (row, hint) for row in step_rows if (hint := usable(row))}
+    plain = {q: [e for e in replay.entries_of(q, steps.step) if not e.hinted] for q in ids}
+    solved = {q: solved_share(entries) for q, entries in plain.items()}
     stored = {}
-    for row, prompt in zip(step_rows[mine], prompts):
-        q = row["prompt_id"]
-        entries = [e for e in replay.entries_of(q, steps.step) if not e.hinted][-KL_SAMPLES:]
-        if entries and q in told and schedule.needs_kl(q, replay.tier(q)):
-            stored[q] = (prompt, entries)
+    for q, prompt in zip(ids[mine], prompts):
+        if plain[q] and q in told and schedule.needs_kl(q, replay.tier(q), solved[q]):
+            stored[q] = (prompt, plain[q][-KL_SAMPLES:])
     kls = stored_kls(policy, stored, filler, args.temperature)
-    ids = [row["prompt_id"] for row in step_rows]
     for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
-        if event := schedule.observe(q, replay.tier(q), kls.get(q)):
+        if event := schedule.observe(q, replay.tier(q), solved[q], kls.get(q)):
             steps.tell(f"hint {event}: {q}")
     hinted = {q for q in told if schedule.due(q)}
     found, too_long = read_all(read, {q: told[q] for q in ids[mine] if q in hinted})
@@ -133,6 +160,12 @@ def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts
         hinted.discard(q)
         processes.print0(f"hint refused: {problem}")
     return [found.get(q, prompt) for q, prompt in zip(ids[mine], prompts)], hinted
+
+
+def solved_share(entries):
+    """Of a prompt's plain entries, those of its last visit: the share of right ones; None of none."""
+    last = [e.reward_parts["acc"] == 1 for e in entries if e.born_step == entries[-1].born_step]
+    return sum(last) / len(last) if last else None
 
 
 def stored_kls(policy, stored, filler, temperature):

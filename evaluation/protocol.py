@@ -103,5 +103,23 @@ def our_reading(row, text, truncated):
     answer = rewards.parse_answer(text)
     kind = row["answer_type"], row.get("options")
     if answer is None and not truncated:  # half a text has no end that could be the answer
-        answer = rewards.bare_answer(text, *kind)
+        answer = bare_answer(text, *kind)
     return answer, rewards.normalize_answer(answer, *kind)
+
+
+def bare_answer(text, answer_type, options=None):
+    """
+    The answer of a completion without any answer tag, for evaluating models that never learned
+    them; no reward is given for it.
+
+    returns      str      what stands after the reasoning, or its last line: the first of the two
+                          that rewards.normalize_answer can read; None if neither, or if there is a tag
+    """
+    tail = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    if re.search("</?answer>|<think>", tail):
+        return None
+    tail = tail.strip()
+    for part in (tail, tail.split("\n")[-1]):
+        if rewards.normalize_answer(part, answer_type, options) is not None:
+            return part.strip()
+    return None

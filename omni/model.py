@@ -13,17 +13,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Qwen2_5OmniProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from run import UserError, files, processes  # before torch
+from run import files, processes  # before torch
+from run.folders import from_pretrained, is_adapter
+from run.sharding import place
 from omni.attention import PackedAttention, shared_prefix_attention
 from omni import qwen
-from omni.qwen import InputBuilder, Prompt, from_pretrained, is_adapter  # noqa: F401
+from omni.qwen import InputBuilder, Prompt  # noqa: F401
 from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
@@ -50,6 +51,10 @@ class Policy(nn.Module):
     @property
     def thinker(self):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def units(self):
+        return qwen.TEXT_UNITS + qwen.TOWER_UNITS * self.train_towers
 
     @property
     def towers(self):
@@ -240,12 +245,6 @@ def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
     return Policy(model, train_towers).train()
 
 
-def cast(parameters, dtype):
-    """Never a whole module: the rotary frequencies are buffers, and in bfloat16 they lose count."""
-    for parameter in parameters:
-        parameter.data = parameter.data.to(dtype)
-
-
 def start_folder(folder, lora_rank, out):
     """
     Where a run starts; a folder that an adapter will name as its base is named from the root. For
@@ -265,42 +264,6 @@ def start_folder(folder, lora_rank, out):
         part.rename(base)
     processes.gather(None)  # the others wait
     return str(base)
-
-
-def place(policy, device, dtype):
-    """Moves the policy to its device; sharded when there is a GPU or more than one process."""
-    if not dist.is_initialized():
-        if dtype == "bfloat16":
-            told = "--dtype bfloat16 needs a GPU or several processes: FSDP computes in it"
-            raise UserError(told)
-        return policy.to(device)
-    param_dtype = processes.compute_dtype(
-        device, dtype
-    )  # FSDP's of all; float32 is for what trains
-    cast((p for p in policy.parameters() if not p.requires_grad), param_dtype)
-    mesh = dist.init_device_mesh(device.type, (processes.world_size(),))
-    return shard(policy.to(device), mesh, param_dtype)
-
-
-def shard(policy, mesh, param_dtype):
-    """
-    FSDP2: one unit a decoder layer (and a tower layer if towers train), the rest in the root.
-
-    Frozen towers stay whole on every rank, outside FSDP: who has no audio or no video to encode
-    does not call them, and nobody waits. What is frozen has param_dtype already (model.place).
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    units = qwen.TEXT_UNITS + qwen.TOWER_UNITS * policy.train_towers
-    frozen = [] if policy.train_towers else policy.towers
-    ignored = {p for tower in frozen for p in tower.parameters()}
-    precision = MixedPrecisionPolicy(
-        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for module in policy.modules():
-        if isinstance(module, units):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=ignored)
 
 
 def save(policy, folder, processor):

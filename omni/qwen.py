@@ -6,7 +6,6 @@ P prompt tokens, D width.
 """
 
 import copy
-import json
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 from hints import place_hint
 from rows import data
+from run.folders import from_pretrained
 
 # linear layers that get a LoRA adapter: of the text model, of the towers
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
@@ -242,39 +242,3 @@ def encode(core, prompts, device, train_towers):
         for o in heard:
             o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
     return out
-
-
-# ---- folders -----------------------------------------------------------------------------------
-
-
-def from_pretrained(kind, folder, **kwargs):
-    name = base_folder(folder)
-    # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
-    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
-        why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}")
-    try:
-        return kind.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
-
-
-def base_folder(folder):
-    """The folder with the processor and full weights: an adapter's base, or the folder itself."""
-    if is_adapter(folder):
-        named = read_config(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
-        beside = Path(folder).resolve().parent / "base"  # as a run left it, wherever that is now
-        return str(beside) if beside.is_dir() and not Path(named).is_dir() else named
-    return str(folder)
-
-
-def read_config(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise data.BadRow(f"{path}: not JSON ({error}): mend it, or copy the model anew") from None
-
-
-def is_adapter(folder):
-    return (Path(folder) / "adapter_config.json").is_file()

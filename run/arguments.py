@@ -96,3 +96,18 @@ def check_bounds(args, **bounds):
         if value is not None and not (least <= value <= most and value < math.inf):
             told = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
             raise UserError(f"--{name.replace('_', '-')} {value}: {told} is needed")
+
+
+def parse_weights(text, names):
+    """'format=.5,acc=.5' -> {part: weight}, of the parts called `names`; raises ValueError."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        if name not in names:
+            raise ValueError(f"no part called {name}")
+        weights[name] = float(weight)
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"{weight} is no weight")
+    return weights

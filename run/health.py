@@ -3,6 +3,7 @@ When the numbers of a step say that it must not change the weights, or that goin
 """
 
 import math
+from statistics import median
 
 from run import UserError, processes  # before torch
 from run.ending import how_to_go_on
@@ -10,6 +11,8 @@ from run.ending import how_to_go_on
 import torch
 
 PATIENCE = 10  # steps in a row that make a collapse
+SPIKE = 20  # times the usual gradient norm, above which a step is told
+MEDIAN_OF = (10, 50)  # gradient norms that the usual one is the median of: at least, at most
 MIN_ENTROPY = 1e-4  # nats a token: below it the policy writes the same again and again
 
 
@@ -23,10 +26,12 @@ class Health:
     def __init__(self, max_ratio):
         self.max_ratio = max_ratio
         # so far; steps in a row; whether any completion has ended by itself yet
-        self.state = dict(skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False)
+        self.state = dict(
+            skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False, norms=[]
+        )
 
     def state_dict(self):
-        return dict(self.state)
+        return dict(self.state)  # its list is replaced, never changed
 
     def load_state_dict(self, state):
         self.state = dict(state, in_a_row=0)  # who resumes wants to go on
@@ -53,6 +58,23 @@ class Health:
         if self.state["in_a_row"] >= PATIENCE:
             problem += f", the {PATIENCE}th bad step in a row"
         return problem
+
+    def tell_spike(self, info, grad_norm, tell):
+        """
+        A gradient norm far over the usual is told, with the term and the prompt that pull hardest.
+
+        info   dict of (N,) tensors, a number a completion, and their prompt_ids, as of update.joined
+        """
+        norms = self.state["norms"]
+        usual = median(norms) if len(norms) >= MEDIAN_OF[0] else math.inf
+        self.state["norms"] = [*norms, grad_norm][-MEDIAN_OF[1] :]
+        if grad_norm > SPIKE * usual:
+            pulls = {term: info[f"{term}_pull"] for term in ("surrogate", "kl")}
+            term = max(pulls, key=lambda term: pulls[term].max())
+            i = int(pulls[term].argmax())
+            kind = "fresh" if info["fresh"][i] else f"replayed, {info['age'][i]} steps old"
+            told = f"gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual"
+            tell(f"{told}: most of it the {term} of {info['prompt_id'][i]} ({kind})")
 
     def refuses(self, problem, prompt_ids, steps, on_bad_step, save):
         """

@@ -26,14 +26,15 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "advantage_std": "std of A over fresh and replayed completions",
     "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
     "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; A = 0 in none",
-    "kl": "mean over completions of mean_t k3 to the reference, nats, weighed as in [U20] [KL]",
+    "kl": "mean over completions of mean_t KL_t, an estimate of KL(pi || ref), nats [KL]",
     "entropy": "mean over the update's fresh completions (if none: replayed) of mean_t entropy, nats",
     "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
     "logprob_gap": "max over fresh tokens of abs(log-prob in the rollout - recomputed), nats; null: none",
     "off/ratio_mean": "mean over replayed completions of prod_t r_t; 1 without replay [RATIO]",
     "off/ratio_max": "max over replayed tokens of r_t; 1 without replay",
     "off/clip_frac": "clip_frac over replayed completions",
-    "off/ess_frac": "(sum w)^2 / (M sum w^2), w = prod_t r_t of the M replayed; 1 = all alike",
+    "off/ess_frac": "(sum w)^2 / (n sum w^2), w = min(r, 3) of the n replayed tokens; 1 = all alike",
+    "off/age_mean": "mean of step - birth step over replayed completions; 0 without replay",
     "tas/weight_mean": "mean over completions of mean_t w_t; about 1 + lambda / 3 [TAS.w]",
     "completions/mean_length": "tokens of a fresh completion, EOS included",
     "completions/clipped_ratio": "share of fresh completions cut off by --max-new-tokens",
@@ -74,7 +75,7 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
     rewards = torch.tensor([e.reward for e in made])
     advantages = torch.cat([*fresh_advantages, *off_advantages])
     log_w = info["log_ratio"][off] if off.any() else torch.zeros(1)  # of whole completions
-    w = (log_w - log_w.max()).exp()  # ESS does not depend on the scale, and so cannot overflow
+    w, w2, n = (info[name][off].sum() for name in ("ratio_sum", "ratio_square_sum", "num_tokens"))
     return {
         "loss": info["loss"].sum().item(),
         "reward": rewards.mean().item(),
@@ -94,7 +95,8 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "off/ratio_mean": log_w.clamp(max=20).exp().mean().item(),
         "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
         "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
-        "off/ess_frac": (w.sum() ** 2 / (w**2).sum() / len(w)).item(),
+        "off/ess_frac": (w**2 / (n * w2)).item() if off.any() else 1.0,
+        "off/age_mean": info["age"][off].float().mean().item() if off.any() else 0.0,
         "tas/weight_mean": info["tas_weight"].mean().item(),
         "completions/mean_length": mean(len(e.completion_ids) for e in made),
         "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),

@@ -31,6 +31,8 @@ def init(device):
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # the same bits twice, with any number of threads; a GPU's kernels are not all so
+    torch.use_deterministic_algorithms(device == "cpu")
     if world_size() > 1:
         # one rank may work for long while the others wait; a dead one ends torchrun anyway
         backend = "nccl" if device == "cuda" else "gloo"
