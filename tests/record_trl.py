@@ -3,7 +3,8 @@ Records what trl's GRPOTrainer makes of given tensors: tests/trl_loss.json, for 
 
     pip install trl==1.16.0 datasets && python tests/record_trl.py        # not needed to run the tests
 
-`_compute_loss` is called unbound, on a stand-in that holds its settings and hands it our log-probs.
+With `use_bias_correction_kl`: its KL is r k3, the gradient also through r. `_compute_loss` is called
+unbound, on a stand-in that holds its settings and hands it our log-probs.
 """
 
 import json
@@ -26,6 +27,8 @@ def random_case(seed, per_token):
     old = -3 * torch.rand(n, t, generator=g)
     logprobs = old + 0.6 * torch.randn(n, t, generator=g)
     ref = old + 0.3 * torch.randn(n, t, generator=g)
+    # ours truncates the ratio that the KL is multiplied with [U20]: where it does, let the KL be 0
+    ref = torch.where((logprobs - old).exp() > DELTA, logprobs, ref)
     advantages = torch.randn(*((n, t) if per_token else (n,)), generator=g)
     return dict(logprobs=logprobs, old=old, ref=ref, advantages=advantages, mask=mask)
 
@@ -37,7 +40,7 @@ def trl_loss(case):
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", beta=BETA, epsilon_low=EPS, epsilon_high=EPS, loss_type="grpo",
-        args=SimpleNamespace(delta=DELTA, use_bias_correction_kl=False), use_vllm=False,
+        args=SimpleNamespace(delta=DELTA, use_bias_correction_kl=True), use_vllm=False,
         current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, accelerator=alone,
         model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip

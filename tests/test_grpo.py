@@ -83,7 +83,7 @@ def oracle_objective(logprobs, old, ref, advantages, mask, weights, eps, beta):
             if a < 0:
                 term = max(term, grpo.DUAL_CLIP * a)
             d = float(ref[i, t] - logprobs[i, t])
-            value += term - beta * (math.exp(d) - d - 1)
+            value += term - beta * min(r, grpo.DUAL_CLIP) * (math.exp(d) - d - 1)
         total += float(weights[i]) * value / len(tokens)
     return total
 
@@ -93,11 +93,14 @@ def test_loss_equals_the_slow_loop(seed):
     case = random_case(seed)
     loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
     assert loss.item() == pytest.approx(-oracle_objective(*case, 0.2, 0.1), rel=1e-4)
-    assert (info["kl"] >= 0).all()
+    assert (info["kl"] >= -1e-6).all()  # of tokens it is never negative but for rounding
 
 
 def test_gradient_equals_finite_differences():
     case = [x.double() if x.is_floating_point() else x for x in random_case(3, n=3, t=4)]
+    assert (
+        (case[0] - case[1]) * case[4]
+    ).exp().max() < grpo.DUAL_CLIP  # else see the truncation's test
     logprobs = case[0].requires_grad_()
     loss, _ = grpo_loss(logprobs, *case[1:], clip_eps=0.2, kl_coef=0.1)
     (grad,) = torch.autograd.grad(loss, logprobs)
@@ -111,20 +114,13 @@ def test_gradient_equals_finite_differences():
         assert grad[i, t].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-5)
 
 
-def one_token(log_ratio, advantage, kl_coef=0.0, ref=0.0, clip_eps=0.2, kl_ratio=False):
+def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2):
+    """A token of b = exp(-1), pi = b exp(log_ratio), pi_ref = pi exp(d) -> loss, its slope, info."""
     logprobs = torch.tensor([[-1.0 + log_ratio]], requires_grad=True)
-    old, reference = torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_ratio + ref]])
-    loss, info = grpo_loss(
-        logprobs,
-        old,
-        reference,
-        torch.tensor([[advantage]]),
-        torch.ones(1, 1, dtype=torch.bool),
-        torch.ones(1),
-        clip_eps,
-        kl_coef,
-        kl_ratio,
-    )
+    old, ref = torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_ratio + d]])
+    one = torch.ones(1, 1, dtype=torch.bool)
+    given = (torch.tensor([[advantage]]), one, torch.ones(1), clip_eps, kl_coef)
+    loss, info = grpo_loss(logprobs, old, ref, *given)
     loss.backward()
     return loss.item(), logprobs.grad.item(), info
 
@@ -148,30 +144,85 @@ def test_dual_clip_and_log_ratio_clamp():
     assert math.isfinite(loss) and math.isfinite(grad) and math.isfinite(info["ratio_max"].item())
 
 
-def test_kl_is_k3_and_not_shaped():
-    d = 0.3
-    loss, grad, info = one_token(0.0, 0.0, kl_coef=0.5, ref=d)
-    assert info["kl"].item() == pytest.approx(math.exp(d) - d - 1, rel=1e-5)
-    assert loss == pytest.approx(0.5 * (math.exp(d) - d - 1), rel=1e-5)
-    assert grad == pytest.approx(0.5 * (1 - math.exp(d)), rel=1e-4)
+def test_kl_is_not_shaped():
     case = list(random_case(1))
     _, plain = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
     case[3] = case[3] * 7  # whatever TAS does to the advantages
     torch.testing.assert_close(grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)[1]["kl"], plain["kl"])
 
 
-def test_kl_of_a_token_that_the_policy_has_given_up():
-    """Sampled at b = exp(-1), reference as b, policy exp(-5) of it: k3's slope is exp(5) - 1."""
-    plain = one_token(-5.0, 0.0, kl_coef=1.0, ref=5.0)
-    assert plain[1] == pytest.approx(1 - math.exp(5), rel=1e-4)  # -147
-    ratio = math.exp(-5)
-    weighed = one_token(-5.0, 0.0, kl_coef=1.0, ref=5.0, kl_ratio=True)
-    assert weighed[0] == pytest.approx(ratio * (math.exp(5) - 6), rel=1e-4)
-    assert weighed[1] == pytest.approx(ratio - 1, rel=1e-4)  # never beyond pi_ref / b
-    fresh = [one_token(0.0, 0.0, kl_coef=1.0, ref=0.3, kl_ratio=flag)[:2] for flag in (True, False)]
-    assert fresh[0] == fresh[1]  # r = 1
-    far = one_token(3.0, 0.0, kl_coef=1.0, ref=-3.0, kl_ratio=True)  # r = 20 counts as 3
-    assert far[1] == pytest.approx(grpo.DUAL_CLIP * (1 - math.exp(-3)), rel=1e-4)
+# ---- the KL: exact on samples of b [KL] [U20]
+
+
+def test_kl_by_hand():
+    """pi = b / 2, pi_ref = 3 pi: r k3 = (3 - log 3 - 1) / 2, its slope r log(pi / pi_ref) = -log(3) / 2."""
+    loss, slope, info = one_token(-math.log(2), 0.0, kl_coef=0.5, d=math.log(3))
+    assert info["kl"].item() == pytest.approx((2 - math.log(3)) / 2, rel=1e-5)
+    assert loss == pytest.approx(0.5 * (2 - math.log(3)) / 2, rel=1e-5)
+    assert slope == pytest.approx(-0.5 * math.log(3) / 2, rel=1e-5)
+
+
+def test_kl_of_a_fresh_token():
+    """r = 1: the value is k3; the slope is log(pi / pi_ref), where k3's own is 1 - pi_ref / pi."""
+    loss, slope, _ = one_token(0.0, 0.0, kl_coef=1.0, d=0.3)
+    assert loss == pytest.approx(math.exp(0.3) - 0.3 - 1, rel=1e-4)
+    assert slope == pytest.approx(-0.3, rel=1e-5)
+
+
+def test_kl_under_samples_of_b_is_that_of_pi():
+    """By enumeration of a vocabulary: E_b of value and gradient are KL(pi || ref) and its gradient."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, generator=g, dtype=torch.float64).requires_grad_()
+    b, ref = (torch.randn(7, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    b = 0.5 * b + 0.5 * logits.detach().log_softmax(0)  # near enough that no ratio is truncated
+    b = b.log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    assert (logprobs - b).exp().max() < grpo.DUAL_CLIP
+    exact = (logprobs.exp() * (logprobs - ref)).sum()
+    (exact_grad,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    # a completion of one token for every word, weighed by how often b writes it
+    column = lambda x: x[:, None]  # noqa: E731
+    nothing = torch.zeros(7, 1, dtype=torch.float64)
+    loss, _ = grpo_loss(
+        column(logprobs), column(b), column(ref), nothing, torch.ones(7, 1, dtype=torch.bool),
+        b.exp(), clip_eps=0.2, kl_coef=1.0,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(grad, exact_grad)
+    # the plain k3 of before: neither
+    d = ref - logprobs
+    (k3_grad,) = torch.autograd.grad((b.exp() * (d.exp() - d - 1)).sum(), logits)
+    assert (k3_grad - exact_grad).abs().max() > 0.1
+
+
+def test_kl_pull_vanishes_where_the_policy_gives_a_token_up():
+    """Whatever pi, b and pi_ref of the token: no pull beyond 3 |log(pi / ref)|; none as pi -> 0."""
+    for log_ratio in (-2.0, -8.0, -15.0, -30.0, -80.0):
+        _, slope, info = one_token(log_ratio, 0.0, kl_coef=1.0, d=-log_ratio)  # the reference is b
+        assert slope == pytest.approx(math.exp(log_ratio) * log_ratio, abs=2e-6)
+        assert 0 <= info["kl"].item() <= 1 + 1e-6  # ref / b at the most
+    for log_ratio in np.linspace(-60, 25, 35):
+        for d in np.linspace(-20, 20, 21):
+            loss, slope, _ = one_token(float(log_ratio), 0.0, kl_coef=1.0, d=float(d))
+            assert math.isfinite(loss) and math.isfinite(slope)
+            bound = min(math.exp(min(log_ratio, 20)), grpo.DUAL_CLIP) * max(abs(d), 1)
+            assert abs(slope) <= bound + 2e-5 * max(1, math.exp(min(log_ratio + d, 20)))
+
+
+def test_kl_counts_a_token_that_became_likely_at_most_three_times():
+    loss, slope, _ = one_token(3.0, 0.0, kl_coef=1.0, d=-3.0)  # r = 20 counts as 3
+    assert loss == pytest.approx(grpo.DUAL_CLIP * (math.exp(-3) + 3 - 1), rel=1e-4)
+    assert slope == pytest.approx(grpo.DUAL_CLIP * 3, rel=1e-4)
+
+
+def test_pulls_are_what_stands_before_the_gradient():
+    loss, slope, info = one_token(-0.1, 2.0, kl_coef=0.0)
+    assert (
+        info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
+    )
+    _, slope, info = one_token(-1.0, 0.0, kl_coef=0.7, d=0.4)
+    assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
 
 
 def test_nothing_off_the_mask_matters():
@@ -181,9 +232,14 @@ def test_nothing_off_the_mask_matters():
     (grad,) = torch.autograd.grad(loss, case[0])
     assert (grad[~case[4]] == 0).all() and (grad[case[4]] != 0).any()
     wild = [x.detach().clone() for x in case]
-    for x in wild[:4]:
-        x[~wild[4]] = 50.0
-    torch.testing.assert_close(grpo_loss(*wild, clip_eps=0.2, kl_coef=0.1)[0], loss.detach())
+    for off in (50.0, -math.inf, math.nan):
+        for x in wild[:4]:
+            x[~wild[4]] = off
+        wild[0].requires_grad_()
+        again, _ = grpo_loss(*wild, clip_eps=0.2, kl_coef=0.1)
+        torch.testing.assert_close(again, loss)
+        torch.testing.assert_close(torch.autograd.grad(again, wild[0])[0], grad)
+        wild[0].requires_grad_(False)
     wider = [
         torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case
     ]  # more padding
