@@ -305,11 +305,8 @@ class ReplayBuffer:
         items = [item for items in self._items.values() for item in items]
         entries = [item.entry for item in sorted(items, key=lambda item: item.order)]
         ids, old = [e.completion_ids for e in entries], [e.old_logprobs for e in entries]
-        known = [e.ref_logprobs is not None for e in entries]
-        ref = [
-            e.ref_logprobs if k else torch.zeros(len(e.old_logprobs))
-            for e, k in zip(entries, known)
-        ]
+        ref = [torch.full_like(e.old_logprobs, math.nan) if e.ref_logprobs is None else e.ref_logprobs
+               for e in entries]  # fmt: skip
         fields = ("prompt_id", "reward", "reward_parts", "born_step", "hinted")
         return {
             "capacity": self.capacity,
@@ -320,7 +317,6 @@ class ReplayBuffer:
             "completion_ids": torch.cat([torch.zeros(0, dtype=torch.int32), *ids]),
             "old_logprobs": torch.cat([torch.zeros(0), *old]),
             "ref_logprobs": torch.cat([torch.zeros(0), *ref]),
-            "ref_known": known,
         }
 
     def load_state_dict(self, state):
@@ -336,5 +332,5 @@ class ReplayBuffer:
         ref = state["ref_logprobs"].split(lengths)
         for i, row in enumerate(zip(*fields.values())):
             entry = Entry(completion_ids=ids[i], old_logprobs=old[i], **dict(zip(fields, row)))
-            entry.ref_logprobs = ref[i].clone() if state["ref_known"][i] else None
+            entry.ref_logprobs = None if ref[i].isnan().any() else ref[i].clone()
             self._store(entry)  # not add: what the saved buffer still held was still to be drawn

@@ -18,7 +18,7 @@ import argparse
 import functools
 
 from run import UserError, arguments, checkpoint, ending, files  # before torch
-from run import health, metrics, optim, processes
+from run import folders, health, metrics, optim, processes
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def main():
 
     # ---- rows, the policy, the reference it stays close to
     rows = data.Rows(args.data or toy_train)
-    folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
+    folder = folders.start_folder(args.model or toy_model, args.lora_rank, out, model.write_merged)
     recipe, root = limits.recipe_from(args), rows.path.parent
     build = model.InputBuilder(folder, recipe, root, args.audio_captions)
     judged = None
@@ -318,7 +318,7 @@ def main():
         steps.tell(metrics.step_line(report))
         watch.stop_if_collapsed(report)
         ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
-    model.save(policy, out / "final", build.processor)
+    folders.save(policy, out / "final", build.processor)
     if before is not None:
         after = f"{accuracy:.3f} after {num_generated} completions"
         processes.print0(f"held-out accuracy: {before:.3f} before, {after}")

@@ -13,7 +13,7 @@ import argparse
 import functools
 
 from run import arguments, checkpoint, ending, files  # before torch
-from run import health, metrics, optim, processes
+from run import folders, health, metrics, optim, processes
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ def main():
     toy_model, toy_train, _ = toy.defaults(args, stage=0)
 
     rows = data.Rows(args.data or toy_train)
-    folder = model.start_folder(args.model or toy_model, args.lora_rank, out)
+    folder = folders.start_folder(args.model or toy_model, args.lora_rank, out, model.write_merged)
     build = model.InputBuilder(folder, limits.recipe_from(args), rows.path.parent, False)
     policy, _ = model.open_policies(folder, args, device, with_reference=False)
     optimizer = optim.adamw(policy, args.lr)
@@ -141,7 +141,7 @@ def main():
             args.save_every,
             lambda: save(step, checkpoint.states(health=watch, rows=stream)),
         )
-    model.save(policy, out / "final", build.processor)
+    folders.save(policy, out / "final", build.processor)
     processes.print0(f"saved {out / 'final'}")
 
 

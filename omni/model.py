@@ -8,19 +8,16 @@ stand in one packed row without padding (attention.py).
 L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V vocabulary.
 """
 
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, Qwen2_5OmniProcessor
+from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
-from run import files, processes  # before torch
-from run.folders import from_pretrained, is_adapter
+from run.folders import from_pretrained, is_adapter  # before torch
 from run.sharding import place
 from omni.attention import PackedAttention, shared_prefix_attention
 from omni import qwen
@@ -245,37 +242,8 @@ def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
     return Policy(model, train_towers).train()
 
 
-def start_folder(folder, lora_rank, out):
-    """
-    Where a run starts; a folder that an adapter will name as its base is named from the root. For
-    a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
-    that exists (PEFT would name the old base and lose a stage).
-    """
-    if not lora_rank or not is_adapter(folder):
-        return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
-    base = Path(out).resolve() / "base"
-    if processes.rank() == 0 and not (Path(out) / "run.json").exists():
-        shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
-    if processes.rank() == 0 and not base.exists():
-        merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
-        part = files.empty_part(base)
-        merged.thinker.save_pretrained(part)
-        from_pretrained(Qwen2_5OmniProcessor, folder).save_pretrained(part)
-        part.rename(base)
-    processes.gather(None)  # the others wait
-    return str(base)
-
-
-def save(policy, folder, processor):
-    """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy, options=options)
-    if processes.rank() == 0:
-        state = {name.removeprefix("model."): value for name, value in state.items()}
-        part = files.empty_part(folder)
-        policy.model.save_pretrained(part, state_dict=state)
-        processor.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+def write_merged(folder, part):
+    """Writes a trained adapter and its base as one model."""
+    merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
+    merged.thinker.save_pretrained(part)
+    from_pretrained(qwen.Processor, folder).save_pretrained(part)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, Qwen2_5OmniProcessor
+from transformers import AutoConfig
+from transformers import Qwen2_5OmniProcessor as Processor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker  # noqa: F401
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
@@ -61,7 +62,7 @@ class InputBuilder:
     """
 
     def __init__(self, folder, recipe, root, audio_captions):
-        self.processor = from_pretrained(Qwen2_5OmniProcessor, folder)
+        self.processor = from_pretrained(Processor, folder)
         # a fast tokenizer must not be called by two threads at once: a processor a thread
         self.in_thread = threading.local()
         config = from_pretrained(AutoConfig, folder)
@@ -166,14 +167,7 @@ class InputBuilder:
 
     def key(self, row):
         """What tells one clip from another: rows with the same key differ only in their texts."""
-        return (
-            str(self.root.resolve()),
-            row.get("video"),
-            *data.media_paths(row),
-            bool(row.get("use_audio")),
-            row.get("start"),
-            row.get("end"),
-        )
+        return (str(self.root.resolve()), *data.clip_of(row))
 
     def to_prompt(self, batch, use_audio):
         input_ids, media, mel_lengths = batch["input_ids"], {}, None

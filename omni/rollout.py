@@ -8,16 +8,13 @@ they begin with alike, the clip above all, is encoded and read once for the whol
 B prompts, G completions each, F families, P prompt tokens, T completion tokens, V vocabulary.
 """
 
-import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
 from omni.attention import DecodeAttention, PackedAttention
-
-
-_no_graph = []  # why none could be recorded in this process, if so: it is not tried again
+from run.graphs import record
+from run.sharding import gathered
 
 
 class Completion(NamedTuple):
@@ -117,33 +114,6 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
     return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
 
 
-def record(decode, inputs):
-    """
-    -> `decode`, on a GPU replayed as one CUDA graph: a token of the 7B model is some thousand small
-    kernels, and Python takes longer to ask for them than the GPU to run them.
-    """
-    if not inputs[0].is_cuda or _no_graph:
-        return decode
-    inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # back to it also after a failure
-            # thread_local: other threads may use the GPU meanwhile (clips read ahead, NCCL)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = decode(*inputs)
-    except RuntimeError as error:
-        _no_graph.append(error)
-        warnings.warn(f"no CUDA graph, so decoding is slower: {error}", stacklevel=2)
-        return decode
-
-    def replay(*given):
-        for mine, new in zip(inputs, given):
-            mine.copy_(new)
-        graph.replay()
-        return logits  # the next replay writes over them
-
-    return replay
-
-
 def families_of(prompts):
     """-> lists of indices: prompts with the very same media together, in the order of the first."""
     families = {}
@@ -241,24 +211,3 @@ def sample(logits, temperature, noise):
         token = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
         token = token.clamp(max=logits.shape[1] - 1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-@contextmanager
-def gathered(policy):
-    """
-    Under FSDP, the layers whole from here to the end: gathered once a rollout, not once a token.
-    To be used inside the policy's forward, which does the same for the root unit. Nothing else
-    in a rollout talks to other ranks, so each ends in its own time.
-    """
-    units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
-    policy.eval()  # in training, layers with gradient checkpointing cost time even here
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        policy.train()
-        for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.reshard()

@@ -248,6 +248,12 @@ def media_paths(row):
     return [path for path in (row.get("video"), *sounds, *images) if path]
 
 
+def clip_of(row):
+    """All that decides what is decoded for a row: its files, and what of them is taken."""
+    files = (row.get("video"), *media_paths(row))
+    return (*files, bool(row.get("use_audio")), row.get("start"), row.get("end"))
+
+
 def option_table(options):
     """{letter: text}; a prefix ("A. red") goes if every option has its own, as in rewards.py."""
     table = options if isinstance(options, dict) else dict(zip(LETTERS, options or []))

@@ -3,9 +3,12 @@ The folder of a model: on disk or on the hub, an adapter or whole.
 """
 
 import json
+import shutil
 from pathlib import Path
 
-from run import UserError
+from run import UserError, files, processes  # before torch
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 
 def from_pretrained(kind, folder, **kwargs):
@@ -39,3 +42,35 @@ def read_config(path):
 
 def is_adapter(folder):
     return (Path(folder) / "adapter_config.json").is_file()
+
+
+def start_folder(folder, lora_rank, out, write_merged):
+    """
+    Where a run starts; a folder that an adapter will name as its base is named from the root. For
+    a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
+    that exists (PEFT would name the old base and lose a stage).
+    """
+    if not lora_rank or not is_adapter(folder):
+        return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
+    base = Path(out).resolve() / "base"
+    if processes.rank() == 0 and not (Path(out) / "run.json").exists():
+        shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
+    if processes.rank() == 0 and not base.exists():
+        part = files.empty_part(base)
+        write_merged(folder, part)
+        part.rename(base)
+    processes.gather(None)  # the others wait
+    return str(base)
+
+
+def save(policy, folder, processor):
+    """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
+    if processes.rank() == 0:
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        part = files.empty_part(folder)
+        policy.model.save_pretrained(part, state_dict=state)
+        processor.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)

@@ -5,6 +5,8 @@ A policy is a module with `units`, classes of the modules that are gathered at o
 and `train_towers`.
 """
 
+from contextlib import contextmanager
+
 from run import UserError, processes  # before torch
 
 import torch
@@ -49,3 +51,24 @@ def cast(parameters, dtype):
     """Never a whole module: the rotary frequencies are buffers, and in bfloat16 they lose count."""
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def gathered(policy):
+    """
+    Under FSDP, the layers whole from here to the end: gathered once a rollout, not once a token.
+    To be used inside the policy's forward, which does the same for the root unit. Nothing else
+    in a rollout talks to other ranks, so each ends in its own time.
+    """
+    units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
+    policy.eval()  # in training, layers with gradient checkpointing cost time even here
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        policy.train()
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
