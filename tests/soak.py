@@ -57,10 +57,9 @@ def main():
         flags = f"--stage 2 --steps {args.steps} --save-every 1 --eval-every 0 --prompts-per-step 4"
         flags += f" --hint-patience 2 --hint-kl 10 --max-new-tokens 40 --model {work}/model"
         flags += f" --data {work}/rows/train.jsonl --judge toy --out {out}"
-        env = dict(os.environ, OMP_NUM_THREADS="1")
         log = open(work / f"{out.name}.log", "a")
         command, quiet = [*words, *flags.split(), *more], dict(stdout=log, stderr=log)
-        return subprocess.Popen(command, cwd=run.HERE, env=env, **quiet)
+        return subprocess.Popen(command, cwd=run.HERE, **quiet)
 
     def steps_done(out):
         log = out / "metrics.jsonl"
