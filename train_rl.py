@@ -67,7 +67,8 @@ def parse_args(argv=None):
     flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
     flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
     shapes = [*tas.SHAPES, *(f"{shape}-mean1" for shape in tas.SHAPES)]
-    flag("--tas-shape", choices=shapes, default="parabolic", help="weight of a token [TAS.w] [U10]")
+    told = f"weight of a token: {', '.join(tas.SHAPES)}; X-mean1: its mean is 1 [TAS.w] [U10]"
+    flag("--tas-shape", choices=shapes, default="parabolic", metavar="SHAPE", help=told)
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag("--buffer-size", type=int, default=10000, help="completions (paper) [ROOM]")
     flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")

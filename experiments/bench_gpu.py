@@ -66,7 +66,7 @@ def build_policy(args, device):
     with torch.device(device):
         thinker = Thinker(bench.thinker_config(*sizes))
     policy = model.prepare(thinker, args.lora_rank, train_towers=False, gradient_checkpointing=True)
-    return model.place(policy, device, args.dtype)
+    return sharding.place(policy, device, args.dtype)
 
 
 @contextmanager

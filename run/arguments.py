@@ -29,6 +29,7 @@ def add_flags(parser):
 Defaults are those for the --model, --data, --stage and --algo on the line; without --model they are
 the toy's. Tags in [] are explained in README.md and docs/method.md.
 """
+    parser.usage = "%(prog)s [--flag value ...]"
     flag = parser.add_argument_group("run").add_argument
     flag("--out", help="folder of the run; must be new, or --resume")
     flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")

@@ -3,6 +3,7 @@ The processes of a run, one or many: who does what, and what all of them know.
 """
 
 import os
+import time
 from datetime import timedelta
 
 import run  # before torch: it sets how torch's threads wait
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+
+FIRST = 5  # steps after which the time of the others is estimated
 
 
 def rank():
@@ -98,10 +102,15 @@ class Steps:
         )
 
     def __iter__(self):
+        began, start = time.monotonic(), self.step
         while self.step < self.count:
             self.step += 1
             yield self.step
             self.bar.update()
+            left = self.count - self.step
+            if self.step == start + FIRST and left > FIRST:
+                minutes = (time.monotonic() - began) / FIRST * left / 60
+                self.tell(f"about {minutes:.1f} minutes for the other {left} steps")
         self.bar.close()
 
     def tell(self, text):

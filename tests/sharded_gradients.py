@@ -37,7 +37,7 @@ def main():
     prompts = [build(rows[i]) for i in range(4)]
     completions = conftest.random_completions([[5, 1], [7, 2, 2], [9], [3, 4]])
     plain = policy_of(folder, int(lora_rank))
-    sharded = model.place(policy_of(folder, int(lora_rank)), device, "float32")
+    sharded = sharding.place(policy_of(folder, int(lora_rank)), device, "float32")
     mine = processes.share(len(prompts))
     backward(plain, prompts, completions, 1.0)
     # FSDP takes the mean

@@ -88,7 +88,7 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
 def test_in_bfloat16_the_log_probs_of_the_rollout_are_the_recomputed_ones(setup):
     policy, prompts, build = setup
     policy = copy.deepcopy(policy)
-    model.cast(policy.parameters(), torch.bfloat16)
+    sharding.cast(policy.parameters(), torch.bfloat16)
     prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
     with pretended_gpu(), torch.no_grad():
         policy = policy.to(GPU)
