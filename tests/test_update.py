@@ -1,0 +1,98 @@
+"""
+The gradient of a step: what is computed once, what a rank tells the others, who is solved.
+
+    python -m pytest tests/test_update.py
+"""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import random_completions, toy_prompts
+
+import update
+from buffer import Entry
+from omni import model
+
+ARGS = Namespace(
+    temperature=1.0, micro_tokens=4096, kl_coef=0.1, clip_eps=0.2, tas_shape="parabolic",
+    tas_lambda=0.3, off_policy_coef=0.6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setup(toy_dir):
+    prompts, build = toy_prompts(toy_dir)
+    policy = model.load(toy_dir / "model", 0, False, False)
+    reference = model.load(toy_dir / "model", 0, False, False).requires_grad_(False)
+    with torch.no_grad():  # else pi = pi_ref, and no KL would show
+        for parameter in policy.thinker.lm_head.parameters():
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0)
+            )
+    return policy, reference, prompts, (build.filler, [entry_of("", build.filler.input_ids, 0)])
+
+
+def entry_of(q, ids, born_step, reward=0.0, acc=0.0, hinted=False):
+    return Entry(q, ids, torch.full((len(ids),), -1.5), reward, {"acc": acc}, born_step, hinted)
+
+
+def groups_of(prompts, born_step):
+    sizes, made = [(5, 9, 2), (7, 3), (4, 4, 4, 1)], []
+    for q, group in enumerate(random_completions(sizes)):
+        made.append([entry_of(f"q{q}", ids, born_step, i / 3) for i, ids in enumerate(group)])
+    return made
+
+
+def gradient_of(policy, call):
+    policy.zero_grad()
+    infos, _ = call()
+    return update.joined(infos), {
+        n: p.grad for n, p in policy.named_parameters() if p.grad is not None
+    }
+
+
+def test_the_reference_reads_a_completion_once(setup, monkeypatch):
+    policy, reference, prompts, filler = setup
+    made, calls = groups_of(prompts, born_step=3), []
+    read = model.completion_logprobs
+    spy = lambda who, *rest: calls.append(who is reference) or read(who, *rest)  # noqa: E731
+    monkeypatch.setattr(model, "completion_logprobs", spy)
+    fresh = lambda: update.fresh_gradient(policy, reference, prompts, made, filler, 3, ARGS)  # noqa: E731
+    first, grads = gradient_of(policy, fresh)
+    assert sum(calls) == 1 and first["kl"].abs().max() > 0
+    with torch.no_grad():  # what is stored is what the reference says, for every completion
+        ids = [[e.completion_ids.long() for e in group] for group in made]
+        expected, mask, _ = read(reference, prompts, ids, 1.0)
+    stored = [e.ref_logprobs for group in made for e in group]
+    assert all(torch.equal(s, row[keep]) for s, row, keep in zip(stored, expected, mask))
+    # again, and replayed: from what is stored, and the same to the bit
+    again, same = gradient_of(policy, fresh)
+    assert sum(calls) == 1
+    assert all(torch.equal(first[k], again[k]) for k in first if k != "prompt_id")
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+    drawn, mean = dict(enumerate(prompts)), lambda q: 0.4
+    given = (policy, reference, drawn, made, mean, filler, 9, ARGS)
+    replayed, _ = gradient_of(policy, lambda: update.replayed_gradient(*given))
+    assert sum(calls) == 1 and not replayed["fresh"].any() and (replayed["age"] == 6).all()
+
+
+def test_one_unknown_completion_has_all_of_them_read(setup):
+    """Ranks must agree on what they read together, so the answer is for the whole call."""
+    policy, reference, prompts, filler = setup
+    made = groups_of(prompts, born_step=3)
+    whole = lambda: update.fresh_gradient(policy, reference, prompts, made, filler, 3, ARGS)  # noqa: E731
+    before, _ = gradient_of(policy, whole)
+    made[1][0].ref_logprobs = None
+    after, _ = gradient_of(policy, whole)
+    assert torch.equal(before["kl"], after["kl"]) and made[1][0].ref_logprobs is not None
+
+
+def test_who_is_solved():
+    wrong, right = (
+        (lambda s: entry_of("q", torch.ones(2), s, acc=0.5)),
+        (lambda s: entry_of("q", torch.ones(2), s, acc=1.0)),
+    )
+    assert update.solved_share([]) is None
+    assert update.solved_share([wrong(1), wrong(1)]) == 0
+    assert update.solved_share([right(1), right(1), wrong(4), right(4), wrong(4), wrong(4)]) == 0.25
