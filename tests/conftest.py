@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +23,9 @@ import torch  # noqa: E402
 
 from rows import data  # noqa: E402
 from rows.clips import BadRow  # noqa: E402
+from media_files import RECIPE, media  # noqa: E402, F401  media is a fixture
 from omni import model  # noqa: E402
 import toy  # noqa: E402
-
-RECIPE = data.Recipe(
-    fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048
-)
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +85,27 @@ def launch(script, *flags, code=0, processes=1):
             printed, status = printed + status + "\n", 1
     assert bool(status) == bool(code), printed
     return printed
+
+
+class Numbers:
+    """Stands for an InputBuilder: a row's clip is ten times its number, and the hint is told."""
+
+    def __init__(self, broken=()):
+        self.broken, self.loads, self.threads = set(broken), [], set()
+
+    def __call__(self, row, hint=None):
+        self.threads.add(threading.current_thread())
+        self.loads.append(row["prompt_id"])
+        if row["prompt_id"] in self.broken:
+            raise data.BadRow(f"row {row['prompt_id']}: broken")
+        return torch.full((25,), float(row["prompt_id"]))  # 100 bytes
+
+    def key(self, row):
+        return row["prompt_id"]
+
+    def with_text(self, inputs, row, hint=None):
+        return inputs, hint
+
+
+def rows_of(count):
+    return [dict(prompt_id=str(i)) for i in range(count)]

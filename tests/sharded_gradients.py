@@ -14,6 +14,7 @@ import torch
 
 from rows import data
 from omni import model
+from run import sharding
 
 
 def policy_of(folder, lora_rank):

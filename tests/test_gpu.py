@@ -14,6 +14,7 @@ from pretended_gpu import GPU, GpuTensor, Graph, capture, on_gpu, pretended_gpu
 
 from omni import attention
 from omni import model
+from run import sharding
 
 
 @pytest.fixture(scope="module")
