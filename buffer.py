@@ -222,7 +222,7 @@ class ReplayBuffer:
         """The prompt's entries born before step, in order of arrival, hinted and plain alike."""
         return [i.entry for i in self._items.get(prompt_id, []) if i.born_step < step]
 
-    def draw(self, num_groups, num_off, step, rng, exclude=(), max_staleness=0):
+    def draw(self, num_groups, num_off, step, rng, max_staleness=0):
         """
         tier: 40/35/25 % of the groups   q in tier: weight max(s (u + v), 1 % of the largest) [DRAW]
         u, v >= 0: how far the rewards of q reach above and below R̄(q); s = 2 if both do, else 1.
@@ -232,7 +232,6 @@ class ReplayBuffer:
         num_off     int >= 1      completions per group, of one prompt: it is then encoded once
         step        int           nothing born at or after it is drawn
         rng         numpy Generator
-        exclude     prompt_ids not to draw
         max_staleness  int        nothing born more steps ago is drawn; 0 = no limit
         returns     list of lists of num_off entries: no prompt twice; hinted and plain never
                     mixed, as their prompts differ; shorter when too little is stored
@@ -244,10 +243,10 @@ class ReplayBuffer:
         """
         if num_groups < 0 or num_off < 1:
             raise ValueError(f"need num_groups >= 0, num_off >= 1, got {num_groups} and {num_off}")
-        exclude, oldest = set(exclude), step - max_staleness if max_staleness else -math.inf
+        oldest = step - max_staleness if max_staleness else -math.inf
         pools = {tier: [] for tier in SHARES}  # [(usefulness, mean, items)], ordered as tiers()
         for prompt_id, tier in self.tiers().items():
-            if prompt_id in exclude or prompt_id not in self._items:
+            if prompt_id not in self._items:
                 continue
             mean, stored, options = self._means[prompt_id], self._items[prompt_id], []
             for hinted in (False, True):
@@ -270,21 +269,6 @@ class ReplayBuffer:
                     picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
                     groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
         return groups
-
-    def replace_flat(self, made, drawn, num_off, step, rng, max_staleness):
-        """
-        [U22] Fresh groups of equal rewards have no gradient but the KL's: their place in the update
-        goes to as many more stored groups, of prompts not drawn yet.
-
-        made, drawn   lists of lists of Entry, a place each; they are not modified
-        returns       made, a replaced group being []; drawn, longer by a group for each
-        """
-        flat = [i for i, group in enumerate(made) if group and len({e.reward for e in group}) == 1]
-        taken = {e.prompt_id for group in drawn for e in group}
-        more = self.draw(len(flat), num_off, step, rng, taken, max_staleness)
-        more = [g for g in more if any(_gap(e, self._means[e.prompt_id]) for e in g)]
-        gone = set(flat[: len(more)])
-        return [[] if i in gone else group for i, group in enumerate(made)], drawn + more
 
     def stats(self, step):
         """Metrics of the present content; 0 where there is nothing to average."""

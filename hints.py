@@ -48,8 +48,9 @@ class HintSchedule:
     kl_threshold  float > 0    nats per token; inf enters on any known KL
     raises        ValueError   out of range, or an unknown tier
 
-    Hard is a rank: some prompts always are, however much they earn. A hint is for those that earn
-    nothing, so entry also asks that no plain completion of the visits before was right.
+    Hard is a rank: some prompts always are, however much they earn. A hint is for those that would
+    earn nothing: it enters where no plain completion of the visits before was right, and once one is,
+    the prompt has a signal of its own.
     Hinted rewards do not count in a prompt's mean reward, so a prompt sampled only with its hint
     would keep its old mean and never leave: hence every second visit is plain (`due`).
     """
@@ -73,8 +74,7 @@ class HintSchedule:
         One call per visit of a prompt, before it is sampled.                        [HINT]
 
         tier         "hard" | "medium" | "easy", at present
-        solved       float or None   share of right answers among the plain completions of the last
-                                     visit that had some; None before any
+        solved       bool            whether a plain completion of its last plain visit was right
         behavior_kl  float or None   nats per token; None = unknown (nothing stored): no entry
         returns      "entered" | "withdrawn" | None
         """
@@ -84,7 +84,7 @@ class HintSchedule:
         is_unsolved = tier == "hard" and not solved
         self._visits[prompt_id] = self._visits.get(prompt_id, 0) + 1 if is_unsolved else 0
         if prompt_id in self._active:
-            if tier != "hard" or (solved or 0) >= SOLVED:
+            if not is_unsolved:
                 del self._active[prompt_id]
                 self.withdrawn += 1
                 return "withdrawn"

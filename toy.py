@@ -44,8 +44,8 @@ SIZE, VIDEO_FPS, AUDIO_RATE = 56, 4, 24000  # pixels, frames/s, samples/s
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "toy_stage0.safetensors"
-# stage: train, held-out; in RL a prompt comes back every 16 steps, or no hint could enter
-NUM_ROWS = {0: (2048, 128), 1: (128, 128), 2: (128, 128), 3: (128, 128)}
+# stage: train, held-out; in RL a prompt comes back every 12 steps, or no hint could enter
+NUM_ROWS = {0: (2048, 128), 1: (96, 128), 2: (96, 128), 3: (96, 128)}
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
@@ -434,7 +434,7 @@ def main(argv=None):
     flag("--out", default=str(HERE / "toy"), help="folder for the model and the stages")
     flag("--seed", type=int, default=0, help="of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
-    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
+    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 96)")
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)

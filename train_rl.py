@@ -72,8 +72,6 @@ def parse_args(argv=None):
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag("--buffer-size", type=int, default=10000, help="completions (paper) [ROOM]")
     flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")
-    choices = ["keep", "replace"]
-    flag("--flat-groups", choices=choices, default="keep", help="fresh, of equal rewards [U22]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
     flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
     flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
@@ -125,15 +123,7 @@ def draw(replay, args, step, again=0):
     """Stored groups, the same on every rank, as all hold the same buffer.            [DRAW] [SPLIT]"""
     wanted = args.prompts_per_step if args.num_off else 0
     rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
-    return replay.draw(wanted, args.num_off or 1, step, rng, (), args.max_staleness)
-
-
-def replace_flat(replay, args, step, again, made, drawn):
-    """-> made, drawn: flat fresh groups have left their places to stored ones               [U22]"""
-    if args.flat_groups == "keep" or not args.num_off:
-        return made, drawn
-    rng = np.random.default_rng([args.seed, step, again, 2])
-    return replay.replace_flat(made, drawn, args.num_off, step, rng, args.max_staleness)
+    return replay.draw(wanted, args.num_off or 1, step, rng, args.max_staleness)
 
 
 def score(step, step_rows, groups, texts, weights, judged, hinted):
@@ -203,7 +193,8 @@ def main():
         return parts | dict(num_generated=num_generated)
 
     def save(step, small):
-        checkpoint.save(out, step, policy, optimizer, small | checkpoint.states(buffer=replay))
+        state = small | checkpoint.states(buffer=replay)
+        checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
     def replayed_gradient(drawn):
         """That of alpha J_off; a clip that is gone by now leaves `drawn` and the buffer."""
@@ -251,7 +242,7 @@ def main():
         clock.lap("rollout")
 
         # ---- meanwhile the half of the gradient that needs no fresh reward           [VCRS.A] [J.off]
-        early = replayed_gradient(drawn) if args.flat_groups == "keep" else None
+        past, off_advantages = replayed_gradient(drawn)
         clock.lap("update")
 
         # ---- reward; then every rank knows what every rank made                      [R.stage]
@@ -263,11 +254,10 @@ def main():
         # ---- advantages, their shape, the gradient of J; again, while b is near, with other stored
         # groups                                                [GRPO.A] [TAS.A] [J.on] [J] [U19]
         for again in range(args.updates_per_rollout):
-            drawn = draw(replay, args, step, again) if again else drawn
-            used, drawn = replace_flat(replay, args, step, again, made, drawn)
-            past, off_advantages = (not again and early) or replayed_gradient(drawn)
-            used = used if any(drawn) else made  # if no stored clip could be read, all fresh stay
-            given = (policy, reference, prompts, used, filler, step, args)
+            if again:
+                drawn = draw(replay, args, step, again)
+                past, off_advantages = replayed_gradient(drawn)
+            given = (policy, reference, prompts, made, filler, step, args)
             fresh, advantages = update.fresh_gradient(*given)
             info = update.joined(past + fresh)
             grad_norm = optim.clip_grad_norm(policy)

@@ -101,7 +101,7 @@ def main():
     processes.print0(f"  {len(rows)} rows, {count} steps of {args.batch_size}, from step {start}")
 
     def save(step, state):
-        checkpoint.save(out, step, policy, optimizer, state)
+        checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
     # ---- loop
     stream.read_ahead()

@@ -27,7 +27,7 @@ def fresh_gradient(policy, reference, prompts, made, filler, step, args):
     Adds the gradient of J_on: each fresh completion against the others of its prompt.
 
     prompts  this rank's slice of the step's Prompts
-    made     list of lists of Entry, a prompt of the step each; an empty one is left out  [U22]
+    made     list of lists of Entry, a prompt of the step each
     returns  infos as `gradient`; advantages, a list of (G,)
     """
     advantages = [group_advantages(torch.tensor([e.reward for e in group])) for group in made]
@@ -144,7 +144,7 @@ def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts
     usable = functools.partial(usable_hint, refused=schedule.refused, tell=processes.print0)
     told = {row["prompt_id"]: (row, hint) for row in step_rows if (hint := usable(row))}
     plain = {q: [e for e in replay.entries_of(q, steps.step) if not e.hinted] for q in ids}
-    solved = {q: solved_share(entries) for q, entries in plain.items()}
+    solved = {q: is_solved(entries) for q, entries in plain.items()}
     stored = {}
     for q, prompt in zip(ids[mine], prompts):
         if plain[q] and q in told and schedule.needs_kl(q, replay.tier(q), solved[q]):
@@ -162,10 +162,9 @@ def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts
     return [found.get(q, prompt) for q, prompt in zip(ids[mine], prompts)], hinted
 
 
-def solved_share(entries):
-    """Of a prompt's plain entries, those of its last visit: the share of right ones; None of none."""
-    last = [e.reward_parts["acc"] == 1 for e in entries if e.born_step == entries[-1].born_step]
-    return sum(last) / len(last) if last else None
+def is_solved(entries):
+    """Whether one of a prompt's plain entries, of its last visit, is right."""
+    return any(e.reward_parts["acc"] == 1 for e in entries if e.born_step == entries[-1].born_step)
 
 
 def stored_kls(policy, stored, filler, temperature):

@@ -19,7 +19,7 @@ PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 
 # what may change when a run is resumed: where and how fast it computes, and what it tolerates
 FREE = """
-    out resume save_every eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
+    out resume save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
     on_bad_step max_ratio
 """.split()
 
@@ -39,6 +39,7 @@ the toy's. Tags in [] are explained in README.md and docs/method.md.
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
+    flag("--keep", type=int, default=2, help="checkpoints kept; one may be cut off by a dying machine")
     choices = ["stop", "skip"]
     flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
     flag = parser.add_argument_group("model and data").add_argument
@@ -86,7 +87,7 @@ def read_about(out):
 
 # of the numbers that both trainers take: the least; or the least and the most
 BOUNDS = dict(
-    seed=0, steps=0, save_every=0, cache_gb=0, lr=0, micro_tokens=1, lora_rank=0,
+    seed=0, steps=0, keep=1, save_every=0, cache_gb=0, lr=0, micro_tokens=1, lora_rank=0,
 )  # fmt: skip
 
 

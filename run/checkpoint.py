@@ -23,13 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
 import run  # before torch: it sets how torch's threads wait
 from run import ending, files, processes
 
-KEPT = 2  # checkpoints: one may be cut off by a dying machine
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save(out, step, policy, optimizer, state):
+def save(out, step, policy, optimizer, state, keep):
     """
-    Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest KEPT.
+    Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest `keep`.
 
     state    dict of numbers, strings, lists, dicts and tensors: what else the run needs to go on
     raises   run.UserError    it cannot be written; the one before it is whole
@@ -65,7 +64,7 @@ def save(out, step, policy, optimizer, state):
     shutil.rmtree(stale, ignore_errors=True)
     saved = sorted(folder.parent.glob("step-??????"))
     at = saved.index(folder)  # beyond it: torn ones, of steps that have run again
-    for old in saved[: max(at + 1 - KEPT, 0)] + saved[at + 1 :]:
+    for old in saved[: max(at + 1 - keep, 0)] + saved[at + 1 :]:
         shutil.rmtree(old)
     processes.gather(None)
 

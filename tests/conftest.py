@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # their figures are float32's, on a CPU
 
-import run  # before torch: it sets how torch's threads wait
 from run import ending
 
 import pytest  # noqa: E402

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from omni import model
-import run  # before torch: it sets how torch's threads wait
+from run import processes
 import update
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
@@ -213,7 +213,7 @@ def pretended_gpu():
         patch.setattr(torch.nn.Module, "to", module_to)
         for place in (model, update, torch.nn.utils.rnn):
             patch.setattr(place, "pad_sequence", pad_sequence)
-        patch.setattr(run, "init_processes", lambda device: GPU)
+        patch.setattr(processes, "init", lambda device: GPU)
         torch._C._ensureCUDADeviceGuardSet()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([1], device="cuda"): by a copy
         Graph.made = Graph.replays = 0

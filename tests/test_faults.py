@@ -21,8 +21,9 @@ from test_run import mistake, same_weights, sft_flags, without_times
 from test_train_rl import read_metrics, rl_flags
 
 from run import checkpoint  # before torch
-from rows import data
-from run import metrics
+import prepare
+import train_sft
+from run import health
 from omni import model
 from conftest import RECIPE
 
@@ -292,7 +293,7 @@ def test_a_folder_that_cannot_be_written(straight, tmp_path):
 # ---- bad clips
 
 
-def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path):
+def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path, monkeypatch):
     rows = tmp_path / "rows"
     shutil.copytree(toy_dir / "stage0", rows)
     clips = sorted((rows / "clips").glob("train-*.mp4"))
@@ -304,20 +305,21 @@ def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path):
     items[8]["video"] = "../outside.mp4"
     items[9]["end"] = 999
     (rows / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    _, problems = data.check(rows / "train.jsonl", RECIPE)
+    told = list(prepare.examine(rows / "train.jsonl", RECIPE, None, 1))
+    problems = [problem for problem in told if problem]
     bad = {0, 5, 6, 7, 8, 9}
     assert len(problems) == len(bad)
-    flags = ("--steps", 3, "--max-bad-frac", 0.5)
-    command = list(sft_flags(toy_dir, tmp_path / "run", *flags))
+    command = list(sft_flags(toy_dir, tmp_path / "run", "--steps", 3))
     command[command.index("--data") + 1] = rows / "train.jsonl"
+    monkeypatch.setattr(train_sft, "MAX_BAD_FRAC", 0.5)
     printed = launch(*command)
     told = [line.split("replaced: ")[1] for line in printed.splitlines() if "replaced: " in line]
     assert sorted(told) == sorted(problem.split(": ", 1)[1] for problem in problems)
     assert read_metrics(tmp_path / "run")[-1]["data/bad_rows"] == len(bad)
     # the default does not put up with as many
     command[command.index("--out") + 1] = tmp_path / "strict"
-    line = mistake(*[word for word in command if word not in ("--max-bad-frac", 0.5)])
-    assert "rows read cannot be used, over --max-bad-frac 0.1" in line
+    monkeypatch.undo()
+    assert "rows read cannot be used, over 10% (prepare.py check" in mistake(*command)
 
 
 def test_a_clip_that_vanishes_leaves_the_replay(straight, tmp_path):
@@ -326,7 +328,8 @@ def test_a_clip_that_vanishes_leaves_the_replay(straight, tmp_path):
     rows = tmp_path / "rows"
     shutil.copytree(flags[flags.index("--data") + 1].parent, rows)
     flags[flags.index("--data") + 1] = rows / "train.jsonl"
-    process = start(*flags, "--cache-gb", 0, "--steps", 8, "--max-bad-frac", 1, "--no-hints")
+    lenient = "import sys, train_rl; train_rl.MAX_BAD_FRAC = 1; del sys.argv[1]; train_rl.main()"
+    process = start("-c", lenient, *flags, "--cache-gb", 0, "--steps", 8, "--no-hints")
     wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 1)
     for clip in sorted((rows / "clips").glob("train-*.mp4"))[4:10]:
         clip.unlink()
@@ -355,7 +358,7 @@ def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_pa
     assert line.endswith("--resume --on-bad-step skip")
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
     printed = launch(*bad_run(toy_dir, out, "--resume", "--on-bad-step", "skip"))
-    assert f"skipped: step {step}: a mean ratio" in printed
+    assert f"step {step:4d}/3  skipped: a mean ratio" in printed
     launch(*bad_run(toy_dir, tmp_path / "skipped", "--on-bad-step", "skip"))
     assert same_weights(out, tmp_path / "skipped")
     a, b = (without_times(read_metrics(o)) for o in (out, tmp_path / "skipped"))
@@ -363,27 +366,27 @@ def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_pa
 
 
 def test_bad_steps_by_hand():
-    health, nan = metrics.Health(max_ratio=100, min_entropy=1e-4), float("nan")
-    assert health.bad_step(0.5, 1.0) is None
-    assert health.bad_step(0.5, nan) == "loss 0.5, gradient norm nan"
-    assert health.bad_step(float("inf"), 2.0) == "loss inf, gradient norm 2"
-    assert health.bad_step(0.5, 1.0, 101.0) == "a mean ratio of 101, over --max-ratio 100"
-    assert health.state["skipped"] == 3 and health.state["in_a_row"] == 3
-    assert health.bad_step(0.5, 1.0, 100.0) is None and health.state["in_a_row"] == 0
-    assert "10th bad step in a row" in [health.bad_step(nan, 1.0) for _ in range(10)][-1]
-    assert metrics.Health(0, 0).bad_step(0.5, 1.0, 1e9) is None
+    watch, nan = health.Health(max_ratio=100), float("nan")
+    assert watch.bad_step(0.5, 1.0) is None
+    assert watch.bad_step(0.5, nan) == "loss 0.5, gradient norm nan"
+    assert watch.bad_step(float("inf"), 2.0) == "loss inf, gradient norm 2"
+    assert watch.bad_step(0.5, 1.0, 101.0) == "a mean ratio of 101, over --max-ratio 100"
+    assert watch.state["skipped"] == 3 and watch.state["in_a_row"] == 3
+    assert watch.bad_step(0.5, 1.0, 100.0) is None and watch.state["in_a_row"] == 0
+    assert "10th bad step in a row" in [watch.bad_step(nan, 1.0) for _ in range(10)][-1]
+    assert health.Health(0).bad_step(0.5, 1.0, 1e9) is None
 
 
 def test_collapses_by_hand():
     def report(entropy=1.0, cut_off=0.0):
         return {"entropy": entropy, "completions/clipped_ratio": cut_off}
 
-    health = metrics.Health(100, 1e-4)
-    assert [health.collapse(report(entropy=1e-5)) for _ in range(9)] == [None] * 9
-    assert "entropy below --min-entropy 0.0001" in health.collapse(report(entropy=1e-5))
-    assert health.collapse(report()) is None  # it has recovered
-    assert [health.collapse(report(cut_off=1.0)) for _ in range(9)] == [None] * 9
-    assert "cut off by --max-new-tokens" in health.collapse(report(cut_off=1.0))
+    watch = health.Health(100)
+    assert [watch.collapse(report(entropy=1e-5)) for _ in range(9)] == [None] * 9
+    assert "entropy below 0.0001 nats" in watch.collapse(report(entropy=1e-5))
+    assert watch.collapse(report()) is None  # it has recovered
+    assert [watch.collapse(report(cut_off=1.0)) for _ in range(9)] == [None] * 9
+    assert "cut off by --max-new-tokens" in watch.collapse(report(cut_off=1.0))
     # a model that has never ended a completion is no collapse
-    short = metrics.Health(100, 1e-4)
+    short = health.Health(100)
     assert [short.collapse(report(cut_off=1.0)) for _ in range(30)] == [None] * 30

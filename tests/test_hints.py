@@ -33,58 +33,60 @@ def test_trigger_truth_table(visits, tier, kl, event):
     """`visits` counts this one; the earlier ones were Hard with an unknown KL."""
     s = HintSchedule(patience=3, kl_threshold=0.05)
     for _ in range(visits - 1):
-        assert s.observe("q", "hard", 0.0, None) is None
-    assert s.observe("q", tier, 0.0, kl) == event
+        assert s.observe("q", "hard", False, None) is None
+    assert s.observe("q", tier, False, kl) == event
     assert s.due("q") == (event == "entered")
 
 
 def test_patience_one_enters_at_the_first_hard_visit():
     s = HintSchedule(1, 0.05)
-    assert s.needs_kl("q", "hard", 0.0)
-    assert s.observe("q", "hard", 0.0, 0.0) == "entered"
+    assert s.needs_kl("q", "hard", False)
+    assert s.observe("q", "hard", False, 0.0) == "entered"
 
 
 def test_leaving_hard_restarts_the_count():
     s = HintSchedule(3, 0.05)
     for tier in ("hard", "hard", "medium", "hard", "hard"):
-        assert s.observe("q", tier, 0.0, 0.0) is None
-    assert s.observe("q", "hard", 0.0, 0.0) == "entered"
+        assert s.observe("q", tier, False, 0.0) is None
+    assert s.observe("q", "hard", False, 0.0) == "entered"
 
 
 def test_the_kl_may_drop_later():
     s = HintSchedule(2, 0.05)
-    events = [s.observe("q", "hard", 0.0, kl) for kl in (0.0, 0.3, 0.1, 0.04, 0.01)]
+    events = [s.observe("q", "hard", False, kl) for kl in (0.0, 0.3, 0.1, 0.04, 0.01)]
     assert events == [None, None, None, "entered", None]
 
 
 def test_defect_6_a_hint_is_withdrawn_and_may_return():
     s = HintSchedule(2, 0.05)
     tiers = ["hard", "hard", "hard", "medium", "easy", "hard", "hard", "easy"]
-    events = [s.observe("q", tier, 0.0, 0.0) for tier in tiers]
+    events = [s.observe("q", tier, False, 0.0) for tier in tiers]
     assert events == [None, "entered", None, "withdrawn", None, None, "entered", "withdrawn"]
     assert (s.entered, s.withdrawn) == (2, 2)
 
 
 def test_withdrawal_needs_no_kl():
     s = HintSchedule(1, 0.05)
-    s.observe("q", "hard", 0.0, 0.0)
-    assert s.observe("q", "medium", 0.0, None) == "withdrawn"
+    s.observe("q", "hard", False, 0.0)
+    assert s.observe("q", "medium", False, None) == "withdrawn"
 
 
 def test_defect_6_the_rule_fires_with_a_finite_threshold_and_without():
     for threshold in (1e-6, 0.05, math.inf):
-        assert HintSchedule(1, threshold).observe("q", "hard", 0.0, 0.0) == "entered"
-    assert HintSchedule(1, math.inf).observe("q", "hard", 0.0, None) is None
+        assert HintSchedule(1, threshold).observe("q", "hard", False, 0.0) == "entered"
+    assert HintSchedule(1, math.inf).observe("q", "hard", False, None) is None
 
 
 def test_defect_5_prompts_are_told_apart_by_prompt_id_alone():
     """Two clips with the same question have two ids; the hinted prompt keeps its own."""
     s = HintSchedule(2, 0.05)
-    s.observe("clip1", "hard", 0.0, 0.0)
-    s.observe("clip2", "hard", 0.0, 0.0)
-    assert s.observe("clip1", "hard", 0.0, 0.0) == "entered"
+    s.observe("clip1", "hard", False, 0.0)
+    s.observe("clip2", "hard", False, 0.0)
+    assert s.observe("clip1", "hard", False, 0.0) == "entered"
     assert s.due("clip1") and not s.due("clip2")
-    assert s.observe("clip1", "easy", 0.0, 0.0) == "withdrawn"  # same key while its text was hinted
+    assert (
+        s.observe("clip1", "easy", False, 0.0) == "withdrawn"
+    )  # same key while its text was hinted
 
 
 def test_defect_6_every_second_visit_is_plain_so_that_the_mean_can_rise():
@@ -92,7 +94,7 @@ def test_defect_6_every_second_visit_is_plain_so_that_the_mean_can_rise():
     s = HintSchedule(2, 0.05)
     due = []
     for tier in ["hard", "hard", "hard", "hard", "hard", "easy", "hard", "hard", "hard"]:
-        s.observe("q", tier, 0.0, 0.0)
+        s.observe("q", tier, False, 0.0)
         assert not s.due("other")
         due.append(s.due("q"))
     assert due == [False, True, False, True, False, False, False, True, False]
@@ -104,44 +106,44 @@ def test_needs_kl_is_true_exactly_when_a_kl_could_matter():
     for tier, kl in zip(tiers, [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, None, 0.0]):
         twin = HintSchedule(3, 0.05)
         twin.load_state_dict(s.state_dict())
-        could_enter = twin.observe("q", tier, 0.0, 0.0) == "entered"
-        assert s.needs_kl("q", tier, 0.0) == could_enter
-        s.observe("q", tier, 0.0, kl)
-    assert not s.needs_kl("q", "hard", 0.0)  # it has its hint
+        could_enter = twin.observe("q", tier, False, 0.0) == "entered"
+        assert s.needs_kl("q", tier, False) == could_enter
+        s.observe("q", tier, False, kl)
+    assert not s.needs_kl("q", "hard", False)  # it has its hint
 
 
 # --- by need: the paper's "would otherwise yield zero reward"
 
 
 def story(patience, *visits):
-    """visits: (tier, share of right ones at the last plain visit) -> what each brought, whether it is due."""
+    """visits: (tier, whether the last plain visit was right) -> what each brought, whether it is due."""
     s = HintSchedule(patience, 0.05)
     return [(s.observe("q", tier, solved, 0.0), s.due("q")) for tier, solved in visits]
 
 
 def test_a_prompt_that_is_solved_now_and_then_gets_no_hint():
     """Hard is a rank: the lowest of well-solved prompts are Hard too."""
-    assert story(3, *[("hard", 0.25)] * 9) == [(None, False)] * 9
-    assert story(1, ("hard", None), ("hard", 0.0))[0] == ("entered", True)  # nothing known yet
+    assert (
+        story(3, *[("hard", x) for x in (False, True, False, False, True) * 3])
+        == [(None, False)] * 15
+    )
 
 
 def test_one_right_answer_restarts_the_count():
-    events = [e for e, _ in story(3, *[("hard", x) for x in (None, 0.0, 0.25, 0.0, 0.0, 0.0)])]
+    events = [e for e, _ in story(3, *[("hard", x) for x in (0, 0, 1, 0, 0, 0)])]
     assert events == [None, None, None, None, None, "entered"]
 
 
-def test_a_hint_leaves_when_half_of_a_plain_visit_is_right_whatever_the_rank():
-    visits = [None, 0.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.0, 0.0, 0.0]
-    told = story(3, *[("hard", x) for x in visits])
-    assert [e for e, _ in told] == [None, None, "entered", None, None, None, "withdrawn"] + [
-        None
-    ] * 3 + ["entered"]
+def test_a_hint_leaves_when_the_prompt_is_solved_without_it_whatever_the_rank():
+    told = story(3, *[("hard", x) for x in (0, 0, 0, 0, 0, 1, 0, 0, 0)])
+    events = [e for e, _ in told]
+    assert events == [None, None, "entered", None, None, "withdrawn", None, None, "entered"]
     # every second visit is plain; after the withdrawal all are
-    assert [d for _, d in told] == [False, False, True, False, True, False] + [False] * 4 + [True]
+    assert [d for _, d in told] == [False, False, True, False, True, False, False, False, True]
 
 
 def test_a_hint_leaves_with_the_rank_too():
-    assert story(1, ("hard", 0.0), ("medium", 0.0))[-1] == ("withdrawn", False)
+    assert story(1, ("hard", False), ("medium", False))[-1] == ("withdrawn", False)
 
 
 def test_refused_hints_are_part_of_the_state():
@@ -154,7 +156,7 @@ def test_refused_hints_are_part_of_the_state():
 def test_state_round_trip_continues_identically():
     s = HintSchedule(2, 0.05)
     for q, tier in [("a", "hard"), ("a", "hard"), ("b", "hard"), ("c", "hard"), ("c", "easy")]:
-        s.observe(q, tier, 0.0, 0.0)
+        s.observe(q, tier, False, 0.0)
     file = io.BytesIO()
     torch.save(s.state_dict(), file)
     file.seek(0)
@@ -162,7 +164,7 @@ def test_state_round_trip_continues_identically():
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert twin.state_dict() == s.state_dict()
     for q, tier in [("b", "hard"), ("a", "hard"), ("a", "easy"), ("c", "hard"), ("c", "hard")]:
-        assert twin.observe(q, tier, 0.0, 0.0) == s.observe(q, tier, 0.0, 0.0)
+        assert twin.observe(q, tier, False, 0.0) == s.observe(q, tier, False, 0.0)
         assert twin.due(q) == s.due(q)
     assert (twin.entered, twin.withdrawn) == (s.entered, s.withdrawn) == (3, 1)
 
@@ -170,7 +172,7 @@ def test_state_round_trip_continues_identically():
 def test_a_loaded_state_is_a_copy():
     s = HintSchedule(1, 0.05)
     state = s.state_dict()
-    s.observe("q", "hard", 0.0, 0.0)
+    s.observe("q", "hard", False, 0.0)
     assert state["active"] == [] and state["visits"] == []
 
 
@@ -184,7 +186,7 @@ def test_bad_arguments_are_refused(patience, kl):
 
 def test_an_unknown_tier_is_refused():
     with pytest.raises(ValueError, match="Hard"):
-        HintSchedule(1, 0.05).observe("q", "Hard", 0.0, 0.0)
+        HintSchedule(1, 0.05).observe("q", "Hard", False, 0.0)
 
 
 def test_the_hint_stands_before_an_untouched_question():

@@ -249,7 +249,7 @@ def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     asked = judge.Judge(lambda row, steps: score_steps(teacher, row, steps), chat.NoAnswer, 4)
     texts = [f"<think>{STEPS[0]}</think><answer>x</answer>", "no reasoning"]
     row = row_of(toy_dir)
-    asked.begin(row, texts)
+    asked.begin([row], [texts])
     scored = rewards.reward_completions(
         row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked
     )
@@ -280,7 +280,7 @@ def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
     asked = judge.Judge(score, chat.NoAnswer, 4)
     began = time.perf_counter()
     texts = [f"<think>{word}</think><answer>x</answer>" for word in ("fast", "slow", "fast")]
-    asked.begin(row, texts)
+    asked.begin([row], [texts])
     assert time.perf_counter() - began < 0.1
     assert asked(row, ["fast"]) == [1.0] and 0.1 < time.perf_counter() - began < 0.5
     time.sleep(0.6)  # work of the loop
@@ -301,7 +301,7 @@ def test_no_more_at_once_than_allowed():
         return [1.0]
 
     asked = judge.Judge(score, chat.NoAnswer, 3)
-    asked.begin(dict(prompt_id="q"), [f"<think>{i}</think>" for i in range(12)])
+    asked.begin([dict(prompt_id="q")], [[f"<think>{i}</think>" for i in range(12)]])
     assert [asked(dict(prompt_id="q"), [str(i)]) for i in range(12)] == [[1.0]] * 12
     assert max(most) == 3
 
@@ -327,13 +327,19 @@ def by_length(request, _):
     return verdict(request, lambda step: (len(step) % 5) / 4)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(judge, "RETRIES", 1)
+    monkeypatch.setattr(judge, "TIMEOUT", 10.0)
+
+
 def stage3(toy_dir, out, where, *more, code=0):
     rows = toy_dir / "stage3"
     flags = ("--stage", 3, "--model", toy_dir / "model", "--data", rows / "train.jsonl", "--judge", where,
              "--eval-every", 0, "--out", out, "--steps", 3, "--prompts-per-step", 8, "--max-new-tokens", 64,
              "--save-every", 1)  # fmt: skip
     if str(where).startswith("http"):
-        flags += ("--judge-model", "m", "--judge-retries", 1, "--judge-timeout", 10)
+        flags += ("--judge-model", "m")
     return launch("train_rl.py", *flags, *more, code=code)
 
 
@@ -363,17 +369,7 @@ def test_a_slow_judge_is_hidden_and_changes_nothing(toy_dir, tmp_path, fast_run)
     assert judge_s > 2 * 0.3 and wait_s < 0.5 * judge_s
 
 
-def test_rollout_parts_let_the_judge_begin_earlier(toy_dir, tmp_path, fast_run):
-    """Also in the first step, where there is nothing to replay."""
-    with ChatServer(by_length, 0.3) as server:
-        stage3(toy_dir, tmp_path / "run", server.url, "--rollout-parts", 4, "--steps", 1)
-    (parts,), whole = read_metrics(tmp_path / "run"), read_metrics(fast_run)[0]
-    assert parts["time/judge_s"] - parts["time/judge_wait_s"] > 0.3
-    for name in ("reward", "loss", "grad_norm", "completions/mean_length", "rewards/judge"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5)  # rounding alone
-
-
-def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run):
+def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run, monkeypatch):
     """One line, the state before the step saved; with the judge back, the run goes on as ever."""
     dies_at = 70  # in the second step: the first asks for at most 64
 
@@ -382,12 +378,13 @@ def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run)
             server.stop()
         return by_length(request, number) if number < dies_at else lambda handler: None
 
-    out, strict = tmp_path / "run", ("--save-every", 100, "--max-unjudged-frac", 0)
+    monkeypatch.setattr(judge, "MAX_UNJUDGED_FRAC", 0)
+    out, strict = tmp_path / "run", ("--save-every", 100)
     server = ChatServer(dying)
     printed = stage3(toy_dir, out, server.url, *strict, code=1)
     assert len(server.requests) >= dies_at
     last = printed.splitlines()[-1]
-    assert "could not be judged, over --max-unjudged-frac" in last and "does not answer" in last
+    assert "of the completions could not be judged: " in last and "does not answer" in last
     assert "--resume" in last and "Traceback" not in printed
     done = len(read_metrics(out))
     assert 1 <= done <= 2 and (out / f"checkpoints/step-{done:06d}").is_dir()
@@ -411,10 +408,11 @@ def test_a_few_that_are_not_judged_leave_their_groups(toy_dir, tmp_path):
     assert metrics[-1]["buffer/size"] < metrics[-1]["completions_generated"]
 
 
-def test_a_judge_that_never_answers_stops_the_first_step(toy_dir, tmp_path):
+def test_a_judge_that_never_answers_stops_the_first_step(toy_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "MAX_UNJUDGED_FRAC", 1)
     server = ChatServer(by_length)
     server.stop()
-    printed = stage3(toy_dir, tmp_path / "run", server.url, "--max-unjudged-frac", 1, code=1)
+    printed = stage3(toy_dir, tmp_path / "run", server.url, code=1)
     assert "step 1: 100% of the completions could not be judged" in printed.splitlines()[-1]
     assert "Connection refused" in printed.splitlines()[-1]
 

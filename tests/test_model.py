@@ -23,6 +23,7 @@ from experiments import bench
 from experiments import bench_gpu
 from rows import data
 from omni import model
+from run import folders
 from run import optim  # before torch
 from omni import rollout
 
@@ -320,7 +321,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
             )
     assert (after - base).abs().max() > 1e-2
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
-    model.save(policy, tmp_path / "final", build.processor)
+    folders.save(policy, tmp_path / "final", build.processor)
     PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
     again = model.load(tmp_path / "final", 0, False, False)  # merged
     with torch.no_grad():
@@ -331,7 +332,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
 
 def test_saved_folder_is_standard(setup, tmp_path):
     policy, _, prompts, build = setup
-    model.save(policy, tmp_path / "final", build.processor)
+    folders.save(policy, tmp_path / "final", build.processor)
     loaded = Thinker.from_pretrained(tmp_path / "final").state_dict()
     for name, value in policy.model.state_dict().items():
         assert torch.equal(loaded[name], value), name

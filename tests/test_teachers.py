@@ -30,6 +30,7 @@ from teachers import chat
 from rows import data
 from teachers import judge
 from teachers import ask
+from teachers import fill
 from run import UserError  # before torch
 
 KEY = "sk-not-to-be-told"
@@ -71,14 +72,14 @@ def row_of(folder, i=0):
 # ---- a server and its faults
 
 
-def ask(url, **changes):
+def ask_once(url, **changes):
     return chat.Server(url, **dict(key="", timeout=5.0, retries=2) | changes).chat(dict(model="m"))
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
 def test_what_may_pass_is_asked_again(status):
     with ChatServer(lambda r, n: "yes" if n == 3 else (status, {}, b"busy")) as server:
-        assert ask(server.url) == "yes" and len(server.requests) == 3
+        assert ask_once(server.url) == "yes" and len(server.requests) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 301])
@@ -86,14 +87,14 @@ def test_a_refusal_is_not_asked_again(status):
     location = {"Location": "http://127.0.0.1:9/v1/chat/completions"}
     with ChatServer(lambda r, n: (status, location, b"no such thing")) as server:
         with pytest.raises(chat.NoAnswer, match=f"status {status}: no such thing"):
-            ask(server.url)
+            ask_once(server.url)
         assert len(server.requests) == 1
 
 
 def test_the_server_says_how_long_to_wait(monkeypatch):
     with ChatServer(lambda r, n: "yes" if n == 2 else (429, {"Retry-After": "0.4"}, b"")) as server:
         began = time.monotonic()
-        assert ask(server.url) == "yes" and time.monotonic() - began > 0.4
+        assert ask_once(server.url) == "yes" and time.monotonic() - began > 0.4
     assert chat.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert chat.retry_after("1e9") == chat.MAX_WAIT and chat.retry_after("nan") == 0
     assert chat.retry_after(None) == chat.retry_after("soon") == 0
@@ -106,7 +107,7 @@ def test_back_off_grows():
             patch.setattr(chat, "FIRST_WAIT", 0.1)
             patch.setattr(chat.random, "random", lambda: 0.5)
             with pytest.raises(chat.NoAnswer):
-                ask(server.url, retries=3)
+                ask_once(server.url, retries=3)
     gaps = np.diff(times)
     assert len(gaps) == 3 and gaps[1] > 1.5 * gaps[0] and gaps[2] > 1.5 * gaps[1]
 
@@ -119,13 +120,13 @@ GARBAGE = [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message":
 def test_garbage_is_no_answer(content):
     with ChatServer(lambda r, n: (200, {}, content)) as server:
         with pytest.raises(chat.NoAnswer, match="sent no text"):
-            ask(server.url)
+            ask_once(server.url)
 
 
 def test_half_characters_are_replaced():
     content = b'{"choices": [{"message": {"content": "a\\ud800b"}}]}'
     with ChatServer(lambda r, n: (200, {}, content)) as server:
-        assert ask(server.url) == "a?b"
+        assert ask_once(server.url) == "a?b"
 
 
 def drip(handler):
@@ -154,7 +155,7 @@ def test_dead_and_slow_servers_end_in_time(fault, monkeypatch):
         server.stop()
     began = time.monotonic()
     with pytest.raises(chat.NoAnswer, match="does not answer") as told:
-        ask(server.url, timeout=0.4, retries=1)
+        ask_once(server.url, timeout=0.4, retries=1)
     assert told.value.dead and time.monotonic() - began < 1.5
     if fault != "nobody":
         server.stop()
@@ -167,7 +168,7 @@ def test_closing_ends_what_is_under_way(rows):
         while not server.requests:
             time.sleep(0.01)
         began = time.monotonic()
-        teacher.close()
+        teacher.__exit__()
         with pytest.raises(chat.NoAnswer):
             asked.result()
         assert time.monotonic() - began < 1
@@ -197,7 +198,7 @@ def test_no_error_tells_the_key(monkeypatch):
         (400, {}, b" " * 290 + KEY.encode()),
     ):
         with ChatServer(lambda r, n: reply) as server, pytest.raises(chat.NoAnswer) as told:
-            ask(server.url, key=KEY, retries=0)
+            ask_once(server.url, key=KEY, retries=0)
         assert KEY[:6] not in str(told.value) and "***" in str(told.value)
 
 
@@ -208,7 +209,7 @@ def test_an_address_that_is_none_is_one_line(rows, where):
     with pytest.raises(UserError, match="is no address .* give one like") as told:
         teacher_of(rows, where)
     assert "\n" not in str(told.value)
-    assert f"teachers.py: {where} is no address" in caption(rows, where, code=1)
+    assert f"prepare.py: {where} is no address" in caption(rows, where, code=1)
 
 
 def test_no_more_requests_at_once_than_allowed(rows):
@@ -315,7 +316,7 @@ def test_a_users_mistakes_are_one_line(rows):
 def caption(rows, where, *more, code=0, out="out.jsonl"):
     flags = ("--data", rows / "in.jsonl", "--out", rows / out, "--captioner", where,
              "--captioner-model", "m", "--retries", 1, "--timeout", 5, "--concurrency", 2)  # fmt: skip
-    return launch("teachers.py", "caption", *flags, *more, code=code)
+    return launch("prepare.py", "captions", *flags, *more, code=code)
 
 
 def test_captions_of_every_row_in_order(rows):
@@ -373,7 +374,7 @@ def same_clip(request, folder, row):
 def test_a_killed_run_pays_for_nothing_twice(rows):
     flags = ["--data", rows / "in.jsonl", "--out", rows / "out.jsonl", "--captioner-model", "m"]
     with ChatServer(lambda r, n: "a tone", delay=0.3) as server:
-        words = ["teachers.py", "caption", "--captioner", server.url, "--concurrency", "1", *flags]
+        words = ["prepare.py", "captions", "--captioner", server.url, "--concurrency", "1", *flags]
         run = subprocess.Popen(
             [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
         )
@@ -400,7 +401,7 @@ def test_a_dead_server_ends_the_command_with_one_line(rows):
     server.stop()
     printed = caption(rows, server.url, code=1)
     assert printed.count("does not answer (Conn") < 20  # it stops long before the last row
-    assert printed.splitlines()[-1].startswith(f"teachers.py: {server.url} does not answer; ")
+    assert printed.splitlines()[-1].startswith(f"prepare.py: {server.url} does not answer; ")
     assert read(rows / "out.jsonl") == many
 
 
@@ -425,7 +426,7 @@ def test_a_command_that_ends_early_loses_no_answer(rows):
     assert "in.jsonl: no answer since then: lines 2\n" in printed
     assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
     assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
-    assert ask.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+    assert fill.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
 
 
 def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
@@ -478,7 +479,7 @@ def test_out_must_lie_beside_the_rows(rows, tmp_path_factory):
 def write_hints(rows, where, *more, code=0):
     flags = ("--data", rows / "in.jsonl", "--out", rows / "out.jsonl", "--teacher", where,
              "--teacher-model", "m", "--retries", 1, "--timeout", 5, "--attempts", 3)  # fmt: skip
-    return launch("hints.py", *flags, *more, code=code)
+    return launch("prepare.py", "hints", *flags, *more, code=code)
 
 
 def answer_in(text):
@@ -619,12 +620,12 @@ def test_every_command_against_a_real_server(rows, tiny):
 
 def hints_come(rows, url, tiny):
     """Whether this random teacher has a hint for every row: asked as the command asks."""
-    import hints
+    from teachers.hint_writer import ask_hint
 
     teacher = teacher_of(rows, url, str(tiny / "qwen"), timeout=60.0)
     teacher.answers = rows / "out.jsonl.answers"
     with ThreadPoolExecutor(1):
         try:
-            return all(hints.ask_hint(teacher, row_of(rows, i), 3) for i in range(2))
+            return all(ask_hint(teacher, row_of(rows, i), 3) for i in range(2))
         except chat.NoAnswer:
             return False

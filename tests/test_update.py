@@ -93,6 +93,6 @@ def test_who_is_solved():
         (lambda s: entry_of("q", torch.ones(2), s, acc=0.5)),
         (lambda s: entry_of("q", torch.ones(2), s, acc=1.0)),
     )
-    assert update.solved_share([]) is None
-    assert update.solved_share([wrong(1), wrong(1)]) == 0
-    assert update.solved_share([right(1), right(1), wrong(4), right(4), wrong(4), wrong(4)]) == 0.25
+    assert not update.is_solved([]) and not update.is_solved([wrong(1), wrong(1)])
+    assert not update.is_solved([right(1), right(1), wrong(4), wrong(4)])  # a visit ago
+    assert update.is_solved([wrong(1), wrong(4), right(4)])
