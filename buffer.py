@@ -249,10 +249,9 @@ class ReplayBuffer:
             if prompt_id not in self._items:
                 continue
             mean, stored, options = self._means[prompt_id], self._items[prompt_id], []
+            recent = [item for item in stored if oldest <= item.born_step < step]
             for hinted in (False, True):
-                items = [
-                    i for i in stored if oldest <= i.born_step < step and i.entry.hinted == hinted
-                ]
+                items = [item for item in recent if item.entry.hinted == hinted]
                 if len(items) >= num_off:
                     options.append((_usefulness(items, mean), mean, items))
             if options:

@@ -26,15 +26,13 @@ from run import UserError, arguments, ending, files, optim, processes  # before 
 from run.folders import base_folder
 from run.sharding import cast
 
-import av
 import numpy as np
 from tqdm import tqdm
 
-import rewards
 import toy
-from evaluation import page, protocol, published, scores, tables
+from evaluation import items, page, protocol, published, tables
 from omni import model
-from rows import clips, data, limits
+from rows import data, limits
 from rows.reader import num_decoders
 
 
@@ -102,9 +100,9 @@ def read_template(path):
 def recipe_of(args, folder, template, dtype):
     """What a score depends on beside the items: kept with it, and the same where it is resumed."""
     folders = {str(folder), base_folder(folder)}  # of a hub id no file
-    files = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
+    inside = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
     recipe = dict(model=str(folder), protocol=args.protocol, template=template)
-    recipe["weights"] = max((path.stat().st_mtime for path in files), default=None)  # of when
+    recipe["weights"] = max((path.stat().st_mtime for path in inside), default=None)  # of when
     recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
     recipe |= dict(recipe=limits.recipe_from(args)._asdict(), temperature=args.temperature)
     recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
@@ -116,7 +114,7 @@ def recipe_of(args, folder, template, dtype):
     return recipe | words | dict(max_new_tokens=args.max_new_tokens)
 
 
-# ---- items -------------------------------------------------------------------------------------
+# ---- sets of items -------------------------------------------------------------------------------------
 
 
 def name_of(file):
@@ -151,151 +149,10 @@ def load_sets(args, toy_tests):
     return sets
 
 
-def hears(root, row, recipe):
-    """Whether a clip's own sound is given: it has some, and no more than the recipe takes."""
-    name = f"row {row['prompt_id']}"
-    with clips.open_media(clips.find_media(name, root, row["video"], recipe), name) as container:
-        length = np.inf if container.duration is None else container.duration / av.time_base
-        span = min(row.get("end") or np.inf, length) - (row.get("start") or 0)
-        return bool(container.streams.audio) and bool(span <= recipe.max_audio_seconds)
-
-
-def new_record(name, row):
-    """An item before it is asked: wrong, until something is known."""
-    keys = "prompt_id answer_type options video audio images start end use_audio groups".split()
-    record = dict(file=name) | {key: row.get(key) for key in keys}
-    record["groups"] = record["groups"] or {"answer type": row.get("answer_type")}
-    paths = data.media_paths(row)
-    record["clip"] = str(paths[0] if paths else row["prompt_id"])
-    record |= dict(question=row.get("question"), truth=row.get("answer"), prompt=None)
-    return record | dict(completion=None, parsed=None, score=0.0, failure=None)
-
-
-def scoring_of(row, authors):
-    scoring = row.get("scoring") or "exact"
-    return "exact" if authors and scoring == "f1" else scoring  # theirs: of the whole set
-
-
-def unanswered(row, authors):
-    """All measures of an item without an answer: a failure stays in every denominator."""
-    scoring, truth = scoring_of(row, authors), row.get("answer")
-    try:
-        truth = None if truth is None else str(truth)
-        truth = rewards.normalize_answer(truth, row.get("answer_type"), row.get("options"))
-        return scores.measure(None, truth, scoring)
-    except (ValueError, TypeError, AttributeError):  # it breaks the format: its truth is not known
-        zeros = dict(count=["off_by_one"], f1=["exact", "f1"]).get(scoring, [])
-        return dict.fromkeys(["score", *zeros], 0.0)
-
-
-def holds(old, record):
-    """Whether the record of an earlier command is of this very item, and need not be asked."""
-    keys = "question truth options answer_type video audio images start end prompt".split()
-    same = [record[k] for k in keys] == [old.get(k) for k in keys]
-    same &= record["use_audio"] in (None, old.get("use_audio"))  # None: the clip decides
-    return same and (old["completion"] is not None or old["failure"] is None)
-
-
-def new_items(name, rows, have, args, template):
-    """
-    have     {(file, prompt_id): record} of earlier commands
-    returns  [(row, record)] to ask; records of what is not: it breaks the format, is open, or is
-             the very same in `have`
-    """
-    asked, settled, authors = [], [], args.protocol == "paper"
-    for row in rows:
-        record = new_record(name, row)
-        try:
-            row = data.normalize_row(row)
-        except data.BadRow as problem:
-            settled.append(record | unanswered(row, authors) | dict(failure=str(problem)))
-            continue
-        record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
-        record |= unanswered(row, authors)
-        if name not in published.BENCHMARKS:  # there it is decided by the clip
-            record["use_audio"] = bool(row.get("use_audio"))
-        if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
-            settled.append(record)
-            continue
-        record["prompt"] = asked_text(row, args, template)
-        old = have.get((name, record["prompt_id"]))
-        if old and holds(old, record):
-            settled.append(old)
-        else:
-            asked.append((row, record))
-    return asked, settled
-
-
-def by_clip(items):
-    """[(row, record)] -> lists of those about one clip, the same span and sound of it."""
-    groups = {}
-    for row, record in items:
-        clip = [record[key] for key in ("video", "audio", "images", "start", "end", "use_audio")]
-        groups.setdefault(json.dumps(clip), []).append((row, record))
-    return [dict(items=items) for items in groups.values()]
-
-
-def asked_text(row, args, template):
-    """The user's turn as text."""
-    if template:
-        return template.replace("{question}", protocol.question_and_options(row))
-    if args.protocol == "paper":
-        return protocol.authors_text(row)
-    return data.question_text(row, args.audio_captions)
-
-
-def words_of(name, row, args, template):
-    """-> system prompt, and the user's turn: text, or pieces with the media among them."""
-    text, authors = asked_text(row, args, template), args.protocol == "paper"
-    if row.get("inline") and (template or not authors):  # the authors' have them first
-        text = protocol.in_place(text, row)
-    return protocol.SYSTEM[name] if authors else data.SYSTEM_PROMPT, text
-
-
-def read_clip(group):
-    """
-    A clip's questions -> for each its Prompt, or the BadRow that says why there is none. The clip
-    is decoded once, and the prompts hold the very same media: a rollout reads these once.
-    """
-    build, words, clip, first, prompts = group["build"], group["words"], None, None, []
-    for row, record in group["items"]:
-        try:
-            if clip is None:
-                known = record["use_audio"]
-                if known is None and row.get("video") and not row.get("audio"):
-                    known = hears(build.root, row, build.recipe)
-                clip = data.decode_clip(row | dict(use_audio=known), build.root, build.recipe)
-            record["use_audio"] = clip.use_audio
-            if first is not None and not row.get("inline"):
-                prompts.append(build.with_text(first, row, words=words(row)))
-                continue
-            prompts.append(build.from_clip(row, clip, words=words(row)))
-            if not row.get("inline"):  # there the media stand in other places each time
-                first = prompts[-1]
-        except data.BadRow as problem:
-            prompts.append(problem)
-    return prompts
-
-
-def judge(record, row, text, truncated, name, authors):
-    """Fills in what the completion says and what it is worth."""
-    if authors:
-        answer, form = protocol.authors_reading(name, row, text)
-    else:
-        answer, form = protocol.our_reading(row, text, truncated)
-    truth = rewards.normalize_answer(*data.truth(row))
-    record |= dict(completion=text, parsed=answer) | scores.measure(
-        form, truth, scoring_of(row, authors)
-    )
-    if form is None:
-        why = "cut off by --max-new-tokens" if truncated else "no answer found"
-        record["failure"] = why if answer is None else "an answer that cannot be read for certain"
-
-
-def answer(policy, build, name, items, prompts, args):
-    """Asks the model about the items [(row, record)] that have a Prompt; fills in their records."""
+def answer(policy, build, name, pairs, prompts, args):
+    """Asks the model about the pairs (row, record) that have a Prompt; fills in their records."""
     asked = []
-    for (row, record), prompt in zip(items, prompts):
+    for (row, record), prompt in zip(pairs, prompts):
         if isinstance(prompt, data.BadRow):  # wrong, and named at the end
             record["failure"] = str(prompt)
         else:
@@ -310,7 +167,7 @@ def answer(policy, build, name, items, prompts, args):
         build.eos_ids, [processes.seed(args.seed, zlib.crc32(i)) for i in ids],
     )  # fmt: skip
     for (row, record, _), (made,) in zip(asked, groups):
-        judge(record, row, build.texts([made])[0], made.truncated, name, authors)
+        items.judge(record, row, build.texts([made])[0], made.truncated, name, authors)
 
 
 def keep(out, records):
@@ -356,13 +213,13 @@ def main():
 
     # ---- items: what an earlier command asked is kept if it is the same today and was read
     have = {(r["file"], r["prompt_id"]): r for r in done}
-    done, items = [r for r in done if r["file"] not in sets], {}
+    done, to_ask = [r for r in done if r["file"] not in sets], {}
     if done:
         processes.print0(f"{out} also holds {', '.join(dict.fromkeys(r['file'] for r in done))}")
     for name, (_, rows) in sets.items():
-        items[name], settled = new_items(name, rows, have, args, template)
+        to_ask[name], settled = items.new_items(name, rows, have, args, template)
         done += settled
-    if again := sum((n, r["prompt_id"]) in have for n, asked in items.items() for _, r in asked):
+    if again := sum((n, r["prompt_id"]) in have for n, asked in to_ask.items() for _, r in asked):
         processes.print0(f"{again} items are asked again: changed since, or not read then")
     processes.gather(None)
     if processes.rank() == 0:
@@ -370,17 +227,17 @@ def main():
         keep(out, done)
     processes.gather(None)
 
-    policy = model.load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
+    policy = model.load(folder, lora_rank=0, train_towers=False)
     cast(policy.to(device).parameters(), dtype)
     build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together
     packs, records = [], []
-    for name, asked in items.items():
-        groups = sorted(by_clip(asked), key=lambda group: len(group["items"]))
+    for name, asked in to_ask.items():
+        groups = sorted(items.by_clip(asked), key=lambda group: len(group["items"]))
         groups = groups[processes.rank() :: processes.world_size()]
         for group in groups:
-            words = lambda row, name=name: words_of(name, row, args, template)  # noqa: E731
+            words = lambda row, name=name: items.words_of(name, row, args, template)  # noqa: E731
             group |= dict(build=build.at(sets[name][0]), words=words)
         sizes = [len(group["items"]) for group in groups]
         for pack in optim.micro_batches(sizes, args.batch_size):
@@ -394,7 +251,7 @@ def main():
         for k, (name, pack) in enumerate(packs):
             for j in range(k, min(k + 2, len(packs))):  # the next clips are read meanwhile
                 if j not in reading:
-                    reading[j] = [pool.submit(read_clip, group) for group in packs[j][1]]
+                    reading[j] = [pool.submit(items.read_clip, group) for group in packs[j][1]]
             prompts = [prompt for clip in reading.pop(k) for prompt in clip.result()]
             asked = [item for group in pack for item in group["items"]]
             answer(policy, build, name, asked, prompts, args)

@@ -10,11 +10,6 @@ A hint changes the text of a prompt, never its prompt_id: that stays the key of 
 
 import torch
 
-SOLVED = (
-    0.5  # of a plain visit's completions that are right: the prompt can do without its hint [U7]
-)
-
-
 def behavior_kl(logprobs, old_logprobs, completion_mask):
     """
     KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(y_t) - log b(y_t)      [HINT.KL]

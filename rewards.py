@@ -12,8 +12,7 @@ import re
 
 PARTS = ("format", "acc", "self", "judge")
 
-# ------------------------------------------------------------------------------------------
-# a completion: its two blocks and its format
+# ---- a completion: its two blocks and its format -------------------------------------------------
 
 
 def split_completion(text):
@@ -74,8 +73,7 @@ def format_reward(text):
     return 1.0 if think and answer and not (before or between or after) else -1.0
 
 
-# ------------------------------------------------------------------------------------------
-# options and letters
+# ---- options and letters -------------------------------------------------------------------------
 
 _LETTERS = "ABCDEFGHIJ"
 _EDGES = ".,;:!?\"'()[]{}*_`“”‘’"  # not + - # %: "-5" is not "5" and "C#" is not "C"
@@ -157,8 +155,7 @@ def _read_letters(text, table, separators):
     return frozenset(letters) or None
 
 
-# ------------------------------------------------------------------------------------------
-# numbers
+# ---- numbers -------------------------------------------------------------------------------------
 
 _ONES = "zero one two three four five six seven eight nine".split()
 _TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -196,8 +193,7 @@ def _read_number(text):
     return top / bottom if bottom and math.isfinite(top) and math.isfinite(bottom) else None
 
 
-# ------------------------------------------------------------------------------------------
-# the other readers
+# ---- the other readers ---------------------------------------------------------------------------
 
 
 def _read_yesno(text):
@@ -263,8 +259,7 @@ def normalize_answer(answer, answer_type, options=None):
     return None if answer is None else _READERS[answer_type](answer, options)
 
 
-# ------------------------------------------------------------------------------------------
-# the rewards of an answer
+# ---- the rewards of an answer --------------------------------------------------------------------
 
 
 def _normalize_truth(truth, answer_type, options):
@@ -335,8 +330,7 @@ def self_consistency_rewards(answers, mean_logprobs, answer_type, options=None):
     return [float(form is not None and form == winner) for form in forms]
 
 
-# ------------------------------------------------------------------------------------------
-# the judge and the sum
+# ---- the judge and the sum -----------------------------------------------------------------------
 
 
 def judge_reward(step_scores):

@@ -9,7 +9,7 @@ same `from_pretrained`. Its weights (`toy_stage0.safetensors`) are the result of
 
     python toy.py                  # write toy/model and the rows and clips of every stage
     python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
-    python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see the README
+    python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see docs/results.md
 
 The cold-start reasonings are imperfect on purpose, as scraped ones are: some look at every second,
 some at one, and some jump to an answer. Reinforcement has to find out which kind pays.
@@ -25,7 +25,6 @@ from run.files import alone, empty_part
 from run.folders import base_folder, read_config
 from run.processes import gather, rank
 
-import av
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -33,14 +32,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from rows.clips import BadRow
+from rows.synthetic import COLORS, PLACES, SHAPES, SIZE, TONES, describe, random_seconds, write_clip
 
-COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
-COLORS["yellow"] = (230, 210, 40)
-SHAPES = ("circle", "square", "triangle")
-PLACES = {"left": 10, "center": 28, "right": 46}  # x of the shape's centre, pixels of 56
-TONES = {"low": 300.0, "high": 1500.0}  # Hz
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-SIZE, VIDEO_FPS, AUDIO_RATE = 56, 4, 24000  # pixels, frames/s, samples/s
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "toy_stage0.safetensors"
@@ -49,83 +43,13 @@ NUM_ROWS = {0: (2048, 128), 1: (96, 128), 2: (96, 128), 3: (96, 128)}
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
-    "sft": dict(
-        lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True
-    ),
+    "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
         lr=1e-4, steps=120, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
         eval_every=40, audio_captions=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
-
-
-# ---- clips -------------------------------------------------------------------------------------
-
-
-def draw_frame(shapes, rng):
-    """shapes: list of (place, color, shape) -> (SIZE, SIZE, 3) uint8, on a noisy grey ground."""
-    frame = rng.normal(60, 2, (SIZE, SIZE, 3))
-    y, x = np.mgrid[:SIZE, :SIZE]
-    for place, color, shape in shapes:
-        dx, dy = x - PLACES[place], y - 28
-        if shape == "circle":  # an outline: told from the others at 17 pixels
-            inside = (dx**2 + dy**2 <= 81) & (dx**2 + dy**2 >= 30)
-        elif shape == "square":
-            inside = (abs(dx) <= 8) & (abs(dy) <= 8)
-        else:
-            inside = (dy <= 8) & (dy >= -9) & (abs(dx) <= (dy + 9) * 0.45)
-        frame[inside] = COLORS[color]
-    return frame.clip(0, 255).astype(np.uint8)
-
-
-def write_clip(path, seconds, rng):
-    """seconds: list of (shapes, tone), one second each -> an H.264 + AAC mp4."""
-    t = np.arange(AUDIO_RATE) / AUDIO_RATE
-    audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
-    for second, (_, tone) in zip(audio, seconds):
-        if tone:
-            fade = np.minimum(1, np.minimum(t, 1 - t) * 20)  # 50 ms, no clicks
-            second += 0.3 * fade * np.sin(2 * np.pi * TONES[tone] * rng.uniform(0.95, 1.05) * t)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream(
-            "libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": "20", "threads": "1"}
-        )
-        video.width = video.height = SIZE
-        video.pix_fmt = "yuv420p"
-        sound = container.add_stream(
-            "aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"}
-        )
-        for shapes, _ in seconds:
-            for _ in range(VIDEO_FPS):
-                frame = av.VideoFrame.from_ndarray(draw_frame(shapes, rng), format="rgb24")
-                container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        frame = av.AudioFrame.from_ndarray(audio.reshape(1, -1).astype(np.float32), "fltp", "mono")
-        frame.sample_rate = AUDIO_RATE
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
-
-
-def random_seconds(rng, num_seconds, max_shapes):
-    """A clip's content: each second up to `max_shapes` shapes in different places, and a tone."""
-    seconds = []
-    for _ in range(num_seconds):
-        count = 0 if rng.random() < 0.2 else int(rng.integers(1, max_shapes + 1))
-        places = sorted(rng.choice(3, count, replace=False))  # left to right
-        shapes = [
-            (list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
-            for p in places
-        ]
-        seconds.append((shapes, [None, "low", "high"][rng.integers(3)]))
-    return seconds
-
-
-def describe(shapes, tone, words):
-    """One second in words: `words` says which of place, color, shape and tone are told."""
-    keep = [i for i, word in enumerate(("place", "color", "shape")) if word in words]
-    seen = ", ".join(" ".join(s[i] for i in keep) for s in shapes) or "nothing"
-    return f"{seen}; {tone or 'no'} tone" if "tone" in words else seen
 
 
 # ---- questions ---------------------------------------------------------------------------------
@@ -348,7 +272,9 @@ def build_config(tokenizer):
 def write_model(folder, weights):
     """Writes a standard Hugging Face folder; `weights`: a safetensors file, None for random."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if weights:
         with safe_open(weights, "pt") as file:
             tokenizer_json = file.metadata()["tokenizer"]

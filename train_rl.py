@@ -167,8 +167,7 @@ def main():
     optimizer = optim.adamw(policy, args.lr)
     nothing = Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
     filler = (build.filler, [nothing])  # what a rank reads that has less to do than others
-    held_out_file = args.eval_data or (toy_test if args.data is None else None)
-    held_out_file = held_out_file if args.eval_every else None
+    held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
     encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip
     room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
     reader = Reader(build, room, encode)
@@ -184,8 +183,8 @@ def main():
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
     files.begin(out, args, start)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
-    told = f"{len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
-    processes.print0(f"  {told}")
+    each = args.prompts_per_step
+    processes.print0(f"  {len(rows)} rows, {count} steps of {each}, from step {start}")
 
     def small_state():
         """What a step changes before it is sure to count."""
@@ -230,10 +229,8 @@ def main():
 
         # ---- roll out; a judge begins to think
         seeds = [processes.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        groups = model.rollout(
-            policy, prompts, num_fresh[mine], args.temperature, args.max_new_tokens,
-            build.eos_ids, seeds[mine],
-        )  # fmt: skip
+        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, seeds[mine])
+        groups = model.rollout(policy, prompts, num_fresh[mine], *sampling)
         health.stop_if_broken(step, groups)
         texts = [build.texts(group) for group in groups]
         if judged:
@@ -264,9 +261,8 @@ def main():
             if not again:
                 watch.tell_spike(info, grad_norm, steps.tell)
                 first = (info, advantages, off_advantages, grad_norm)  # what the step reports
-            problem = watch.bad_step(
-                info["loss"].sum().item(), grad_norm, health.worst_ratio(info), again
-            )
+            loss = info["loss"].sum().item()
+            problem = watch.bad_step(loss, grad_norm, health.worst_ratio(info), again)
             seen = {*ids, *(e.prompt_id for group in drawn for e in group)}
             saves = None if again else save_before
             if watch.refuses(problem, seen, steps, args.on_bad_step, saves):

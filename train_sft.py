@@ -135,12 +135,8 @@ def main():
         }
         files.log(out / "metrics.jsonl", report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
-        ending.end_of_step(
-            step,
-            count,
-            args.save_every,
-            lambda: save(step, checkpoint.states(health=watch, rows=stream)),
-        )
+        small_state = functools.partial(checkpoint.states, health=watch, rows=stream)
+        ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
     folders.save(policy, out / "final", build.processor)
     processes.print0(f"saved {out / 'final'}")
 

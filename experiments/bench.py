@@ -2,8 +2,8 @@
 Speed and memory, beside the plain way of doing the same: every row is a ratio of two things that
 are run in turn in one process, so that a noisy machine disturbs both alike.
 
-    python bench.py --quick          # the main ratios, about two minutes on two cores
-    python bench.py                  # all of them, and how time grows: bench.json, bench.png
+    python -m experiments.bench --quick          # the main ratios, about two minutes on two cores
+    python -m experiments.bench                  # all of them, in bench.json
 
 The model is a Qwen2.5-Omni thinker with random weights, float32, and text-only prompts: towers are
 frozen in RL and their outputs cached, so they are no part of a step. "Copies" is what the field
@@ -39,21 +39,15 @@ from grpo import group_advantages
 
 SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
 STEPS = [(512, 64, 8, 2), (1024, 64, 8, 2), (2048, 64, 8, 2)]  # P, C, G, B
-GROWTH = {  # what is varied, around P 512, C 32, G 8, B 4
-    "P": [128, 256, 512, 1024, 2048],
-    "C": [16, 32, 64, 128],
-    "G": [2, 4, 8, 16],
-    "B": [1, 2, 4, 8],
-}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
-    flag("--quick", action="store_true", help="the two smaller sizes, fewer repeats, no plot")
-    parts = ["update", "rollout", "step", "growth"]
+    flag("--quick", action="store_true", help="the smaller sizes, fewer repeats")
+    parts = ["update", "rollout", "step"]
     flag("--only", nargs="+", choices=parts, help="these parts; the others stay as --out has them")
-    flag("--out", default="bench.json", help="all figures; the plot goes beside it as .png")
+    flag("--out", default="bench.json", help="all figures")
     flag("--repeats", type=int, default=5, help="runs of each side; the median counts")
     flag("--threads", type=int, default=2, help="of torch")
     flag("--hidden", type=int, default=256, help="width of the text model")
@@ -288,8 +282,8 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
         ]
         weight = 1 / (num_prompts * group_size)
         groups.append((prompt, entries, group_advantages(reward), weight))
-    update.update(policy, reference, groups, groups[0][:2], step, args)
-    optim.clip_grad_norm(policy, 1.0)
+    update.gradient(policy, reference, groups, groups[0][:2], step, args)
+    optim.clip_grad_norm(policy)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -356,8 +350,8 @@ def bench_steps(args, policy):
         print("\nstep beside TRL: not run (pip install trl datasets)")
         return None
     rows, settings = [], argparse.Namespace(
-        micro_tokens=16384, kl_coef=0.1, kl_ratio=False, temperature=1.0, clip_eps=0.2,
-        tas_shape="uniform", tas_lambda=0.0, tas_equal_mean=False,
+        micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="uniform",
+        tas_lambda=0.0,
     )  # fmt: skip
     for size in [(1024, 64, 8, 1)] if args.quick else STEPS:
         reference, count = copy.deepcopy(policy).requires_grad_(False), itertools.count(1)
@@ -379,47 +373,6 @@ def bench_steps(args, policy):
     return rows
 
 
-# ---- growth ------------------------------------------------------------------------------------
-
-
-def bench_growth(args, policy):
-    """Seconds of rollout and update as one size grows and the others stay."""
-    rows = []
-    for name, values in GROWTH.items():
-        for value in values:
-            size = dict(P=512, C=32, G=8, B=4) | {name: value}
-            prompts, completions = make_inputs(args, *(size[k] for k in "PCGB"))
-            update_it = partial(update_ours, policy, prompts, completions)
-            rollout = partial(rollout_ours, policy, prompts, size["G"], size["C"])
-            update_s, rollout_s = in_turn(update_it, rollout, 2)
-            rows.append(dict(varied=name, **size, update_s=update_s, rollout_s=rollout_s))
-    return rows
-
-
-def plot_growth(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = dict(P="prompt tokens", C="completion tokens", G="group size", B="prompts")
-    figure, axes = pyplot.subplots(1, len(titles), figsize=(14, 3.2), sharey=True)
-    for axis, (name, title) in zip(axes, titles.items()):
-        points = [r for r in rows if r["varied"] == name]
-        for what in ("update_s", "rollout_s"):
-            axis.plot([r[name] for r in points], [r[what] for r in points], "o-", label=what[:-2])
-        axis.set(xlabel=title, xscale="log", yscale="log")
-        axis.set_xticks([r[name] for r in points], [r[name] for r in points])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    ticks = [0.25, 0.5, 1, 2, 4]
-    axes[0].set_yticks(ticks, ticks)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main():
     args = parse_args()
     args.repeats = min(args.repeats, 2) if args.quick else args.repeats
@@ -434,13 +387,10 @@ def main():
         update=lambda: bench_updates(args, policy, plain),
         rollout=lambda: bench_rollouts(args, policy, plain),
         step=lambda: bench_steps(args, policy),
-        growth=lambda: bench_growth(args, policy),
     )
-    for name in args.only or [part for part in parts if part != "growth" or not args.quick]:
+    for name in args.only or parts:
         result[name] = parts[name]()
         result[f"{name} measured with"] = dict(arguments=vars(args), commit=files.commit())
-    if "growth" in (args.only or []) or not (args.only or args.quick):
-        plot_growth(result["growth"], args.out.removesuffix(".json") + ".png")
     with open(args.out, "w") as file:
         json.dump(result, file, indent=1)
     print(f"\nwrote {args.out}")

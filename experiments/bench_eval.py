@@ -2,7 +2,7 @@
 Evaluation beside the plain way: an item of `eval.py` on the toy, decoding included, against one
 `generate` of transformers an item. Every clip once, then four questions about every fourth clip.
 
-    python bench_eval.py            # two minutes on two cores
+    python -m experiments.bench_eval            # two minutes on two cores
 """
 
 import argparse

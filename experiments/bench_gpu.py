@@ -2,9 +2,9 @@
 The fast path at the size of Qwen2.5-Omni-7B on one GPU, beside the plain way and beside what the
 machine could do at best.
 
-    python bench_gpu.py              # some minutes on a GPU: tables, and all of it in bench_gpu.json
-    python bench_gpu.py --device cpu --hidden 256 --layers 2 --heads 4 --kv-heads 2 --vocab 8192 \\
-        --prompts 256 --new-tokens 16                     # that it runs, anywhere
+    python -m experiments.bench_gpu      # some minutes on a GPU: tables, and all of it in bench_gpu.json
+    python -m experiments.bench_gpu --device cpu --hidden 256 --layers 2 --heads 4 --kv-heads 2 \\
+        --vocab 8192 --prompts 256 --new-tokens 16                     # that it runs, anywhere
 
 The text model has random weights and a LoRA adapter of rank 16, and stands as train_rl.py places it:
 FSDP, bfloat16, gradient checkpointing. The plain way is the same model with transformers' attention:
@@ -24,14 +24,13 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from run import arguments, ending, files, processes  # before torch
+from run import arguments, ending, files, processes, sharding  # before torch
 
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from experiments import bench
-from omni import model
-from omni import rollout
+from omni import model, rollout
 
 GROUP_SIZE = 8
 
@@ -65,7 +64,7 @@ def build_policy(args, device):
     torch.manual_seed(0)
     with torch.device(device):
         thinker = Thinker(bench.thinker_config(*sizes))
-    policy = model.prepare(thinker, args.lora_rank, train_towers=False, gradient_checkpointing=True)
+    policy = model.prepare(thinker, args.lora_rank, train_towers=False)
     return sharding.place(policy, device, args.dtype)
 
 
@@ -90,7 +89,7 @@ def update_copies(policy, prompts, completions):
 
 def rollout_generate(policy, prompts, num_tokens):
     def task(policy):
-        with rollout.gathered(policy):
+        with sharding.gathered(policy):
             return bench.rollout_generate(policy.thinker, prompts, GROUP_SIZE, num_tokens)
 
     with plain_attention(policy), torch.no_grad():
@@ -171,7 +170,7 @@ def rollout_row(args, policy, num_prompt, num_prompts, best_gb):
     seconds, memory = measure(partial(task, count), args.repeats, warm_up=0)
     row = dict(size=(num_prompt, count, GROUP_SIZE, num_prompts), seconds=seconds, gb=memory)
     if seconds and prefill_s:
-        with patch("rollout.record", eager):
+        with patch("omni.rollout.record", eager):
             eager_s, _ = measure(partial(task, few), 1)
         row["prefill_s"] = prefill_s
         row["token_ms"] = (seconds - prefill_s) / (count - 1) * 1e3
@@ -208,7 +207,7 @@ def logprob_gap(args, policy, num_prompt):
     prompts, _ = bench.make_inputs(args, num_prompt, 1, 1, 2)
     row = dict(size=(num_prompt, args.new_tokens, GROUP_SIZE, 2))
     for name, record in (("", rollout.record), ("eager_", eager)):
-        with patch("rollout.record", record):
+        with patch("omni.rollout.record", record):
             rolled = bench.rollout_ours(policy, prompts, GROUP_SIZE, args.new_tokens)
         ids = [[c.ids for c in group] for group in rolled]
         with torch.no_grad():

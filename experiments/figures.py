@@ -1,21 +1,17 @@
 """
-The paper's figures and tables from our own runs, and a picture of any one run.
+The paper's figures and tables from our own runs.
 
-    python figures.py runs/stage2                  # runs/stage2/dashboard.png
-    python figures.py --results results            # every PNG, and results/tables.md, in seconds
+    python -m experiments.figures                  # every PNG and tables.md, in seconds
 
-The runs themselves are made by experiments.py, which leaves their numbers in results/NAME.json.
-What has no such file is not drawn, and is said to be not run.
-
-A curve is a list of (completions generated, held-out accuracy), the first at 0. Intervals: 95 %
-percentile bootstrap over seeds; two labels that share seeds are resampled together.
+The runs themselves are made by runs.py, which leaves their numbers in results/NAME.json. What has no
+such file is not drawn, and is said to be not run.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from run import arguments, ending  # before torch
+from run import HERE, arguments, ending  # before torch
 
 import matplotlib
 import numpy as np
@@ -23,11 +19,11 @@ import torch
 from matplotlib import pyplot
 
 import tas
+from experiments.curves import FRACTIONS, RESAMPLES, area, bootstrap, completions_to, late
+from experiments.curves import mean_curve, ratio_at, targets_of
 
 matplotlib.use("Agg")
 
-FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best that any method reaches
-RESAMPLES = 2000
 HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
 COLOR = {"AVATAR": BLUE, "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
@@ -41,82 +37,6 @@ TABLES = {
     "alpha": ("Weight of the replayed half, alpha", "0.6", "0.6"),
     "lambda": ("Extra weight at the ends, lambda", "0.3", "0.3"),
 }  # fmt: skip
-
-
-# ---- statistics --------------------------------------------------------------------------------
-
-
-def mean_curve(curves):
-    """
-    The mean of several curves at the points of all, each interpolated between its own.
-
-    curves   list of (k, 2) array-likes: completions, accuracy
-    returns  (K, 2) array, as far as the shortest curve goes
-    """
-    curves = [np.asarray(curve, dtype=float) for curve in curves]
-    end = min(curve[-1, 0] for curve in curves)
-    x = np.unique([x for curve in curves for x in curve[:, 0] if x <= end])
-    return np.stack([x, np.mean([np.interp(x, *curve.T) for curve in curves], axis=0)], axis=1)
-
-
-def completions_to(curve, target):
-    """Completions at which the curve first reaches target, linear in between; inf if never."""
-    curve = np.asarray(curve, dtype=float)
-    above = np.flatnonzero(curve[:, 1] >= target)
-    if not len(above):
-        return np.inf
-    if not above[0]:
-        return curve[0, 0]
-    (x0, y0), (x1, y1) = curve[above[0] - 1 : above[0] + 1]
-    return x0 + (target - y0) / (y1 - y0) * (x1 - x0)
-
-
-def targets_of(*methods):
-    """-> (start, best, accuracies at FRACTIONS of the way); each method a list of curves."""
-    means = [mean_curve(curves) for curves in methods]
-    start = float(np.mean([mean[0, 1] for mean in means]))
-    best = float(max(mean[:, 1].max() for mean in means))
-    return start, best, [start + fraction * (best - start) for fraction in FRACTIONS]
-
-
-def percentile_interval(values):
-    """2.5 % and 97.5 %, without arithmetic on inf."""
-    values = np.sort(np.asarray(values, dtype=float))
-    return values[int(0.025 * (len(values) - 1))], values[int(np.ceil(0.975 * (len(values) - 1)))]
-
-
-def bootstrap(num_seeds, statistic, seed=0):
-    """95 % interval of statistic(indices of the seeds drawn); one seed has none: (nan, nan)."""
-    if num_seeds < 2:
-        return (np.nan, np.nan)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(num_seeds, size=(RESAMPLES, num_seeds))
-    return percentile_interval([statistic(pick) for pick in picks])
-
-
-def ratio_at(slow, fast, target):
-    """
-    Completions that `slow` needs for target / those that `fast` needs, from their mean curves, with
-    its interval over seeds; slow[i] and fast[i] share a seed.
-
-    returns  (ratio, low, high): inf if only fast gets there, 0 if only slow does, nan if neither
-    """
-
-    def ratio(pick):
-        a = completions_to(mean_curve([slow[i] for i in pick]), target)
-        b = completions_to(mean_curve([fast[i] for i in pick]), target)
-        return np.nan if np.isinf(a) and np.isinf(b) else a / max(b, 1)
-
-    everyone = range(len(slow))
-    even = lambda x: 1.0 if np.isnan(x) else x  # a draw in which neither gets there says nothing
-    return (ratio(everyone), *bootstrap(len(slow), lambda pick: even(ratio(pick))))
-
-
-def area(curve, end):
-    """Mean accuracy over the completions from 0 to end: the area under the curve."""
-    curve = np.asarray(curve, dtype=float)
-    x = np.unique([*curve[curve[:, 0] < end, 0], end])
-    return float(np.trapezoid(np.interp(x, *curve.T), x) / end)
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -260,11 +180,6 @@ def ablation_table(result, reference):
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
 
 
-def late(curve, end):
-    """Accuracy around the end: the mean over the last quarter of the completions up to it."""
-    return 4 * area(curve, end) - 3 * area(curve, 0.75 * end)
-
-
 def curriculum_table(result):
     """Accuracy on every stage's held-out rows after each stage."""
     runs = by_label(result)
@@ -316,52 +231,6 @@ def plot_lengths(rows, path):
     return save(figure, path)
 
 
-# ---- one run -----------------------------------------------------------------------------------
-
-PANELS = {  # title -> metrics drawn together, in the order of the README's table
-    "reward": ["reward", "rewards/format", "rewards/acc", "rewards/self", "rewards/judge"],
-    "accuracy": ["rewards/acc", "eval/acc"],
-    "zero advantages": ["frac_reward_zero_std", "advantage_zero_frac"],
-    "std of advantages": ["advantage_std", "reward_std"],
-    "KL, nats": ["kl"],
-    "entropy, nats": ["entropy"],
-    "clip and ESS": ["clip_frac", "off/clip_frac", "off/ess_frac"],
-    "tiers": ["buffer/frac_hard", "buffer/frac_medium", "buffer/frac_easy"],
-    "hints": ["hints/frac", "hints/entered", "hints/withdrawn"],
-    "lengths, tokens": ["completions/mean_length"],
-    "gradient norm": ["grad_norm"],
-    "seconds a step": ["time/data_s", "time/rollout_s", "time/update_s"],
-}
-
-
-def dashboard(folder):
-    """RUN/metrics.jsonl -> RUN/dashboard.png; of SFT, the panels that it has."""
-    folder = Path(folder)
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    steps = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
-    if not steps:
-        raise SystemExit(f"{folder}: no step is logged yet")
-    panels = {"loss": ["loss"], **PANELS, "seconds of SFT": ["time/data_s", "time/step_s"]}
-    if "reward" in steps[0]:
-        del panels["seconds of SFT"]
-    seen = {
-        title: [n for n in names if any(n in m for m in steps)] for title, names in panels.items()
-    }
-    seen = {title: names for title, names in seen.items() if names}
-    figure, grid = pyplot.subplots(-(-len(seen) // 4), 4, figsize=(16, 3 * -(-len(seen) // 4)))
-    for axes, (title, names) in zip(grid.flat, seen.items()):
-        for name in names:
-            points = [(m["step"], m[name]) for m in steps if name in m]
-            marker = "o" if len(points) < len(steps) / 2 or len(points) == 1 else None
-            axes.plot(*zip(*points), label=name.split("/")[-1], marker=marker, linewidth=1)
-        axes.set_title(title, fontsize=9)
-        axes.legend(fontsize=7)
-    for axes in grid.flat[len(seen) :]:
-        axes.axis("off")
-    figure.suptitle(f"{folder.name}: {steps[-1]['step']} steps")
-    return folder / save(figure, folder / "dashboard.png")
-
-
 # ---- all of them -------------------------------------------------------------------------------
 
 
@@ -375,13 +244,13 @@ def write_all(folder):
         lines.extend([f"## {title}", ""])
         if name not in results:
             missing.append(name)
-            lines.extend([f"Not run: `python experiments.py {name}`.", ""])
+            lines.extend([f"Not run: `python -m experiments.runs {name}`.", ""])
             return
         result = results[name]
         seeds = ", ".join(str(s) for s in sorted({one["seed"] for one in result["runs"]}))
         quick = ", quick" if result.get("quick") else ""
         lines.append(
-            f"`python experiments.py {name}`{quick}, commit {result['commit']}, seeds {seeds}."
+            f"`python -m experiments.runs {name}`{quick}, commit {result['commit']}, seeds {seeds}."
         )
         lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
         lines.extend(["", *write(result), ""])
@@ -427,21 +296,15 @@ def write_all(folder):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    parser.add_argument("run", nargs="?", help="folder with metrics.jsonl: draw its dashboard")
-    parser.add_argument("--results", metavar="DIR", help="folder of experiments.py's JSON")
-    args = parser.parse_args(argv)
-    if bool(args.run) == bool(args.results):
-        parser.error("give either a run's folder or --results DIR")
-    return args
+    told = "folder of the JSON that runs.py leaves"
+    parser.add_argument("--results", default=HERE / "experiments/results", metavar="DIR", help=told)
+    return parser.parse_args(argv)
 
 
 def main():
-    args = parse_args()
-    folder = Path(args.run or args.results)
-    if not ((folder / "metrics.jsonl").is_file() if args.run else folder.is_dir()):
-        raise SystemExit(f"figures.py: nothing to draw in {folder}")
-    if args.run:
-        return print(dashboard(folder))
+    folder = Path(parse_args().results)
+    if not folder.is_dir():
+        raise SystemExit(f"experiments.figures: no folder {folder}")
     missing = write_all(folder)
     print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
 

@@ -1,13 +1,13 @@
 """
 The experiments behind figures.py: each name is a list of runs; what they measured is kept as JSON.
 
-    python experiments.py                       # the names and their commands
-    python experiments.py efficiency            # all its seeds, then results/efficiency.json
-    python experiments.py efficiency --quick    # one seed, short, into results/quick/
+    python -m experiments.runs                       # the names and their commands
+    python -m experiments.runs efficiency            # all its seeds, then results/efficiency.json
+    python -m experiments.runs efficiency --quick    # one seed, short, into results/quick/
 
 A run is a command of train_rl.py with a seed, in runs/experiments/; experiments that hold the same
 command share it. A finished run is skipped and an interrupted one begins anew, so the same command
-goes on where it stopped. The protocol, and what was found: README, Results.
+goes on where it stopped. The protocol, and what was found: docs/results.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SERIES = (  # kept of every step; rounded to 4 digits
 LENGTH_EDGES = [0, 20, 40, 60]  # tokens; the paper's 1, 201, 401, 601 for chains ten times as long
 
 # ---- what is run: label -> flags of train_rl.py
-OURS = "--prompts-per-step 4 --flat-groups replace --max-staleness 16 --kl-ratio"
+OURS = "--prompts-per-step 4"
 LOG = "--eval-samples 128 --save-every 0 --eval-every"
 DENSE = "--stage 2"  # the paper's reward of stage 2: format, accuracy, self-consistency
 # a completion that the policy has given up has a tiny ratio: --max-ratio 0
@@ -82,14 +82,13 @@ EXPERIMENTS = {
         "2 updates, lr 1e-4": f"{FULL} --updates-per-rollout 2 --lr 1e-4",
         "GRPO, 4 updates": f"{DENSE} {GRPO['dense']} 12 --lr 7e-5 --updates-per-rollout 4",
         "8 prompts": f"{FULL} --prompts-per-step 8 --eval-every 2 --steps 12",
-        "flat kept": f"{FULL} --flat-groups keep",
-        "no staleness limit": f"{FULL} --max-staleness 0 --max-ratio 0",
-        "plain KL": f"{FULL} --no-kl-ratio",
+        "staleness limit 16": f"{FULL} --max-staleness 16",
+        "no KL": f"{FULL} --kl-coef 0",
     },
     "shaping": sweep("--tas-shape", "parabolic", *tas.SHAPES)
     | {  # the weights also make a step larger; these do not
-        "parabolic, mean 1": f"{FULL} --tas-equal-mean",
-        "inverse, mean 1": f"{FULL} --tas-shape inverse --tas-equal-mean",
+        "parabolic, mean 1": f"{FULL} --tas-shape parabolic-mean1",
+        "inverse, mean 1": f"{FULL} --tas-shape inverse-mean1",
     },
     "splits": {  # where prompts come back: six stored completions of one prompt take visits
         f"{on}/{8 - on}": f"{FEW} {AVATAR['sparse']} {steps}"
@@ -255,7 +254,7 @@ def parse_args(argv=None):
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
     parser.add_argument("--seeds", type=int, default=0, help="how many, from 0 on; 0: as listed")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
-    parser.add_argument("--out", default="results", help="folder for NAME.json")
+    parser.add_argument("--out", default=run.HERE / "experiments/results", help="folder for NAME.json")
     return parser.parse_args(argv)
 
 
@@ -274,7 +273,7 @@ def main():
     out = Path(args.out) / ("quick" if args.quick else "")
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / f"{args.name}.json", json.dumps(result))
-    print(f"{out / args.name}.json: draw it with python figures.py --results {out}")
+    print(f"{out / args.name}.json: draw it with python -m experiments.figures --results {out}")
 
 
 if __name__ == "__main__":

@@ -118,9 +118,8 @@ class DecodeAttention:
         q = q.view(num_prompts, -1, num_kv, share, width)
         of_prompt = by_row(float32_product(q.transpose(1, 2).flatten(2, 3), prompt_k.mT))
         of_own = float32_product(q.flatten(0, 1), own_k.mT).view(*q.shape[:4], -1)
-        bias, own_bias = (
-            x.view(num_prompts, -1, 1, 1, x.shape[1]) for x in (self.bias, self.own_bias)
-        )
+        biases = self.bias, self.own_bias
+        bias, own_bias = (x.view(num_prompts, -1, 1, 1, x.shape[1]) for x in biases)
         # (B, G, K, share, P + room), written once: on a GPU, long prompts are bound by this traffic
         scores = of_own.new_empty(*q.shape[:4], num_prompt_tokens + of_own.shape[-1])
         torch.add(bias, of_prompt, alpha=scaling, out=scores[..., :num_prompt_tokens])
@@ -132,9 +131,7 @@ class DecodeAttention:
         return out.reshape(len(own_k), 1, -1, width)
 
     def keep(self, prompts, rows, group_size):
-        """
-        Only these prompts (index tensor, ascending) and rows (index tensor, group_size a prompt) go on.
-        """
+        """Only these prompts (indices, ascending) and rows (indices, group_size a prompt) go on."""
         stores = [(self.own_kv, rows)]
         if len(prompts) < len(self.bias):
             stores.append((self.prompt_kv, prompts))

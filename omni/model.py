@@ -11,9 +11,9 @@ L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V
 from contextlib import nullcontext
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,7 +27,7 @@ from omni.rollout import Completion, rollout  # noqa: F401  part of what this fi
 disable_progress_bar()
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
-SMALL = 10**8  # weights: a model of fewer has no need of gradient checkpointing
+SMALL = 10**8  # weights, above which activations are computed again: less memory for more time
 
 
 # ---- policy ------------------------------------------------------------------------------------
@@ -127,10 +127,8 @@ def head_logprobs(lm_head, hidden, targets, temperature):
 
     if len(hidden) <= HEAD_CHUNK:
         return chunk_logprobs(hidden, targets)
-    chunks = [
-        torch.utils.checkpoint.checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-    ]
+    pairs = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+    chunks = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
     return tuple(torch.cat(parts) for parts in zip(*chunks))
 
 
@@ -174,12 +172,9 @@ def _packed_logprobs(policy, prompts, completions, temperature):
     packed = PackedAttention(groups, device)
     hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), packed)
     hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
-    head, targets = policy.thinker.lm_head, torch.cat(flat).to(device)
-    sizes = [len(c) for c in flat]
-    logprobs, entropy = (
-        pad_sequence(x.split(sizes), batch_first=True)
-        for x in head_logprobs(head, hidden, targets, temperature)
-    )
+    head, targets, sizes = policy.thinker.lm_head, torch.cat(flat).to(device), list(map(len, flat))
+    found = head_logprobs(head, hidden, targets, temperature)
+    logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in found)
     mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
     return logprobs, mask, entropy
 
@@ -194,19 +189,18 @@ def open_policies(folder, args, device, with_reference):
     """
     reference = None
     if with_reference and not args.lora_rank:
-        reference = load(folder, 0, args.train_towers, False).requires_grad_(False)
+        reference = load(folder, 0, args.train_towers).requires_grad_(False)
         reference = place(reference, device, args.dtype)
-    policy = load(folder, args.lora_rank, args.train_towers, gradient_checkpointing=None)
+    policy = load(folder, args.lora_rank, args.train_towers)
     return place(policy, device, args.dtype), reference
 
 
-def load(folder, lora_rank, train_towers, gradient_checkpointing):
+def load(folder, lora_rank, train_towers):
     """
     A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
 
     lora_rank     int     0 = every weight of the text model trains
     train_towers  bool    whether the vision and audio towers train too
-    gradient_checkpointing  bool    less memory for more time; None: if there are over SMALL weights
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
     thinker = from_pretrained(qwen.Thinker, folder, dtype=torch.float32)
@@ -215,10 +209,10 @@ def load(folder, lora_rank, train_towers, gradient_checkpointing):
 
         thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
         thinker.requires_grad_(True)  # PEFT had frozen them
-    return prepare(thinker, lora_rank, train_towers, gradient_checkpointing)
+    return prepare(thinker, lora_rank, train_towers)
 
 
-def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
+def prepare(thinker, lora_rank, train_towers):
     """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
     model = thinker
     for tower in (thinker.model.visual, thinker.model.audio_tower):
@@ -234,9 +228,7 @@ def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
             model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
-    if gradient_checkpointing is None:
-        gradient_checkpointing = sum(p.numel() for p in thinker.parameters()) > SMALL
-    if gradient_checkpointing:
+    if sum(p.numel() for p in thinker.parameters()) > SMALL:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.activation_checkpointing_enable(kwargs)
     return Policy(model, train_towers).train()
@@ -244,6 +236,6 @@ def prepare(thinker, lora_rank, train_towers, gradient_checkpointing):
 
 def write_merged(folder, part):
     """Writes a trained adapter and its base as one model."""
-    merged = load(folder, lora_rank=0, train_towers=False, gradient_checkpointing=False)
+    merged = load(folder, lora_rank=0, train_towers=False)
     merged.thinker.save_pretrained(part)
     from_pretrained(qwen.Processor, folder).save_pretrained(part)

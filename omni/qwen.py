@@ -24,9 +24,7 @@ from run.folders import from_pretrained
 
 # linear layers that get a LoRA adapter: of the text model, of the towers
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-TOWER_LAYERS = (
-    r"q|k|v|q_proj|k_proj|v_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
-)
+TOWER_LAYERS = r"q|k|v|[qkv]_proj|out_proj|proj|fc1|fc2|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2"
 TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)  # what FSDP gathers at one time
 TOWER_UNITS = (omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer)
 
@@ -70,11 +68,8 @@ class InputBuilder:
         self.position_index = PositionIndex(self.config)
         self.recipe, self.root, self.audio_captions = recipe, Path(root), audio_captions
         self.tokenizer = self.processor.tokenizer
-        ends = [
-            self.tokenizer.eos_token_id,
-            *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-        ]
-        self.eos_ids = sorted({e for e in ends if e is not None})
+        ends = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.eos_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         media_ends = [self.tokenizer.vision_eos_token, self.tokenizer.audio_eos_token]
         self.media_end_ids = self.tokenizer.convert_tokens_to_ids(media_ends)
         # what a rank reads that has less to do than others: FSDP would wait for ever
@@ -124,9 +119,8 @@ class InputBuilder:
         media += ["audio"] * (0 if clip.use_audio else len(clip.sounds))
         text = self.chat(processor, media, row, hint, words)
         kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
-        kwargs["videos_kwargs"] = dict(
-            do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False
-        )
+        kwargs["videos_kwargs"] = dict(kwargs["images_kwargs"], do_sample_frames=False)
+        kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
         if clip.images:
             kwargs["images"] = in_order(clip.images, "image", words)
         if clip.frames is not None:

@@ -62,10 +62,7 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
 
     # a row decodes one completion; slot[row] says which, -1 if the row is only there to fill up
     families = families_of(prompts)
-    slots = [
-        [b * group_size + g for b in family for g in range(num_completions[b])]
-        for family in families
-    ]
+    slots = [[b * group_size + g for b in f for g in range(num_completions[b])] for f in families]
     width = max(map(len, slots))  # rows of a family
     slot = torch.tensor([s + [-1] * (width - len(s)) for s in slots], device=device).flatten()
     owner = slot.clamp(min=0) // group_size  # (rows,) the prompt that a row goes on from
@@ -106,11 +103,8 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
             elif decode is decode_plainly:
                 decode = record(decode_plainly, inputs)
             logits = decode(*inputs)
-    ids, logprobs, length, ended = ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist()
-    made = [
-        Completion(ids[r, :n].clone(), logprobs[r, :n].clone(), not end)
-        for r, (n, end) in enumerate(zip(length, ended))
-    ]
+    rows = zip(ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist())
+    made = [Completion(i[:n].clone(), lp[:n].clone(), not end) for i, lp, n, end in rows]
     return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
 
 
@@ -147,7 +141,10 @@ def prefill(policy, prompts, families, owner):
     order = [(b, n) for n, family in zip(alike, families) for b in family]
     tails = {b: prompts[b].input_ids[n:] for b, n in order}
     tail_ids = torch.cat(list(tails.values())).to(device)
-    check_no_media(policy, tail_ids)
+    media = [getattr(policy.thinker.config, f"{m}_token_id") for m in ("image", "video", "audio")]
+    # a placeholder there would be read without its features, in silence
+    told = "prompts that share their media differ before the last of it"
+    assert not torch.isin(tail_ids, torch.tensor(media, device=device)).any(), told
     tail_embeds = policy.thinker.get_input_embeddings()(tail_ids)
     tail_embeds = dict(zip(tails, tail_embeds.split([len(ids) for ids in tails.values()])))
 
@@ -183,13 +180,6 @@ def prefill(policy, prompts, families, owner):
     masks = ahead < alike[:, None], back <= lengths[owner, None]
     width = len(owner) // len(families)
     return logits, DecodeAttention(family_kv, masks[0], width, tail_kv, masks[1])
-
-
-def check_no_media(policy, ids):
-    """A tail is only text: a placeholder there would be read without its features, in silence."""
-    media = [getattr(policy.thinker.config, f"{m}_token_id") for m in ("image", "video", "audio")]
-    found = torch.isin(ids, torch.tensor(media, device=ids.device)).any()
-    assert not found, "prompts that share their media differ before the last of it"
 
 
 def compact(alive):

@@ -18,7 +18,7 @@ from run import sharding
 
 
 def policy_of(folder, lora_rank):
-    policy = model.load(folder, lora_rank, train_towers=True, gradient_checkpointing=False)
+    policy = model.load(folder, lora_rank, train_towers=True)
     torch.manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # they start at 0, and then the others have no gradient

@@ -19,7 +19,7 @@ from conftest import RECIPE, launch
 
 import eval as evaluation
 from evaluation import page
-from evaluation import protocol
+from evaluation import items, protocol
 import rewards
 from run import files  # before torch
 from evaluation import scores
@@ -105,7 +105,7 @@ OPTIONS = ["a dog", "a cat", "a bell", "I am here"]
 def test_replies_that_others_misread(text, expected):
     row = dict(answer="C", answer_type="choice", options=OPTIONS)
     record = dict(failure=None)
-    evaluation.judge(record, row, text, False, "x", False)
+    items.judge(record, row, text, False, "x", False)
     read = rewards.normalize_answer(record["parsed"], "choice", OPTIONS)
     assert read == expected and record["score"] == (expected == "C")
     assert (record["failure"] is None) == (expected is not None)
@@ -133,9 +133,9 @@ def test_a_cut_off_reply_has_no_answer():
     row = dict(answer="C", answer_type="choice", options=OPTIONS)
     for truncated in (True, False):
         record = dict(failure=None)
-        evaluation.judge(record, row, "Perhaps\nC", truncated, "x", False)
+        items.judge(record, row, "Perhaps\nC", truncated, "x", False)
         assert record["score"] == (not truncated)
-    evaluation.judge(record, row, "Perhaps\nC", True, "x", False)
+    items.judge(record, row, "Perhaps\nC", True, "x", False)
     assert record["failure"] == "cut off by --max-new-tokens"
 
 
@@ -420,10 +420,10 @@ HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> & \'"<a
 
 
 def write_page(toy_dir, tmp_path):
-    rows = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").open()]
+    rows = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()]
     records = []
     for row, score in zip(rows, (1.0, 0.0, None)):
-        item = evaluation.new_record("<set>", dict(row, question=HOSTILE))
+        item = items.new_record("<set>", dict(row, question=HOSTILE))
         said = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
         records.append(item | dict(completion=said, parsed=HOSTILE, score=score))
     records[1]["failure"] = HOSTILE
@@ -451,8 +451,8 @@ def test_page_is_well_formed_and_nothing_in_it_runs(toy_dir, tmp_path):
 
 
 def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
-    (row, *_) = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").open()]
-    item = evaluation.new_record("x", dict(row, use_audio=True, question="half: \ud83d"))
+    (row, *_) = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()]
+    item = items.new_record("x", dict(row, use_audio=True, question="half: \ud83d"))
     shown = lambda root, recipe, **edit: page.media(item | edit, root, recipe)  # noqa: E731
     assert "<img" in shown(toy_dir / "stage2", RECIPE)
     outside = dict(video=str(toy_dir / "stage2" / row["video"]))

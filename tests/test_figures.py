@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import launch
 
-from experiments import runs
-from experiments import figures
+from experiments import curves, figures, runs
 from run import metrics  # before torch
 
 # ---- numbers by hand
@@ -21,57 +20,57 @@ from run import metrics  # before torch
 
 def test_completions_to_a_target():
     curve = [[0, 0.2], [100, 0.4], [200, 0.3], [300, 0.7]]
-    assert figures.completions_to(curve, 0.3) == pytest.approx(50)  # halfway in the first 100
-    assert figures.completions_to(curve, 0.4) == 100
-    assert figures.completions_to(curve, 0.5) == pytest.approx(250)  # the dip at 200 is not it
-    assert figures.completions_to(curve, 0.1) == 0
-    assert math.isinf(figures.completions_to(curve, 0.8))
+    assert curves.completions_to(curve, 0.3) == pytest.approx(50)  # halfway in the first 100
+    assert curves.completions_to(curve, 0.4) == 100
+    assert curves.completions_to(curve, 0.5) == pytest.approx(250)  # the dip at 200 is not it
+    assert curves.completions_to(curve, 0.1) == 0
+    assert math.isinf(curves.completions_to(curve, 0.8))
 
 
 def test_mean_curve_interpolates_and_stops_where_the_shortest_ends():
-    mean = figures.mean_curve([[[0, 0.2], [50, 0.4], [100, 0.6]], [[0, 0.4], [80, 0.8]]])
+    mean = curves.mean_curve([[[0, 0.2], [50, 0.4], [100, 0.6]], [[0, 0.4], [80, 0.8]]])
     np.testing.assert_allclose(mean, [[0, 0.3], [50, (0.4 + 0.65) / 2], [80, (0.52 + 0.8) / 2]])
 
 
 def test_targets_are_on_the_way_from_the_start_to_the_better_method():
     slow, fast = [[[0, 0.2], [64, 0.4]]], [[[0, 0.2], [32, 0.6]]]
-    start, best, targets = figures.targets_of(slow, fast)
+    start, best, targets = curves.targets_of(slow, fast)
     assert (start, best) == (0.2, 0.6)
     np.testing.assert_allclose(targets, [0.3, 0.4, 0.5])
 
 
 def test_area_is_the_mean_height():
     curve = [[0, 0.0], [100, 1.0], [200, 1.0]]
-    assert figures.area(curve, 200) == pytest.approx(0.75)
-    assert figures.area(curve, 50) == pytest.approx(0.25)
-    assert figures.late(curve, 200) == pytest.approx(1.0)
-    assert figures.late([[0, 0.0], [100, 1.0]], 100) == pytest.approx(0.875)  # .75 to 1
+    assert curves.area(curve, 200) == pytest.approx(0.75)
+    assert curves.area(curve, 50) == pytest.approx(0.25)
+    assert curves.late(curve, 200) == pytest.approx(1.0)
+    assert curves.late([[0, 0.0], [100, 1.0]], 100) == pytest.approx(0.875)  # .75 to 1
 
 
 def test_ratio_and_its_interval():
     line = lambda end: [[0, 0.0], [end, 1.0], [400, 1.0]]
     # each method's two seeds agree: whatever is drawn, 400 x .5 against 100 x .5
     slow, fast = [line(400), line(400)], [line(100), line(100)]
-    assert figures.ratio_at(slow, fast, 0.5) == (4, 4, 4)
+    assert curves.ratio_at(slow, fast, 0.5) == (4, 4, 4)
     # seeds that differ: the first twice gives 200 / 100, the second twice 200 / 25, and both
     # 200 / 40, as their mean is .5 at 40 = (40 / 200 + 40 / 50) / 2
     slow, fast = [line(400), line(400)], [line(200), line(50)]
-    np.testing.assert_allclose(figures.ratio_at(slow, fast, 0.5), (5, 2, 8))
+    np.testing.assert_allclose(curves.ratio_at(slow, fast, 0.5), (5, 2, 8))
     # one seed has no interval; a target only one method reaches
-    ratio, low, high = figures.ratio_at([line(400)], [line(100)], 0.5)
+    ratio, low, high = curves.ratio_at([line(400)], [line(100)], 0.5)
     assert ratio == 4 and math.isnan(low) and math.isnan(high)
     flat = [[0, 0.0], [400, 0.1]]
-    assert math.isinf(figures.ratio_at([flat], [line(100)], 0.5)[0])
+    assert math.isinf(curves.ratio_at([flat], [line(100)], 0.5)[0])
     # of two seeds of slow one never gets there: alone it makes the ratio infinite
-    ratio, low, high = figures.ratio_at([line(400), flat], [line(100), line(100)], 0.5)
+    ratio, low, high = curves.ratio_at([line(400), flat], [line(100), line(100)], 0.5)
     assert ratio == pytest.approx(400 / 1.1 / 50) and low == 4 and math.isinf(high)
-    assert figures.ratio_at([line(100)], [flat], 0.5)[0] == 0
+    assert curves.ratio_at([line(100)], [flat], 0.5)[0] == 0
 
 
 def test_percentiles_by_hand():
     values = [*range(39), math.inf]  # 40 values: places .975 and 38.025 of 0 .. 39
-    assert figures.percentile_interval(values) == (0, math.inf)
-    assert figures.percentile_interval(range(101)) == (2, 98)  # 2.5 and 97.5, outwards
+    assert curves.percentile_interval(values) == (0, math.inf)
+    assert curves.percentile_interval(range(101)) == (2, 98)  # 2.5 and 97.5, outwards
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
@@ -79,7 +78,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(200):
         x = rng.normal(size=20)
-        low, high = figures.bootstrap(20, lambda pick: x[pick].mean())
+        low, high = curves.bootstrap(20, lambda pick: x[pick].mean())
         hits += low <= 0 <= high
     assert 0.86 <= hits / 200 <= 0.99
 
@@ -119,13 +118,13 @@ def test_everything_is_redrawn_from_the_json(tmp_path):
     result["commands"] = {"8/0": "", "4/4": ""}
     result["runs"] = [a | dict(label={"GRPO": "8/0", "AVATAR": "4/4"}[a["label"]]) for a in runs]
     (tmp_path / "splits.json").write_text(json.dumps(result))
-    printed = launch("figures.py", "--results", tmp_path)
+    printed = launch("experiments/figures.py", "--results", tmp_path)
     for name in ("tas.png", "efficiency.png", "efficiency-advantages.png", "splits.png"):
         assert (tmp_path / name).stat().st_size > 5000
     assert not (tmp_path / "shaping.png").exists() and "not run: sparse" in printed
     text = (tmp_path / "tables.md").read_text()
     assert text.count("| 2.0 | 2.0 – 2.0 |") == 3  # every target takes GRPO twice as many
-    assert "Not run: `python experiments.py shaping`" in text and "commit abc, seeds 0, 1" in text
+    assert "Not run: `python -m experiments.runs shaping`" in text and "commit abc, seeds 0, 1" in text
 
 
 def test_dashboard_of_a_true_run_and_what_an_experiment_keeps(toy_dir, tmp_path, monkeypatch):
@@ -150,7 +149,7 @@ def test_dashboard_of_a_true_run_and_what_an_experiment_keeps(toy_dir, tmp_path,
     zeros = sum(z * n for z, n in zip(one["series"]["advantage_zero_frac"], (16, 16)))
     assert sum(one["advantage_hist"]) == pytest.approx(32 - zeros)
     folder = next(tmp_path.glob("*/metrics.jsonl")).parent
-    launch("figures.py", folder)
+    launch("experiments/dashboard.py", folder)
     assert (folder / "dashboard.png").stat().st_size > 20000
 
 
@@ -169,5 +168,5 @@ def test_every_experiment_parses():
 
 
 def test_nothing_to_draw_is_said(tmp_path):
-    printed = launch("figures.py", tmp_path / "none", code=1)
-    assert "nothing to draw" in printed and "Traceback" not in printed
+    printed = launch("experiments/figures.py", "--results", tmp_path / "none", code=1)
+    assert "no folder" in printed and "Traceback" not in printed

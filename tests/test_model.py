@@ -32,7 +32,7 @@ from omni import rollout
 def setup(toy_dir):
     """Policy, the plain HF model, and prompts with audio, without, and of different lengths."""
     policy = model.load(
-        toy_dir / "model", lora_rank=0, train_towers=True, gradient_checkpointing=False
+        toy_dir / "model", lora_rank=0, train_towers=True
     )
     prompts, build = toy_prompts(toy_dir)
     assert "audio" in prompts[0].media and "audio" not in prompts[1].media
@@ -304,7 +304,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
 
     _, _, prompts, build = setup
     policy = model.load(
-        toy_dir / "model", lora_rank=4, train_towers=False, gradient_checkpointing=False
+        toy_dir / "model", lora_rank=4, train_towers=False
     )
     completions = random_completions(SIZES)
     base = model.completion_logprobs(policy, prompts, completions, 1.0)[0].detach()

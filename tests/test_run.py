@@ -104,7 +104,7 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     """
     rows = tmp_path / "rows"
     shutil.copytree(toy_dir / "stage2", rows)
-    items = [json.loads(line) for line in (rows / "train.jsonl").open()]
+    items = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()]
     for item in items[::2]:
         item["use_audio"] = False
     (rows / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

@@ -16,6 +16,7 @@ from conftest import RECIPE, ROOT
 
 from rows import data
 import hints
+import prepare
 import rewards
 import toy
 
@@ -71,7 +72,8 @@ def test_what_is_seen_and_heard_is_what_the_row_says(toy_dir):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_rows_are_complete_and_scorable(toy_dir, stage):
-    assert data.check(toy_dir / f"stage{stage}" / "train.jsonl", RECIPE)[1] == []
+    problems = list(prepare.examine(toy_dir / f"stage{stage}" / "train.jsonl", RECIPE, None, 2))
+    assert problems == [None] * 16
     for row in rows_of(toy_dir, stage):
         truth = (row["answer"], row["answer_type"], row.get("options"))
         assert rewards.accuracy_reward(row["answer"], *truth) == 1

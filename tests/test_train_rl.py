@@ -87,7 +87,7 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
 
 
 def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):
-    rows = [json.loads(line) for line in (toy_dir / "stage2" / "train.jsonl").open()]
+    rows = [json.loads(line) for line in (toy_dir / "stage2" / "train.jsonl").read_text().splitlines()]
     rows[0]["hint"] = f"the answer is {rows[0]['answer']}"
     leaky = toy_dir / "stage2" / "leaky.jsonl"
     leaky.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-import toy
+from rows import synthetic
 
 REPLIES = {}  # question -> what the model says to it
 
@@ -34,13 +34,13 @@ def media(tmp_path_factory):
     store = tmp_path_factory.mktemp("media")
     rng = np.random.default_rng(0)
     seconds = [([("left", "red", "circle")], "low"), ([("right", "blue", "square")], "high")]
-    toy.write_clip(store / "film.mp4", seconds, rng)
+    synthetic.write_clip(store / "film.mp4", seconds, rng)
     with av.open(str(store / "silent.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=4, options={"preset": "ultrafast"})
         stream.width = stream.height = 56
         stream.pix_fmt = "yuv420p"
         for shapes, _ in seconds * 4:
-            image = av.VideoFrame.from_ndarray(toy.draw_frame(shapes, rng), format="rgb24")
+            image = av.VideoFrame.from_ndarray(synthetic.draw_frame(shapes, rng), format="rgb24")
             container.mux(stream.encode(image))
         container.mux(stream.encode(None))
     with wave.open(str(store / "sound.wav"), "wb") as file:

@@ -1,9 +1,9 @@
 """
 The paper's benchmarks: from each one's published form to a score worked out by hand.
 
-    python -m pytest tests/test_benchmarks.py
+    python -m pytest tests/test_published.py
 
-The folders are small, in the true schema, with real media (benchmark_fixtures.py). In one run the
+The folders are small, in the true schema, with real media (published_fixtures.py). In one run the
 replies are given, and everything else is real: conversion, decoding, prompts, reading, scoring. In
 another run the toy model replies.
 """
@@ -15,7 +15,7 @@ import wave
 import numpy as np
 import pytest
 import torch
-from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
+from published_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
 from conftest import RECIPE, launch
 
 from evaluation import annotations
@@ -23,7 +23,7 @@ from evaluation import published
 from rows import data
 import eval as evaluation
 from omni import model
-from evaluation import protocol
+from evaluation import items, protocol
 from evaluation import tables
 
 FLAGS = ("--max-frames", 4, "--max-pixels", 56 * 56, "--max-audio-seconds", 8)
@@ -156,7 +156,7 @@ def test_the_toy_model_on_all(toy_dir, benchmark_root, tmp_path):  # noqa: F811
     assert len(done) == len(records) - sum(open_ for _, open_, _, _ in fifteen)
     with pytest.MonkeyPatch.context() as patch:
         alone = lambda prompts: [[b] for b in range(len(prompts))]  # noqa: E731
-        patch.setattr("rollout.families_of", alone)
+        patch.setattr("omni.rollout.families_of", alone)
         evaluate(toy_dir, benchmark_root, tmp_path / "b", *flags)
     by_id = lambda rs: sorted(rs, key=lambda r: (r["file"], r["prompt_id"]))  # noqa: E731
     assert by_id(tables.read_records(tmp_path / "b")) == by_id(records)
@@ -300,15 +300,15 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
     benchmark_root,  # noqa: F811
     tmp_path,
 ):
-    items = json.loads((benchmark_root / name / file).read_text())
+    entries = json.loads((benchmark_root / name / file).read_text())
     shutil.copytree(benchmark_root / name, tmp_path / name)
-    (tmp_path / name / file).write_text(json.dumps([items[0] | edit, *items[1:]]))
+    (tmp_path / name / file).write_text(json.dumps([entries[0] | edit, *entries[1:]]))
     folder, rows = published.load(name, tmp_path)
     missing = published.missing_media(folder, rows)
     assert all("y" == path or "v" * 400 in path for path in missing)
     assert bool(missing) == ("video_id" in edit or "audio_path" in edit)
     args, _ = evaluation.parse_args([])
-    asked, settled = evaluation.new_items(name, rows, {}, args, None)
+    asked, settled = items.new_items(name, rows, {}, args, None)
     assert len(asked) + len(settled) == len(rows) and len(settled) == bool(told)
     for record in settled:
         assert told in record["failure"] and record["score"] == 0
@@ -328,13 +328,13 @@ def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
     media(tmp_path / "rows" / "film.mp4", "film")
     media(tmp_path / "outside.mp4", "film")
     row = dict(prompt_id="x", video="film.mp4")
-    assert evaluation.hears(tmp_path / "rows", row, RECIPE)
-    assert not evaluation.hears(tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0))
-    assert evaluation.hears(
+    assert items.hears(tmp_path / "rows", row, RECIPE)
+    assert not items.hears(tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0))
+    assert items.hears(
         tmp_path / "rows", row | dict(end=0.9), RECIPE._replace(max_audio_seconds=1.0)
     )
     with pytest.raises(data.BadRow, match="is not in the JSONL's folder"):
-        evaluation.hears(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
+        items.hears(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
     with av.open(str(tmp_path / "outside.mp4")) as old:  # a stream tells no length
         to = str(tmp_path / "rows" / "live.mkv")
         with av.open(to, "w", format="matroska", options=dict(live="1")) as new:
@@ -343,7 +343,7 @@ def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
                 if packet.dts is not None:
                     packet.stream = streams[packet.stream.index]
                     new.mux(packet)
-    assert not evaluation.hears(tmp_path / "rows", row | dict(video="live.mkv"), RECIPE)
+    assert not items.hears(tmp_path / "rows", row | dict(video="live.mkv"), RECIPE)
 
 
 # ---- the authors' recipe
@@ -428,7 +428,7 @@ def test_options_that_are_letters(truth):
     texts = ["C", "A", "dog", "B"]
     record = {}
     for i, text in enumerate(texts):
-        evaluation.judge(record, row, f"<answer>{text}</answer>", False, "tomato", False)
+        items.judge(record, row, f"<answer>{text}</answer>", False, "tomato", False)
         assert record["score"] == (i == truth)
 
 
@@ -440,7 +440,7 @@ def test_an_empty_option_shifts_no_letter(texts):
         row, record = data.normalize_row(row), {}
         for letter, text in choices.items():
             if text:
-                evaluation.judge(record, row, f"<answer>{text}</answer>", False, "mmvu", False)
+                items.judge(record, row, f"<answer>{text}</answer>", False, "mmvu", False)
                 assert record["score"] == (letter == truth)
 
 
