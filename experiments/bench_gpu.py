@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from run import arguments, ending, files, processes, sharding  # before torch
+from run import arguments, ending, files, graphs, processes, sharding  # before torch
 
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
@@ -247,7 +247,7 @@ def main():
     }
     for part, measured in parts.items():
         show(part, measured())
-    result["no_graph"] = [str(error) for error in rollout._no_graph]  # why there was none, if so
+    result["no_graph"] = [str(error) for error in graphs._no_graph]  # why there was none, if so
     for part in [] if args.no_plain else list(parts)[1:]:  # last: what does not fit, may do harm
         add_plain(args, policy, result[part])
         show(part, result[part])

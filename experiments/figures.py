@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from run import HERE, arguments, ending  # before torch
+from run import HERE, UserError, arguments, ending  # before torch
 
 import matplotlib
 import numpy as np
@@ -304,7 +304,7 @@ def parse_args(argv=None):
 def main():
     folder = Path(parse_args().results)
     if not folder.is_dir():
-        raise SystemExit(f"experiments.figures: no folder {folder}")
+        raise UserError(f"there is no folder {folder}")
     missing = write_all(folder)
     print(f"{folder}: figures, tables.md" + f"; not run: {', '.join(missing)}" * bool(missing))
 

@@ -127,6 +127,10 @@ def python(script, *words, log):
         raise run.UserError(f"{script} ended with {done.returncode}, see {log}:\n{tail}")
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def hasty_model():
     """
     The start of "sparse": a model that answers without looking. Stage-0 rows whose reasoning is
@@ -138,7 +142,7 @@ def hasty_model():
     shutil.rmtree(final.parent, ignore_errors=True)
     log = RUNS / "hasty.log"
     python("toy.py", "--stages", 0, log=log)
-    rows = [json.loads(line) for line in (run.HERE / "toy/stage0/train.jsonl").open()]
+    rows = read_lines(run.HERE / "toy/stage0/train.jsonl")
     is_hasty = lambda row: row["reasoning"].startswith("it seems")
     kinds = [
         [row for row in rows if is_hasty(row)],
@@ -190,7 +194,7 @@ def train(flags, seed, start=None):
 
 def read_run(folder):
     """-> what figures.py needs of a run."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    steps = read_lines(folder / "metrics.jsonl")
     about = json.loads((folder / "done.json").read_text())
     curve = [[m["completions_generated"], m["eval/acc"]] for m in steps if "eval/acc" in m]
     if about["before"] is not None:
@@ -213,7 +217,7 @@ def evaluate(folder, model, seed):
         shutil.rmtree(out, ignore_errors=True)
         flags = ["--temperature", 1, "--seed", seed] + (["--model", model] if model else [])
         python("eval.py", *flags, "--out", out, log=folder.with_suffix(".log"))
-    records = [json.loads(line) for line in (out / "records.jsonl").open()]
+    records = read_lines(out / "records.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(model or run.HERE / "toy/model")
     items = [
         [Path(r["file"]).parent.name, len(tokenizer(r["completion"] or "").input_ids), r["score"]]

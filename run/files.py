@@ -79,11 +79,11 @@ def lock(out):
         file = open(out / "lock", "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"{out} belongs to a run that is going on ({file.read()}): wait for it, or choose "
-            "another --out"
-        ) from None
+        with file:
+            file.seek(0)
+            who = file.read()
+        told = f"{out} belongs to a run that is going on ({who}): wait for it, or choose another --out"
+        raise UserError(told) from None
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             print0(f"  {out}: no locks on this file system: see that one run at a time uses it")

@@ -29,6 +29,7 @@ from conftest import RECIPE
 
 STEPS = 4
 KEEP = ("--steps", STEPS, "--save-every", 1, "--keep", 9, "--eval-every", 0)
+STARTED = []  # processes of the present test
 KEEP += ("--hint-patience", 1, "--hint-kl", 10, "--prompts-per-step", 8)
 
 
@@ -37,7 +38,15 @@ def start(*command, processes=1, **options):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, command)]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(words, cwd=ROOT, **pipe, **options)
+    STARTED.append(subprocess.Popen(words, cwd=ROOT, **pipe, **options))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def pipes_are_closed():
+    yield
+    while STARTED:
+        STARTED.pop().stdout.close()
 
 
 def children(process):
@@ -186,7 +195,7 @@ def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(straight, tmp_path):
 
 def test_a_checkpoint_before_the_first_step_is_the_start(toy_dir, tmp_path):
     """torch would make a first step of AdamW with zero gradients for its state."""
-    policy = model.load(toy_dir / "model", 0, False, False)
+    policy = model.load(toy_dir / "model", 0, False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     checkpoint.save(tmp_path, 0, policy, optimizer, dict(number=7), keep=1)

@@ -79,10 +79,11 @@ def test_packed_logprobs_equal_hf(setup, temperature):
 
 
 @pytest.mark.parametrize("lora_rank, checkpointing", [(0, False), (0, True), (2, False)])
-def test_gradients_equal_copies(setup, toy_dir, lora_rank, checkpointing):
+def test_gradients_equal_copies(setup, toy_dir, lora_rank, checkpointing, monkeypatch):
     """One packed row against G whole copies, for every parameter of text model and towers."""
     _, hf, prompts, _ = setup
-    policy = model.load(toy_dir / "model", lora_rank, True, checkpointing)
+    monkeypatch.setattr(model, "SMALL", 0 if checkpointing else model.SMALL)
+    policy = model.load(toy_dir / "model", lora_rank, True)
     hf = copy.deepcopy(hf)
     if lora_rank:
         torch.manual_seed(0)
@@ -294,8 +295,8 @@ def test_time_positions_of_an_aligned_clip(setup):
 def test_a_new_adapter_is_the_same_everywhere(toy_dir):
     """Else each rank would shard its own, and a run killed before its first checkpoint differ."""
     torch.manual_seed(5)
-    one = dict(model.load(toy_dir / "model", 2, False, False).named_parameters())
-    two = dict(model.load(toy_dir / "model", 2, False, False).named_parameters())
+    one = dict(model.load(toy_dir / "model", 2, False).named_parameters())
+    two = dict(model.load(toy_dir / "model", 2, False).named_parameters())
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
@@ -323,7 +324,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
     folders.save(policy, tmp_path / "final", build.processor)
     PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
-    again = model.load(tmp_path / "final", 0, False, False)  # merged
+    again = model.load(tmp_path / "final", 0, False)  # merged
     with torch.no_grad():
         torch.testing.assert_close(
             model.completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0
@@ -341,7 +342,7 @@ def test_saved_folder_is_standard(setup, tmp_path):
 
 def test_no_such_model():
     with pytest.raises(FileNotFoundError, match="no Qwen2.5-Omni model at nowhere/model"):
-        model.load("nowhere/model", 0, False, False)
+        model.load("nowhere/model", 0, False)
 
 
 def test_micro_batches():
@@ -422,7 +423,7 @@ def test_the_gpu_benchmark_runs_on_a_small_model(tmp_path):
         "--hidden 128 --layers 1 --heads 2 --kv-heads 1 --vocab 512 --prompts 32 64 --new-tokens 4"
     )
     flags = f"--device cpu --repeats 1 --out {tmp_path / 'b.json'} {sizes}".split()
-    printed = launch("bench_gpu.py", *flags)
+    printed = launch("experiments/bench_gpu.py", *flags)
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["gap"][0]["max"] < 1e-4
     for part, sides in (("update", 2), ("rollout", 2), ("rollout of 8", 2)):

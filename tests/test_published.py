@@ -477,7 +477,7 @@ def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  #
     build = model.InputBuilder(toy_dir / "model", RECIPE, tmp_path, False)
     clip = data.decode_clip(row, tmp_path, RECIPE)
     plain = Thinker.from_pretrained(toy_dir / "model")
-    policy = model.load(toy_dir / "model", 0, False, False)
+    policy = model.load(toy_dir / "model", 0, False)
     seen = []
     for order in ((2, 1), (1, 2)):
         text = "Is [audio{}] or [audio{}] louder in [img1]?".format(*order)

@@ -44,7 +44,7 @@ def test_the_cache_keeps_the_last_used_within_its_bound():
 def test_what_the_towers_made_takes_the_place_of_the_clip(toy_dir):
     rows = data.Rows(toy_dir / "stage2" / "train.jsonl")
     build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, audio_captions=False)
-    policy, encoded = model.load(toy_dir / "model", 0, False, False), []
+    policy, encoded = model.load(toy_dir / "model", 0, False), []
     encode = lambda prompt: encoded.append(1) or policy.encoded(prompt)  # noqa: E731
     reader = Reader(build, 10**6, encode)
     first, again = reader.get(rows[0]), reader.get(rows[0], "a hint")

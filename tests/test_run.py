@@ -139,14 +139,14 @@ def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
     config = json.loads((tmp_path / "b" / "final" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "b" / "base")
     # the base of b is the whole of a: the first step of b starts where a ended
-    a, base = (model.load(tmp_path / n, 0, False, False) for n in ("a/final", "b/base"))
-    b, raw = (model.load(n, 0, False, False) for n in (tmp_path / "b/final", toy_dir / "model"))
+    a, base = (model.load(tmp_path / n, 0, False) for n in ("a/final", "b/base"))
+    b, raw = (model.load(n, 0, False) for n in (tmp_path / "b/final", toy_dir / "model"))
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     weight = lambda policy: policy.thinker.get_parameter(name)  # noqa: E731
     assert (weight(a) == weight(base)).all()
     assert (weight(a) != weight(raw)).any() and (weight(b) != weight(base)).any()
     (tmp_path / "b").rename(tmp_path / "moved")  # the base moves with the adapter
-    assert (weight(model.load(tmp_path / "moved/final", 0, False, False)) == weight(b)).all()
+    assert (weight(model.load(tmp_path / "moved/final", 0, False)) == weight(b)).all()
 
 
 def test_an_adapter_names_its_base_from_the_root(toy_dir, tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
     assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
-    (tmp_path / "held" / "run.json").write_text("{}")
+    (tmp_path / "held" / "run.json").write_text('{"arguments": {}}')
     assert "already holds a run" in mistake(
         "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
     )

@@ -15,10 +15,10 @@ import torch
 from conftest import RECIPE, ROOT
 
 from rows import data
-import hints
 import prepare
 import rewards
 import toy
+from teachers.leaks import hint_leak
 
 
 def rows_of(toy_dir, stage, split="train"):
@@ -28,7 +28,8 @@ def rows_of(toy_dir, stage, split="train"):
 
 def test_two_runs_that_begin_at_once_make_the_toy_once(tmp_path):
     command = [sys.executable, "toy.py", "--out", tmp_path / "toy", "--stages"]
-    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    both = [subprocess.Popen(command, **quiet) for _ in range(2)]
     assert [process.communicate()[1].decode() for process in both] == ["", ""]
     assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == ["lock", "model"]
 
@@ -82,7 +83,7 @@ def test_rows_are_complete_and_scorable(toy_dir, stage):
             text = data.completion_text(row)
             assert rewards.format_reward(text) == 1 and rewards.parse_answer(text) == row["answer"]
         else:
-            assert not hints.hint_leak(row["hint"], *truth)
+            assert not hint_leak(row["hint"], *truth)
 
 
 def test_train_and_held_out_rows_differ(toy_dir):

@@ -23,8 +23,8 @@ ARGS = Namespace(
 @pytest.fixture(scope="module")
 def setup(toy_dir):
     prompts, build = toy_prompts(toy_dir)
-    policy = model.load(toy_dir / "model", 0, False, False)
-    reference = model.load(toy_dir / "model", 0, False, False).requires_grad_(False)
+    policy = model.load(toy_dir / "model", 0, False)
+    reference = model.load(toy_dir / "model", 0, False).requires_grad_(False)
     with torch.no_grad():  # else pi = pi_ref, and no KL would show
         for parameter in policy.thinker.lm_head.parameters():
             parameter += 0.02 * torch.randn(
