@@ -222,7 +222,7 @@ class ReplayBuffer:
         """The prompt's entries born before step, in order of arrival, hinted and plain alike."""
         return [i.entry for i in self._items.get(prompt_id, []) if i.born_step < step]
 
-    def draw(self, num_groups, num_off, step, rng, max_staleness=0):
+    def draw(self, num_groups, num_off, step, rng):
         """
         tier: 40/35/25 % of the groups   q in tier: weight max(s (u + v), 1 % of the largest) [DRAW]
         u, v >= 0: how far the rewards of q reach above and below R̄(q); s = 2 if both do, else 1.
@@ -232,7 +232,6 @@ class ReplayBuffer:
         num_off     int >= 1      completions per group, of one prompt: it is then encoded once
         step        int           nothing born at or after it is drawn
         rng         numpy Generator
-        max_staleness  int        nothing born more steps ago is drawn; 0 = no limit
         returns     list of lists of num_off entries: no prompt twice; hinted and plain never
                     mixed, as their prompts differ; shorter when too little is stored
         raises      ValueError    num_groups or num_off out of range
@@ -243,13 +242,12 @@ class ReplayBuffer:
         """
         if num_groups < 0 or num_off < 1:
             raise ValueError(f"need num_groups >= 0, num_off >= 1, got {num_groups} and {num_off}")
-        oldest = step - max_staleness if max_staleness else -math.inf
         pools = {tier: [] for tier in SHARES}  # [(usefulness, mean, items)], ordered as tiers()
         for prompt_id, tier in self.tiers().items():
             if prompt_id not in self._items:
                 continue
             mean, stored, options = self._means[prompt_id], self._items[prompt_id], []
-            recent = [item for item in stored if oldest <= item.born_step < step]
+            recent = [item for item in stored if item.born_step < step]
             for hinted in (False, True):
                 items = [item for item in recent if item.entry.hinted == hinted]
                 if len(items) >= num_off:

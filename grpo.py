@@ -3,7 +3,6 @@ The objective of AVATAR, arXiv:2508.03100: advantages of fresh and of replayed c
 clipped, KL-regularised loss over both. Torch only: copy this file freely.
 
 The constants are our choices where the paper is silent: numerics, not hyperparameters of a run.
-
 N completions of a micro-batch, T tokens of the longest, G fresh completions of a prompt, M replayed
 completions of a step.
 """

@@ -9,6 +9,8 @@ None, and None never earns a reward. Time is linear in the length of the text.
 
 import math
 import re
+import unicodedata
+from collections import Counter
 
 PARTS = ("format", "acc", "self", "judge")
 
@@ -44,21 +46,6 @@ def parse_answer(text):
     return split_completion(text)[1]
 
 
-def reasoning_steps(think):
-    """
-    Cuts the reasoning into the steps that a stepwise judge scores.
-
-    think      str or None   the first half of split_completion
-    returns    list of str   its lines; when it is one line, its sentences; [] for None
-
-    There is no cut after a number and a point, so that "1. Look left." stays one step.
-    """
-    steps = (think or "").strip().splitlines()
-    if len(steps) == 1:
-        steps = re.split(r"(?<=[.!?])(?<!\d\.)\s+", steps[0])
-    return [step.strip() for step in steps if any(c.isalnum() for c in step)]
-
-
 def format_reward(text):
     """
     R_format = +1 if the completion is <think>...</think><answer>...</answer>, else -1  [R.format]
@@ -73,22 +60,39 @@ def format_reward(text):
     return 1.0 if think and answer and not (before or between or after) else -1.0
 
 
+# ---- how an answer is written -------------------------------------------------------------------
+
+_LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|rm))\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
+_MATH = re.compile(r"\$([^$]*)\$|\\\(([^\\]*)\\\)")
+
+
+def _written(text):
+    r"""The same in plain characters: \boxed{\text{B}}, $B$ and a full-width B are B; so are digits."""
+    if not text.isascii():  # a power is no digit: 10² is not 102
+        plain = [c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text]
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in plain)
+    for _ in range(3):  # one inside the other
+        text = _LATEX.sub(r"\1", _FRACTION.sub(r"\1/\2", text))
+    return _MATH.sub(r"\1\2", text)
+
+
 # ---- options and letters -------------------------------------------------------------------------
 
 _LETTERS = "ABCDEFGHIJ"
-_EDGES = ".,;:!?\"'()[]{}*_`“”‘’"  # not + - # %: "-5" is not "5" and "C#" is not "C"
+_EDGES = ".,;:!?\"'()[]{}*_`“”‘’。、"  # not + - # %: "-5" is not "5" and "C#" is not "C"
 OPTION_PREFIX = re.compile(r"\s*\(?([A-Ja-j])[).:]+\s*")
 _LEAD = re.compile(  # "B", "(B", "**B", "option B", "The correct answer is: B"
-    r"(?:(?i:the|correct|right|best|final|answer|option|choice|letter|is)\b[\s:]*){0,6}"
+    r"(?:(?:(?i:the|correct|right|best|final|answer|option|choice|letter|is)\b|选项?|答案|是)[\s:]*){0,6}"
     r"[(\[{*\"'`]*([A-Ja-j])(?!\w|['’]\w)"
 )
 _AFTER = re.compile(  # what parts a letter from the words after it; a space does not ("A dog")
-    r"[*\"'`]*(?:[)\]}][.:,]?|[:,]|\.(?=[\s*]|$)|\s[-–—]\s|\s*\n)[*\"'`]*"
+    r"[*\"'`]*(?:[)\]}][.:,]?|[:,、]|\.(?=[\s*]|$)|\s[-–—]\s|\s*\n)[*\"'`]*"
 )
 _MENTION = re.compile(  # a letter by itself; a or i before a word is an article or a pronoun
     r"(?i)(?<!\w)(?<!\w['’.])(?:[b-hj]|[ai](?!\s+\w\w))(?!\w|['’.]\w)"
 )
-_SEPARATORS = (r"[;|\n]", r",", r"[&+/]|\b(?i:and)\b")  # tried in turn: an option may hold commas
+_SEPARATORS = (r"[;|\n]", r"[,、]", r"[&+/]|\b(?i:and)\b")  # tried in turn: an option may hold commas
 
 
 def _plain(text):
@@ -107,7 +111,7 @@ def _option_table(options):
     prefixes = {letter: OPTION_PREFIX.match(text) for letter, text in table.items()}
     if all(prefix and prefix[1].upper() == letter for letter, prefix in prefixes.items()):
         table = {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
-    return {letter: _plain(text) for letter, text in table.items()}
+    return {letter: _plain(_written(text)) for letter, text in table.items()}
 
 
 def _letters_of_text(text, table):
@@ -140,7 +144,7 @@ def _read_letters(text, table, separators):
     """A frozenset of letters, or None as soon as one piece of the list cannot be read."""
     if letter := _read_letter(text, table, strict=bool(separators)):
         return frozenset(letter)
-    compact = re.sub(r"[\s()\[\].,;|&+/]", "", text)  # "AC", "A, C", "(A)(C)"
+    compact = re.sub(r"[\s()\[\].,、;|&+/]", "", text)  # "AC", "A, C", "(A)(C)"
     if compact and set(compact) <= set(table):
         return frozenset(compact)
     if not separators:
@@ -166,6 +170,11 @@ _SPELLED = {name: float(value) for value, name in enumerate(_NAMES)}  # zero .. 
 # words that alter the number they stand beside: with one of them it is not a number we know
 _ALTERING = "no not none minus negative thousand million billion dozen half third thirds quarters"
 _NUMBER_WORDS = set(" ".join([_ALTERING, *_NAMES]).split())
+_UNSURE = re.compile(  # "> 5", "at least 5", "5 or more", "5+", "+-5", "- 5", "5k", "5M"
+    r"[<>≤≥±]|\+\s*[-−]|[-−–]\s+\d|\d\+|\d\s?[kKMB]\b|(?i:\bor\s+(?:more|less|fewer)\b)"
+    r"|(?i:\b(?:than|least|most|over|under|above|below|up\s+to)\s+(?:\S*\d|(?:%s)\b))"
+    % "|".join(_ONES + _TEENS + _TENS)
+)
 _NUMERAL = re.compile(  # "$1,234.5" "-3" "(5)" ".5" "1/2", any unit after it: "50%" "5km"
     r"[^\w.+-]*([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"
     r"(?:[eE][+-]?[0-9]+)?)(?:/([0-9]+))?\D*"
@@ -176,7 +185,7 @@ def _read_number(text):
     """The one number of the text as a finite float, or None."""
     if _plain(text) in ("no", "none"):  # "no" inside a sentence is not a count
         return 0.0
-    if any(c.isnumeric() and not c.isascii() for c in text):
+    if _UNSURE.search(text) or any(c.isnumeric() and not c.isascii() for c in text):
         return None
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-").casefold()
     numerals = [word for word in text.split() if re.search("[0-9]", word)]
@@ -197,7 +206,8 @@ def _read_number(text):
 
 
 def _read_yesno(text):
-    polarity = {"yes": "yes", "true": "yes", "y": "yes", "no": "no", "false": "no", "n": "no"}
+    yes, no = dict.fromkeys(("yes", "true", "y", "是"), "yes"), ("no", "false", "n", "否")
+    polarity = yes | dict.fromkeys(no, "no")
     words = _plain(text).split()
     said = {polarity[word] for word in words if word in polarity}
     return polarity.get(words[0]) if len(said) == 1 else None
@@ -229,6 +239,8 @@ _READERS = {
     "number": lambda text, options: _read_number(text),
     "text": lambda text, options: _read_text(text),
     "location": lambda text, options: _read_pairs(text),
+    "ocr": lambda text, options: tuple(_plain(text).split()) or None,
+    "free-form": lambda text, options: tuple(_plain(text).split()) or None,
 }
 
 
@@ -237,26 +249,27 @@ def normalize_answer(answer, answer_type, options=None):
     Brings equal answers to one form, for the accuracy reward and for the vote.
 
     answer       str or None   parsed answer
-    answer_type  str           one of the six below
+    answer_type  str           one of the eight below
     options      list, dict    "choice" and "multi" only: ["red"], ["A. red"] or {"A": "red"};
                  or None       at most 10; None: letters A..J only
     returns      hashable, or None when the answer cannot be read for certain
-      choice     letter: "B" "(b)" "B." "B) any words" "the answer is B", or an option's text,
+      choice     letter: "B" "(b)" "B) any words" "the answer is B" "选项B", or an option's text,
                  which goes first if it is itself a letter; None: a second letter or another
                  option's text after the letter, other words after a space alone ("A dog")
       multi      frozenset of letters: "A, C" "AC" "A and C", or texts with , ; | between them
       yesno      "yes" or "no" by the leading word; both in one answer is None
       number     float, the only number there: "-1,234.5" "1/2" "twenty-one" (to 999); a unit
-                 or % is dropped, not converted; "5 of 10", "3-4", "5 million", infinity and
-                 digits other than 0-9 are None; "no" and "none" are 0 as the whole answer
+                 or % is dropped, not converted; "5 of 10", "3-4", "5 million", "5k", "> 5", "at
+                 least 5" and infinity are None; "no" and "none" are 0 as the whole answer
       text       casefolded str without articles and without punctuation at the edges of words
       location   frozenset of (place, object): "left: cat | right: dog", separated by | ;
                  newline, or a comma that a "place:" follows; no list of places is assumed
+      ocr, free-form   tuple of casefolded words without punctuation at their edges
     raises       ValueError    unknown answer_type; options over 10 or with letters not A..J
     """
     if answer_type not in _READERS:
         raise ValueError(f"unknown answer_type {answer_type!r}, expected one of {list(_READERS)}")
-    return None if answer is None else _READERS[answer_type](answer, options)
+    return None if answer is None else _READERS[answer_type](_written(answer), options)
 
 
 # ---- the rewards of an answer --------------------------------------------------------------------
@@ -276,11 +289,33 @@ def _normalize_truth(truth, answer_type, options):
     return form
 
 
+def _distance(said, truth, swap):
+    """Least edits from one list of words to the other: +1, -1, or another word for `swap`."""
+    row = list(range(len(truth) + 1))
+    for i, word in enumerate(said, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(truth, 1):
+            edits = row[j] + 1, row[j - 1] + 1, corner + swap * (word != other)
+            corner, row[j] = row[j], min(edits)
+    return row[-1]
+
+
+def _rouge(said, truth):
+    """Mean F1 of shared words, shared pairs (if the truth has one), longest common subsequence."""
+    scores = [1 - _distance(said, truth, 2) / (len(said) + len(truth))]  # 2 LCS = both - distance
+    for n in range(1, min(2, len(truth)) + 1):
+        a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, truth))
+        scores.append(2 * (a & b).total() / (a.total() + b.total()))
+    return sum(scores) / len(scores)
+
+
 def accuracy_reward(answer, truth, answer_type, options=None):
     """
     R_acc = 1[a = y]                                    choice, yesno, text             [R.acc]
     R_acc = max(0, 1 - |a - y| / |y|), 1[a = y] if y=0  number
     R_acc = 2 |a & y| / (|a| + |y|)                     multi, location: F1 of two sets
+    R_acc = max(0, 1 - edits / |y|)                     ocr: 1 - word error rate
+    R_acc = mean of ROUGE-1, ROUGE-2, ROUGE-L (F1)      free-form                       [U21]
     Scores the parsed answer a against the truth y, both in the form of normalize_answer. [U11]
 
     answer       str or None        parsed answer; None scores 0
@@ -298,6 +333,10 @@ def accuracy_reward(answer, truth, answer_type, options=None):
         return 0.0
     if answer_type == "number" and truth != 0:
         return max(0.0, 1 - abs(answer - truth) / abs(truth))
+    if answer_type == "ocr":
+        return max(0.0, 1 - _distance(answer, truth, 1) / len(truth))
+    if answer_type == "free-form":
+        return _rouge(answer, truth)
     if answer_type in ("multi", "location"):
         return 2 * len(answer & truth) / (len(answer) + len(truth))
     return float(answer == truth)
@@ -330,51 +369,21 @@ def self_consistency_rewards(answers, mean_logprobs, answer_type, options=None):
     return [float(form is not None and form == winner) for form in forms]
 
 
-# ---- the judge and the sum -----------------------------------------------------------------------
-
-
-def judge_reward(step_scores):
-    """
-    R_judge = (1/S) sum_s clip(score_s, 0, 1)                                          [R.judge]
-    Averages what the judge gave to the S steps of the reasoning.
-
-    step_scores  S of float, or None
-    returns      float in [0, 1]; None is "not judged", which is not zero: no scores, or one
-                 among them None, NaN or infinite
-    """
-    if not step_scores or any(s is None or not math.isfinite(s) for s in step_scores):
-        return None
-    return sum(min(max(float(s), 0.0), 1.0) for s in step_scores) / len(step_scores)
-
-
-def combine_rewards(parts, weights):
-    """
-    R = sum_k w_k r_k                                                                  [R.stage]
-    Adds the parts of one completion's reward with the weights of the stage.
-
-    parts      dict of float or None   e.g. {"format": 1.0, "acc": 0.5, "judge": None}
-    weights    dict of float           which parts count, and how much; other parts are ignored
-    returns    float; None if a part is None (not judged): leave the completion out, not at zero
-    raises     ValueError              a weighted part is missing
-    """
-    missing = [name for name in weights if name not in parts]
-    if missing:
-        raise ValueError(f"reward parts {missing} are weighted but missing from {list(parts)}")
-    if any(parts[name] is None for name in weights):
-        return None
-    return float(sum(weight * parts[name] for name, weight in weights.items()))
+# ---- the sum ---------------------------------------------------------------------------------------
 
 
 def reward_completions(row, texts, mean_logprobs, weights, judge):
     """
-    All parts of the reward for the completions of one prompt, and their sum          [R.stage]
+    R = sum_k w_k r_k                                                                  [R.stage]
+    All parts of the reward for the completions of one prompt, and their sum.
 
     row            dict            `answer`, `answer_type`, `options` of the prompt
     texts          G of str        the completions
     mean_logprobs  G of float      mean log-likelihood of a completion's tokens, nats
-    weights        dict of float   format, acc, self, judge: as in combine_rewards
-    judge          callable(row, steps) -> scores of the steps; asked only if its part counts
-    returns        G of (R or None, {part: value})
+    weights        dict of float   format, acc, self, judge: which parts count, and how much
+    judge          callable(row, think) -> float in [0, 1]; asked only if its part counts; None is
+                   "not judged", which is not zero
+    returns        G of (R, {part: value}); R None: not judged, leave the completion out
     """
     answer_type, options = row["answer_type"], row.get("options")
     thinks, answers = zip(*map(split_completion, texts))
@@ -384,7 +393,8 @@ def reward_completions(row, texts, mean_logprobs, weights, judge):
         accuracy = accuracy_reward(answer, row["answer"], answer_type, options)
         parts = dict(format=format_reward(text), acc=accuracy, self=vote)
         if "judge" in weights:
-            steps = reasoning_steps(think)  # none: no merit in it [U14]
-            parts["judge"] = judge_reward(judge(row, steps)) if steps else 0.0
-        scored.append((combine_rewards(parts, weights), parts))
+            parts["judge"] = judge(row, think)
+        known = all(parts[part] is not None for part in weights)
+        total = float(sum(w * parts[part] for part, w in weights.items())) if known else None
+        scored.append((total, parts))
     return scored

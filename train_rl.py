@@ -71,7 +71,6 @@ def parse_args(argv=None):
     flag("--tas-shape", choices=shapes, default="parabolic", metavar="SHAPE", help=told)
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag("--buffer-size", type=int, default=10000, help="completions (paper) [ROOM]")
-    flag("--max-staleness", type=int, default=0, help="steps; older ones rest; 0: no limit [U21]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
     flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
     flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
@@ -101,17 +100,14 @@ def parse_args(argv=None):
             yield "toy", dict(judge="toy")
 
     args, source = arguments.parse(parser, argv, overrides)
-    try:
-        weights = arguments.parse_weights(args.reward_weights, rewards.PARTS)
-    except ValueError as problem:
-        raise UserError(f"--reward-weights: {problem}: write it as format=.5,acc=.5") from None
+    weights = arguments.parse_weights("--reward-weights", args.reward_weights, rewards.PARTS)
     if "judge" in weights and not args.judge:
         raise UserError("the judge part of the reward needs --judge: a URL or a folder")
     arguments.check_bounds(
         args, **arguments.BOUNDS, num_off=0, num_on=1 if args.num_off else 2, prompts_per_step=1,
         buffer_size=max(1, -(-5 * args.num_off // 2)),  # Hard's 40 % have to hold what is drawn at once
         max_new_tokens=1, temperature=1e-3, clip_eps=0, kl_coef=0, tas_lambda=0, hint_patience=1, hint_kl=1e-9,
-        eval_every=0, eval_samples=1, updates_per_rollout=1, max_staleness=0, max_ratio=0, off_policy_coef=0,
+        eval_every=0, eval_samples=1, updates_per_rollout=1, max_ratio=0, off_policy_coef=0,
     )  # fmt: skip
     return args, source, weights
 
@@ -121,9 +117,9 @@ def parse_args(argv=None):
 
 def draw(replay, args, step, again=0):
     """Stored groups, the same on every rank, as all hold the same buffer.            [DRAW] [SPLIT]"""
-    wanted = args.prompts_per_step if args.num_off else 0
+    wanted = args.prompts_per_step * (args.num_off > 0)
     rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
-    return replay.draw(wanted, args.num_off or 1, step, rng, args.max_staleness)
+    return replay.draw(wanted, args.num_off or 1, step, rng)
 
 
 def score(step, step_rows, groups, texts, weights, judged, hinted):
@@ -165,8 +161,8 @@ def main():
         judged = judge.open_judge(args, root, recipe, out, device, toy.judge)
     policy, reference = model.open_policies(folder, args, device, with_reference=args.kl_coef > 0)
     optimizer = optim.adamw(policy, args.lr)
-    nothing = Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)
-    filler = (build.filler, [nothing])  # what a rank reads that has less to do than others
+    # what a rank reads that has less to do than others
+    filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
     encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip
     room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
@@ -183,8 +179,8 @@ def main():
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
     files.begin(out, args, start)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
-    each = args.prompts_per_step
-    processes.print0(f"  {len(rows)} rows, {count} steps of {each}, from step {start}")
+    told = f"{len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
+    processes.print0(f"  {told}")
 
     def small_state():
         """What a step changes before it is sure to count."""

@@ -1,12 +1,11 @@
 """
 Stage 0, cold-start SFT: teach the format and the habit of reasoning before RL, on rows with a
-`reasoning`. The loss is on completion tokens only; every token of the step weighs the same.
+`reasoning`. The loss is on completion tokens only; every token of the step weighs the same. The towers
+train along by default: this is the stage in which the model may still learn to see.
 
     python train_sft.py                                                             # the toy, CPU
     torchrun train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl --out runs/sft     # 1 GPU
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl
-
-The towers train along by default: this is the stage in which the model may still learn to see.
 """
 
 import argparse
@@ -103,7 +102,6 @@ def main():
     def save(step, state):
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
-    # ---- loop
     stream.read_ahead()
     files.begin(out, args, start)
     ending.watch_signals()

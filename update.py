@@ -1,7 +1,6 @@
 """
 The parts of a step that read completions again: the gradient of [J], over fresh and replayed ones, in
 packed micro-batches; and how far the policy has moved on stored ones, which decides about hints.
-
 N completions in all, G of a group.
 """
 

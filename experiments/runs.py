@@ -82,7 +82,6 @@ EXPERIMENTS = {
         "2 updates, lr 1e-4": f"{FULL} --updates-per-rollout 2 --lr 1e-4",
         "GRPO, 4 updates": f"{DENSE} {GRPO['dense']} 12 --lr 7e-5 --updates-per-rollout 4",
         "8 prompts": f"{FULL} --prompts-per-step 8 --eval-every 2 --steps 12",
-        "staleness limit 16": f"{FULL} --max-staleness 16",
         "no KL": f"{FULL} --kl-coef 0",
     },
     "shaping": sweep("--tas-shape", "parabolic", *tas.SHAPES)

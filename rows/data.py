@@ -29,10 +29,12 @@ INSTRUCTIONS = {
     "number": "Answer with a number.",
     "text": "Answer in a few words.",
     "location": "Answer as place: object | place: object.",
+    "ocr": "Answer with the text exactly as it is written.",
+    "free-form": "Answer in a sentence.",
 }
 PROBLEM_TYPES = {  # of Video-R1 and its kin -> ours
     "multiple choice": "choice", "emer_ov_mc": "multi", "judge": "yesno", "numerical": "number",
-    "regression": "number", "free-form": "text", "OCR": "text",
+    "regression": "number", "free-form": "free-form", "OCR": "ocr",
 }  # fmt: skip
 LETTERS = "ABCDEFGHIJ"
 FIELDS = set("prompt_id question answer answer_type options video audio images use_audio start end "

@@ -100,16 +100,19 @@ def check_bounds(args, **bounds):
             raise UserError(f"--{name.replace('_', '-')} {value}: {told} is needed")
 
 
-def parse_weights(text, names):
-    """'format=.5,acc=.5' -> {part: weight}, of the parts called `names`; raises ValueError."""
-    if not text.strip():
-        raise ValueError("it is empty")
-    weights = {}
-    for part in text.split(","):
+def parse_weights(flag, text, names):
+    """'format=.5,acc=.5' -> {part: weight}, of the parts called `names`."""
+    weights, problem = {}, None if text.strip() else "it is empty"
+    for part in text.split(",") if text.strip() else ():
         name, _, weight = part.partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            problem = f"{part!r} has no weight"
         if name not in names:
-            raise ValueError(f"no part called {name}")
-        weights[name] = float(weight)
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"{weight} is no weight")
+            problem = f"there is no part called {name}, only {', '.join(names)}"
+        elif not problem and not math.isfinite(weights[name]):
+            problem = f"{weight} is no weight"
+    if problem:
+        raise UserError(f"{flag}: {problem}: write it as format=.5,acc=.5")
     return weights

@@ -23,6 +23,7 @@ some steps only, leaves the judge model cold; nor that the rules never hit an ho
 import functools
 import hashlib
 import json
+import math
 import re
 import threading
 import time
@@ -215,6 +216,35 @@ def score_steps(teacher, row, steps):
     return teacher.ask(row, ("frames",), text, 64 + 8 * count, accept, shape=shape)
 
 
+def reasoning_steps(think):
+    """
+    Cuts the reasoning into the steps that a stepwise judge scores.
+
+    think      str or None   the first half of split_completion
+    returns    list of str   its lines; when it is one line, its sentences; [] for None
+
+    There is no cut after a number and a point, so that "1. Look left." stays one step.
+    """
+    steps = (think or "").strip().splitlines()
+    if len(steps) == 1:
+        steps = re.split(r"(?<=[.!?])(?<!\d\.)\s+", steps[0])
+    return [step.strip() for step in steps if any(c.isalnum() for c in step)]
+
+
+def judge_reward(step_scores):
+    """
+    R_judge = (1/S) sum_s clip(score_s, 0, 1)                                          [R.judge]
+    Averages what the judge gave to the S steps of the reasoning.
+
+    step_scores  S of float, or None
+    returns      float in [0, 1]; None is "not judged", which is not zero: no scores, or one
+                 among them None, NaN or infinite
+    """
+    if not step_scores or any(s is None or not math.isfinite(s) for s in step_scores):
+        return None
+    return sum(min(max(float(s), 0.0), 1.0) for s in step_scores) / len(step_scores)
+
+
 # ---- while the loop goes on
 
 
@@ -237,7 +267,7 @@ class Judge:
         """Has the reasonings of the completions, a list for each row, scored; returns at once."""
         for row, group_texts in zip(rows, texts):
             for text in group_texts:
-                if steps := rewards.reasoning_steps(rewards.split_completion(text)[0]):
+                if steps := reasoning_steps(rewards.split_completion(text)[0]):
                     self._ask(row, steps)
 
     def _ask(self, row, steps):
@@ -259,11 +289,13 @@ class Judge:
             self._last = time.perf_counter()
             tell(result)
 
-    def __call__(self, row, steps):
-        """-> the scores, or None: not judged [R.judge]."""
+    def __call__(self, row, think):
+        """-> R_judge of a reasoning, or None: not judged [R.judge]. No reasoning: 0 [U14]."""
+        if not (steps := reasoning_steps(think)):
+            return 0.0
         asked, began = self._ask(row, steps), time.perf_counter()
         try:
-            return asked.result()
+            return judge_reward(asked.result())
         except self.failures as problem:
             self.why = str(problem)
             return None

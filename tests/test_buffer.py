@@ -339,16 +339,6 @@ def test_a_short_tier_passes_its_quota_on():
     assert len(b.draw(20, 4, 1, rng())) == 12  # all that is left
 
 
-def test_old_entries_rest_but_stay():
-    b = ReplayBuffer(100, 20)
-    b.observe("q", [0.5])
-    b.add([entry("q", reward, born) for born, reward in ((1, 0.0), (4, 1.0), (5, 0.0))])
-    (group,) = b.draw(1, 2, 6, rng(), max_staleness=2)  # 6 - 4 = 2 is in, 6 - 1 is not
-    assert sorted(e.born_step for e in group) == [4, 5]
-    assert b.draw(1, 3, 6, rng(), max_staleness=2) == [] and len(b) == 3
-    assert len(b.draw(1, 3, 6, rng(), max_staleness=0)[0]) == 3  # no limit
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_flat_prompts_take_only_the_places_that_useful_ones_leave(seed):
     b = ReplayBuffer(10_000, 20)

@@ -77,7 +77,7 @@ def test_the_judge_is_blind_to_the_answer(toy_dir, tmp_path):
         teacher = teacher_of(toy_dir, tmp_path, server.url)
         scored = rewards.reward_completions(
             row | dict(answer="left: red circle", answer_type="location"), [text], [-1.0], {"judge": 1.0},
-            lambda row, steps: score_steps(teacher, row | dict(answer="THE TRUTH"), steps),
+            judge.Judge(lambda row, steps: score_steps(teacher, row | dict(answer="THE TRUTH"), steps), (), 1),
         )  # fmt: skip
         (request,) = server.requests
     assert scored[0][0] == 0.5
@@ -207,11 +207,11 @@ def test_talking_to_a_gullible_judge_does_not_pay(toy_dir, tmp_path):
     """Even one that obeys: no injection gets more than the same reasoning without it."""
     with ChatServer(gullible) as server:
         teacher = teacher_of(toy_dir, tmp_path, server.url)
-        plain = rewards.judge_reward(score_steps(teacher, row_of(toy_dir), STEPS))
+        plain = judge.judge_reward(score_steps(teacher, row_of(toy_dir), STEPS))
         assert plain == 0.25
         for text in INJECTIONS:
             for steps in ([*STEPS, text], [text, *STEPS], [STEPS[0] + " " + text, *STEPS[1:]]):
-                assert rewards.judge_reward(score_steps(teacher, row_of(toy_dir), steps)) < plain
+                assert judge.judge_reward(score_steps(teacher, row_of(toy_dir), steps)) < plain
         assert len(server.requests) == 1  # they were not even sent
         for text in UNSEEN:
             assert not addresses_judge([*STEPS, text])
@@ -225,7 +225,7 @@ def test_talking_to_a_gullible_judge_does_not_pay(toy_dir, tmp_path):
             # and this is what obedience would be worth
             patch.setattr(judge, "DECOY_MAX", 1.0)
             obeyed = score_steps(teacher, row_of(toy_dir), [*STEPS, UNSEEN[0]])
-            assert rewards.judge_reward(obeyed) == 1
+            assert judge.judge_reward(obeyed) == 1
 
 
 def test_rules_take_no_time():
@@ -282,9 +282,9 @@ def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
     texts = [f"<think>{word}</think><answer>x</answer>" for word in ("fast", "slow", "fast")]
     asked.begin([row], [texts])
     assert time.perf_counter() - began < 0.1
-    assert asked(row, ["fast"]) == [1.0] and 0.1 < time.perf_counter() - began < 0.5
+    assert asked(row, "fast") == 1.0 and 0.1 < time.perf_counter() - began < 0.5
     time.sleep(0.6)  # work of the loop
-    assert asked(row, ["slow"]) == [1.0]
+    assert asked(row, "slow") == 1.0
     took, waited = asked.times()
     assert 0.55 < took < 0.75 and 0.15 < waited < 0.35
     assert asked.times() == (0, 0)
@@ -302,7 +302,7 @@ def test_no_more_at_once_than_allowed():
 
     asked = judge.Judge(score, chat.NoAnswer, 3)
     asked.begin([dict(prompt_id="q")], [[f"<think>{i}</think>" for i in range(12)]])
-    assert [asked(dict(prompt_id="q"), [str(i)]) for i in range(12)] == [[1.0]] * 12
+    assert [asked(dict(prompt_id="q"), str(i)) for i in range(12)] == [1.0] * 12
     assert max(most) == 3
 
 
@@ -312,7 +312,7 @@ def test_a_users_mistake_in_a_judge_is_told():
 
     asked = judge.Judge(score, chat.NoAnswer, 1)
     with pytest.raises(data.BadRow):
-        asked(dict(prompt_id="q"), ["x"])
+        asked(dict(prompt_id="q"), "x")
 
 
 # ---- in the loop
@@ -432,3 +432,42 @@ def test_a_judge_behind_a_url_needs_a_name(toy_dir, tmp_path):
         toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1
     )
     assert "which model?" in printed.splitlines()[-1]
+
+
+# ---- steps, and their mean
+
+
+@pytest.mark.parametrize(
+    "think, steps",
+    [
+        (None, []),
+        ("", []),
+        (" \n ", []),
+        ("one step", ["one step"]),
+        ("First look.\n\n  Then listen.  ", ["First look.", "Then listen."]),
+        ("First look. Then listen! Who?", ["First look.", "Then listen!", "Who?"]),
+        ("1. Look left. 2. It is 3.5 m.", ["1. Look left.", "2. It is 3.5 m."]),
+        ("a. b\n---\n***\nc", ["a. b", "c"]),
+    ],
+)
+def test_reasoning_steps(think, steps):
+    assert judge.reasoning_steps(think) == steps
+
+
+@pytest.mark.parametrize(
+    "step_scores, reward",
+    [
+        ([1.0, 0.0], 0.5),
+        ([1, 0.5, 0], 0.5),
+        ([3.0, -0.2], 0.5),  # each is clipped before the mean
+        ([0.0], 0.0),
+        ((1.0,), 1.0),
+        (None, None),
+        ([], None),
+        ([0.5, float("nan")], None),
+        ([0.5, float("inf")], None),
+        ([0.5, None], None),
+    ],
+)
+def test_mean_of_the_steps(step_scores, reward):
+    assert judge.judge_reward(step_scores) == reward

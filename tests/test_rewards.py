@@ -13,17 +13,17 @@ import pytest
 
 import rewards
 import toy
+from teachers import judge
 from rewards import (
     accuracy_reward,
     format_reward,
-    judge_reward,
     normalize_answer,
     parse_answer,
     self_consistency_rewards,
 )
 
 COLORS = ["red", "blue", "green", "dark red"]
-TYPES = ("choice", "multi", "yesno", "number", "text", "location")
+TYPES = ("choice", "multi", "yesno", "number", "text", "location", "ocr", "free-form")
 TRUTHS = {
     "choice": "B",
     "multi": "A, C",
@@ -31,6 +31,8 @@ TRUTHS = {
     "number": 5,
     "text": "a violin",
     "location": "left: cat | right: dog",
+    "ocr": "No parking, 8-18 h",
+    "free-form": "a dog runs after a ball",
 }
 
 
@@ -117,23 +119,6 @@ def test_format_accepts(text):
 )  # fmt: skip
 def test_format_rejects(text):
     assert format_reward(text) == -1.0
-
-
-@pytest.mark.parametrize(
-    "think, steps",
-    [
-        (None, []),
-        ("", []),
-        (" \n ", []),
-        ("one step", ["one step"]),
-        ("First look.\n\n  Then listen.  ", ["First look.", "Then listen."]),
-        ("First look. Then listen! Who?", ["First look.", "Then listen!", "Who?"]),
-        ("1. Look left. 2. It is 3.5 m.", ["1. Look left.", "2. It is 3.5 m."]),
-        ("a. b\n---\n***\nc", ["a. b", "c"]),
-    ],
-)
-def test_reasoning_steps(think, steps):
-    assert rewards.reasoning_steps(think) == steps
 
 
 # ------------------------------------------------------------------------------------------
@@ -371,15 +356,19 @@ def test_yesno(answer, form):
         ("1,000", 1000), ("1,234,567.5", 1234567.5), ("$1,000", 1000), ("12345", 12345),
         ("1/2", 0.5), ("-3/4", -0.75), ("5/10", 0.5), ("4/1.", 4),
         # units are dropped, not converted
-        ("50%", 50), ("50 %", 50), ("50 percent", 50), ("5km", 5), ("5 km/h", 5), ("5k", 5),
+        ("50%", 50), ("50 %", 50), ("50 percent", 50), ("5km", 5), ("5 km/h", 5),
         ("3D", 3),
-        ("There are 5 dogs.", 5), ("5 dogs and cats", 5), ("5+", 5), ("5-year-old", 5),
+        ("There are 5 dogs.", 5), ("5 dogs and cats", 5), ("5-year-old", 5),
         ("Total: 7", 7),
         ("two", 2), ("Two.", 2), ("zero", 0), ("twenty-one", 21), ("twenty one", 21),
         ("ninety", 90),
         ("one hundred", 100), ("one hundred and five", 105), ("nine hundred ninety-nine", 999),
         ("There are two dogs", 2), ("two cats and dogs", 2), ("five percent", 5),
         ("no", 0), ("None", 0), ("none.", 0),
+        # as models write them; digits of any script
+        (r"\boxed{42}", 42), (r"$\boxed{\text{42}}$", 42), (r"\frac{1}{2}", 0.5), (r"$-3$", -3),
+        (r"\(\dfrac{3}{4}\)", 0.75), (r"50\%", 50), ("\uff15", 5), ("\u0663", 3), ("5\uff15", 55),
+        ("about 5", 5), ("5 boxes under the table", 5), ("5m", 5),
     ],
 )  # fmt: skip
 def test_number_reads(answer, value):
@@ -406,8 +395,12 @@ def test_number_reads(answer, value):
         # not finite
         "1e999", "-1e999", "1e99999999999", "nan", "NaN", "inf", "-inf", "infinity", "\u221e",
         "9" * 400, "1/" + "9" * 400, "1/0", "0/0", "5/00",
-        # digits other than 0-9
-        "\uff15", "\u0663", "\u0665", "5\uff15", "5\u00b2", "\u00bd", "5\u00bd", "\u2464", "\u4e09",
+        # powers, fractions and numbers in one character
+        "5\u00b2", "\u00bd", "5\u00bd", "\u2464", "\u4e09",
+        # no number that is known: a bound, a thousand, a sign that may be a list's
+        "> 5", "<5", "\u2265 5", "at least 5", "at most 5", "more than 5", "fewer than five", "over 5",
+        "up to 5", "up to five", "5 or more", "5+", "+ -5", "\u00b15", "- 5", "5k", "5 k", "5M", "5B",
+        "5K",
     ],
 )  # fmt: skip
 def test_number_reads_nothing(answer):
@@ -684,38 +677,101 @@ def test_self_consistency_does_not_depend_on_the_order_of_the_group():
 # judge and sum
 
 
+# ------------------------------------------------------------------------------------------
+# open answers
+
+
 @pytest.mark.parametrize(
-    "step_scores, reward",
+    "answer, truth, reward",
     [
-        ([1.0, 0.0], 0.5),
-        ([1, 0.5, 0], 0.5),
-        ([3.0, -0.2], 0.5),  # each is clipped before the mean
-        ([0.0], 0.0),
-        ((1.0,), 1.0),
-        (None, None),
-        ([], None),
-        ([0.5, float("nan")], None),
-        ([0.5, float("inf")], None),
-        ([0.5, None], None),
+        ("No parking", "no parking!", 1),  # case and punctuation at the edges do not count
+        ("no stopping", "no parking", 1 / 2),  # one of two words is another
+        ("no", "no parking", 1 / 2),  # one is left out
+        ("no parking here", "no parking", 1 / 2),  # one is put in
+        ("the quick fox", "the quick brown fox", 3 / 4),
+        ("parking no", "no parking", 0),
+        ("a b c d e", "x", 0),  # 5 edits of 1 word: at least 0
+        ("", "x", 0),
     ],
 )
-def test_judge(step_scores, reward):
-    assert judge_reward(step_scores) == reward
+def test_ocr_is_one_minus_the_word_error_rate(answer, truth, reward):
+    assert accuracy_reward(answer, truth, "ocr") == pytest.approx(reward)
 
 
-def test_combine_by_hand():
-    parts = {"format": -1.0, "acc": 0.5, "self": 1.0, "judge": None}
-    assert rewards.combine_rewards(parts, {"format": 0.5, "acc": 0.5}) == pytest.approx(-0.25)
-    weights = {"format": 0.2, "acc": 0.4, "self": 0.4}
-    assert rewards.combine_rewards(parts, weights) == pytest.approx(0.4)
-    assert rewards.combine_rewards(parts | {"judge": 0.0}, {"judge": 1.0}) == 0.0
+@pytest.mark.parametrize(
+    "answer, truth, reward",
+    [
+        ("A dog runs.", "a dog runs", 1),
+        ("dog", "dog", 1),  # no pairs of words: of ROUGE-1 and ROUGE-L
+        ("the cat sat", "the cat lay", (2 / 3 + 1 / 2 + 2 / 3) / 3),
+        ("sat cat the", "the cat sat", (1 + 0 + 1 / 3) / 3),  # LCS 1 of 3 and 3
+        ("the the the", "the cat", (2 / 5 + 0 + 2 / 5) / 3),  # one of three counts
+        ("b a b", "a b", (4 / 5 + 2 / 3 + 4 / 5) / 3),
+        ("x", "a b", 0),
+        (None, "a b", 0),
+    ],
+)
+def test_free_form_is_the_mean_of_three_rouges(answer, truth, reward):
+    assert accuracy_reward(answer, truth, "free-form") == pytest.approx(reward)
 
 
-def test_combine_not_judged_is_none_and_missing_is_an_error():
-    parts = {"format": 1.0, "judge": None}
-    assert rewards.combine_rewards(parts, {"format": 0.5, "judge": 0.5}) is None
-    with pytest.raises(ValueError, match="acc"):
-        rewards.combine_rewards(parts, {"judge": 0.5, "acc": 0.5})
+def slow_common(a, b):
+    """Length of the longest common subsequence, by trying both ways."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + slow_common(a[1:], b[1:])
+    return max(slow_common(a[1:], b), slow_common(a, b[1:]))
+
+
+def slow_edits(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    changed = slow_edits(a[1:], b[1:]) + (a[0] != b[0])
+    return min(changed, 1 + slow_edits(a[1:], b), 1 + slow_edits(a, b[1:]))
+
+
+def test_edits_are_those_of_the_definition():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = (rng.choices("xyz", k=rng.randint(0, 6)) for _ in range(2))
+        assert rewards._distance(a, b, 1) == slow_edits(a, b)
+        assert rewards._distance(a, b, 2) == len(a) + len(b) - 2 * slow_common(a, b)
+
+
+def test_open_answers_vote_by_all_their_words():
+    answers = ["A dog runs.", "a dog runs", "a dog ran", None]
+    for kind in ("ocr", "free-form"):
+        assert self_consistency_rewards(answers, [-9, -9, -0.1, 0], kind) == [1, 1, 0, 0]
+        # all different: the likeliest
+        assert self_consistency_rewards(answers[1:3], [-9, -0.1], kind) == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------
+# as models write them
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"\boxed{B}", "$B$", r"\text{B}", r"\boxed{\text{B}}", r"$\boxed{B. blue}$", r"\(B\)", "Ｂ", "（Ｂ）",
+     "选项B", "选B", "答案：B", "答案是B", "B、blue", "B。"],
+)  # fmt: skip
+def test_a_choice_as_models_write_it(answer):
+    assert normalize_answer(answer, "choice", COLORS) == "B"
+
+
+@pytest.mark.parametrize("answer", [r"\boxed{A} or \boxed{B}", "B and C", "B、C", "选项B或C"])
+def test_two_choices_are_none(answer):
+    assert normalize_answer(answer, "choice", COLORS) is None
+
+
+def test_other_types_as_models_write_them():
+    assert normalize_answer("A、C", "multi", COLORS) == {"A", "C"}
+    assert normalize_answer("Ａ，Ｃ", "multi", COLORS) == {"A", "C"}
+    said = {"是": "yes", "否。": "no", "不是": None, "not yes": None, r"\text{Yes}": "yes"}
+    assert {text: normalize_answer(text, "yesno") for text in said} == said
+    options = [r"$\frac{1}{2}$", "2"]
+    assert normalize_answer(r"\frac{1}{2}", "choice", options) == "A"
 
 
 # ------------------------------------------------------------------------------------------
@@ -733,7 +789,6 @@ def test_ten_megabytes_of_tags_complete(unit):
     think, answer = rewards.split_completion(text)
     assert think is None and answer in (None, "A")
     assert format_reward(text) == -1.0
-    assert len(rewards.reasoning_steps(text)) <= 1
     assert rewards.split_completion(f"<think>{text}</think><answer>B</answer>")[1] == "B"
 
 
@@ -751,6 +806,11 @@ def test_ten_megabytes_of_tags_complete(unit):
         ("text", "a "),
         ("location", ","),
         ("location", "left:"),
+        ("number", r"\("),
+        ("choice", r"\text{"),
+        ("choice", r"\frac{1}"),
+        ("number", "$"),
+        ("number", "than "),
     ],
 )
 def test_ten_megabytes_of_answer_complete(answer_type, unit):
@@ -791,7 +851,6 @@ def test_fuzz_tag_soup_matches_the_definition():
         assert format_reward(text) == oracle_format(text)
         assert (think and answer) or format_reward(text) == -1.0
         assert accuracy_reward(answer, "A", "choice") in (0.0, 1.0)
-        assert all(rewards.reasoning_steps(think))
         num_good += format_reward(text) == 1.0
         num_answers += answer is not None
     assert 1_000 < num_good < num_answers < 19_000  # the soup holds both kinds
@@ -821,8 +880,12 @@ def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
 # ---- a whole group
 
 
+toy_judge = judge.Judge(toy.judge, (), 1)
+
+
 def test_reward_completions_by_hand():
     row = dict(
+        prompt_id="q",
         answer="B",
         answer_type="choice",
         options=["red", "blue"],
@@ -836,17 +899,17 @@ def test_reward_completions_by_hand():
     )
     assert [r for r, _ in scored] == pytest.approx([1.0, 1.0, 0.2, -0.2])
     judged = rewards.reward_completions(
-        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy.judge
+        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy_judge
     )
     assert [r for r, _ in judged] == pytest.approx([1.0, 0.5, -0.5])
     unjudged = rewards.reward_completions(
-        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, steps: None
+        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, think: None
     )
     assert unjudged[0][0] is None  # not judged is not zero
 
 
 def test_defect_10_braces_in_a_reasoning_do_not_break_the_judge():
-    row = dict(answer="B", answer_type="choice", options=["red", "blue"], events=["x"])
+    row = dict(answer="B", answer_type="choice", options=["red", "blue"], events=["x"], prompt_id="q")
     text = "<think>1: {steps} {0} %s {{</think><answer>B</answer>"
-    ((reward, parts),) = rewards.reward_completions(row, [text], [-1.0], {"judge": 1.0}, toy.judge)
+    ((reward, parts),) = rewards.reward_completions(row, [text], [-1.0], {"judge": 1.0}, toy_judge)
     assert reward == parts["judge"] == 0

@@ -121,7 +121,6 @@ def test_micro_batches_do_not_change_a_step(toy_dir, tmp_path):
 def test_a_second_update_learns_more_from_the_same_completions(toy_dir, tmp_path):
     """[U19] The first update is what it was; no completion more is made; the policy moves further."""
     runs = {"one": ("--updates-per-rollout", 1), "two": ("--updates-per-rollout", 2)}
-    runs["two"] += ("--max-staleness", 2)
     for name, flags in runs.items():
         launch(*rl_flags(toy_dir, 2, tmp_path / name, "--eval-every", 0, *flags))
     one, two = (read_metrics(tmp_path / name) for name in runs)
