@@ -16,14 +16,13 @@ is decoded, encoded and read once for all questions about it.
 import argparse
 import json
 import os
-import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from run import UserError, arguments, ending, files, optim, processes  # before torch
-from run.folders import base_folder
+from run.folders import base_folder, of_run
 from run.sharding import cast
 
 import numpy as np
@@ -34,6 +33,9 @@ from evaluation import items, page, protocol, published, tables
 from omni import model
 from rows import data, limits
 from rows.reader import num_decoders
+
+
+MANY = 0.1  # of a file's items: if the media of more (and of more than 2) are out of reach, it is no bad item
 
 
 def parse_args(argv=None):
@@ -129,24 +131,39 @@ def load_sets(args, toy_tests):
     for file in args.data or ([] if args.benchmark else toy_tests):
         rows = data.Rows(file)
         sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
-    chosen = set(args.benchmark or [])
-    if "all" in chosen:
-        chosen |= {name for name in published.BENCHMARKS if not name.endswith("-ref")}
-    for name in [name for name in published.BENCHMARKS if name in chosen]:
+    for name in chosen_benchmarks(args):
         if args.protocol == "paper" and name not in protocol.TOKENS:
             raise UserError(f"--protocol paper: the authors published no script for {name}")
-        folder, rows = sets[name] = published.load(name, args.root)
-        missing = published.missing_media(folder, rows)
-        for path in missing[:10]:
-            processes.print0(f"missing: {folder / path}")
-        if missing:
-            absent.append(
-                f"{name}: {len(missing)} media files are not in {folder}, the first are above: put "
-                f"them there, from {published.BENCHMARKS[name].source}"
-            )
+        sets[name] = published.load(name, args.root)
+    recipe = limits.recipe_from(args)
+    for name, (folder, rows) in sets.items():
+        lost = items.out_of_reach(folder, rows, recipe)
+        # a few of a file of one's own are bad items; many are a fault of the set-up
+        if lost and (name in published.BENCHMARKS or len(lost) > max(2, MANY * len(rows))):
+            for problem in lost[:10]:
+                processes.print0(f"out of reach: {problem}")
+            source = getattr(published.BENCHMARKS.get(name), "source", None)
+            told = f"{name}: media of {len(lost)} of {len(rows)} items are out of reach in {folder}"
+            told += ", the first are above: put them there" + f", from {source}" * bool(source)
+            absent.append(told)
     if absent and not args.allow_missing:
-        raise UserError("; ".join(absent) + ", or --allow-missing")
+        raise UserError("; ".join(absent) + ", or count them as wrong: --allow-missing")
     return sets
+
+
+def chosen_benchmarks(args):
+    """Names in the order of the table; of "all" those that lie in --root, the others are told."""
+    chosen, known = set(args.benchmark or []), published.BENCHMARKS
+    if "all" in chosen:
+        fifteen = [name for name in known if not name.endswith("-ref")]
+        there = [name for name in fifteen if (Path(args.root) / name).is_dir()]
+        if not there:
+            told = f"none of the fifteen is in {args.root}: give each a folder of its name"
+            raise UserError(f"--benchmark all: {told}: {', '.join(fifteen)}")
+        if absent := [name for name in fifteen if name not in there]:
+            processes.print0(f"not in {args.root}, left out: {', '.join(absent)}")
+        chosen |= set(there)
+    return [name for name in known if name in chosen]
 
 
 def answer(policy, build, name, pairs, prompts, args):
@@ -182,8 +199,6 @@ def keep(out, records):
 
 def main():
     args, _ = parse_args()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and groups are anything
     if args.table:
         for folder in args.table:
             if not tables.read_records(folder):
@@ -200,7 +215,7 @@ def main():
     if others == []:
         raise UserError(f"--against: no records in {args.against}")
     toy_paths = [] if args.benchmark else [toy.defaults(args, stage) for stage in (1, 2, 3)]
-    folder = args.model or (toy_paths or [toy.defaults(args, 1)])[0][0]
+    folder = of_run(args.model or (toy_paths or [toy.defaults(args, 1)])[0][0])
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same

@@ -38,15 +38,15 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "toy_stage0.safetensors"
-# stage: train, held-out; in RL a prompt comes back every 12 steps, or no hint could enter
-NUM_ROWS = {0: (2048, 128), 1: (96, 128), 2: (96, 128), 3: (96, 128)}
+# stage: train, held-out; in RL a prompt comes back every 16 steps, or no hint could enter
+NUM_ROWS = {0: (2048, 128), 1: (128, 128), 2: (128, 128), 3: (128, 128)}
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
-        lr=1e-4, steps=120, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=40, audio_captions=False,
+        lr=5e-5, steps=180, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
+        eval_every=60, audio_captions=False,
     ),
     "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
 }  # fmt: skip
@@ -360,7 +360,7 @@ def main(argv=None):
     flag("--out", default=str(HERE / "toy"), help="folder for the model and the stages")
     flag("--seed", type=int, default=0, help="of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
-    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 96)")
+    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)

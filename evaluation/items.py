@@ -14,6 +14,23 @@ from evaluation import protocol, published, scores
 from rows import clips, data
 
 
+def out_of_reach(folder, rows, recipe):
+    """-> for each row whose media cannot be reached, why; nothing is decoded."""
+    seen, lost = {}, []
+    for row in rows:
+        # what is no text is a row that breaks the format, and is told as such
+        for path in filter(lambda path: isinstance(path, str), data.media_paths(row)):
+            if path not in seen:
+                try:
+                    seen[path] = clips.find_media(f"row {row['prompt_id']}", folder, path, recipe) and None
+                except (data.BadRow, ValueError) as problem:
+                    seen[path] = str(problem)
+            if seen[path]:
+                lost.append(seen[path])
+                break
+    return lost
+
+
 def hears(root, row, recipe):
     """Whether a clip's own sound is given: it has some, and no more than the recipe takes."""
     name = f"row {row['prompt_id']}"
@@ -146,10 +163,12 @@ def judge(record, row, text, truncated, name, authors):
         answer, form = protocol.authors_reading(name, row, text)
     else:
         answer, form = protocol.our_reading(row, text, truncated)
-    truth = rewards.normalize_answer(*data.truth(row))
-    record |= dict(completion=text, parsed=answer) | scores.measure(
-        form, truth, scoring_of(row, authors)
-    )
+    record |= dict(completion=text, parsed=answer)
+    if row["answer_type"] in ("ocr", "free-form"):
+        record["score"] = rewards.accuracy_reward(answer, *data.truth(row))
+    else:
+        truth = rewards.normalize_answer(*data.truth(row))
+        record |= scores.measure(form, truth, scoring_of(row, authors))
     if form is None:
         why = "cut off by --max-new-tokens" if truncated else "no answer found"
         record["failure"] = why if answer is None else "an answer that cannot be read for certain"

@@ -1,11 +1,12 @@
 """
-The paper's benchmarks: each one's own published annotation files -> rows of ours (README, "Data
-format"), with what its score needs besides. Nothing is downloaded: a benchmark lies in a folder as
-its authors publish it, archives unpacked, and what is missing there is named.
+The paper's benchmarks: each one's own published annotation files -> rows of ours (docs/data.md), with
+what its score needs besides. Nothing is downloaded: a benchmark lies in a folder as its authors
+publish it, archives unpacked, and what is missing there is named.
 
 A row of a benchmark has more keys:
 
-    groups     {name: value}   what its tables are split by; a value may be a list
+    groups     {name: value}   what its tables are split by; a value may be a list; what an item does
+                               not tell is "unlabelled"
     scoring    text            how an answer becomes a score, if not by being right (scores.py)
     use_audio  None            the clip's own sound is heard if it has any: decided clip by clip
     inline     bool            its text names its media, [audio1], where they stand
@@ -20,7 +21,8 @@ from typing import Callable, NamedTuple
 from evaluation.annotations import annotations, by_key, by_letter, by_text, certain, cut_options
 from evaluation.annotations import place, video_file
 from rows.clips import BadRow
-from rows.data import media_paths
+
+UNLABELLED = "unlabelled"
 
 
 class Benchmark(NamedTuple):
@@ -42,7 +44,7 @@ def omnibench(root):
             **by_text(item["options"], item["answer"]),
             images=[place(root, *(f"{d}image/{item['image_path']}" for d in ("mm_data/", "")))],
             audio=place(root, *(f"{d}audio/{item['audio_path']}" for d in ("mm_data/", ""))),
-            groups={"task type": item["task type"], "audio type": item["audio type"]},
+            groups={name: item.get(name) for name in ("task type", "audio type")},
         )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def daily_omni(root):
             question=item["Question"],
             **by_letter(item["Choice"], item["Answer"]),
             video=place(root, *(f"{d}/{video}/{video}_video.mp4" for d in ("Videos", "videos"))),
-            groups={name: item[name] for name in names},
+            groups={name: item.get(name) for name in names},
         )
 
 
@@ -73,7 +75,7 @@ def av_counting(root, reference=False):
             answer_type="number",
             scoring="count",
             video=video,
-            groups={"category": item["category"], "type": item["type"]},
+            groups={name: item.get(name) for name in ("category", "type")},
         )
 
 
@@ -91,7 +93,7 @@ def av_odyssey(root):
             video=videos[0] if len(videos) == 1 else videos or None,  # several: told as a bad row
             audio=sounds[0] if len(sounds) == 1 else sounds or None,
             inline=True,
-            groups={"subfield": item["subfield"], "task": str(item["question_type_id"])},
+            groups={"subfield": item.get("subfield"), "task": item.get("question_type_id")},
         )  # fmt: skip
 
 
@@ -99,13 +101,13 @@ def worldsense(root):
     for _, (video, about) in annotations(root, "worldsense_qa.json"):
         for name, task in about.items():
             if re.fullmatch(r"task\d+", name):
-                groups = {"domain": about["domain"], "task domain": task["task_domain"]}
+                groups = {"domain": about.get("domain"), "task domain": task.get("task_domain")}
                 yield dict(
                     prompt_id=f"{video}-{name}",
                     question=task["question"],
                     **by_letter(task["candidates"], task["answer"]),
                     video=video_file(root, video, "videos", "."),
-                    groups=groups | {"task type": task["task_type"]},
+                    groups=groups | {"task type": task.get("task_type")},
                 )
 
 
@@ -177,7 +179,7 @@ def video_mme(root):
             question=item["question"],
             **by_letter(item["options"], item["answer"]),
             video=video_file(root, item["videoID"], "data", "videos", "."),
-            groups={k: item[k] for k in ("duration", "domain", "sub_category", "task_type")},
+            groups={k: item.get(k) for k in ("duration", "domain", "sub_category", "task_type")},
         )
 
 
@@ -190,7 +192,7 @@ def lvbench(root):
                 question=question,
                 **by_letter(options, item["answer"]),
                 video=video_file(root, about["key"], "all_videos", "videos", "."),
-                groups={"question type": item["question_type"], "video type": about.get("type")},
+                groups={"question type": item.get("question_type"), "video type": about.get("type")},
             )
 
 
@@ -201,7 +203,7 @@ def video_holmes(root):
             question=item["Question"],
             **by_letter([item["Options"][k] for k in sorted(item["Options"])], item["Answer"]),
             video=video_file(root, item["video ID"], "videos", "videos_cropped"),
-            groups={"Question Type": item["Question Type"]},
+            groups={"Question Type": item.get("Question Type")},
         )
 
 
@@ -215,7 +217,10 @@ def mmvu(root):
             question=item["question"],
             **asked,
             video=item["video"].partition("/resolve/main/")[2] or item["video"],
-            groups={"subject": item["metadata"]["subject"], "type": item["question_type"]},
+            groups={
+                "subject": (item.get("metadata") or {}).get("subject"),
+                "type": item["question_type"],
+            },
         )
 
 
@@ -295,7 +300,7 @@ def vsi_bench(root):
             question=item["question"],
             **asked,
             video=f"{item['dataset']}/{item['scene_name']}.mp4",
-            groups={"question type": item["question_type"], "dataset": item["dataset"]},
+            groups={"question type": item.get("question_type"), "dataset": item["dataset"]},
         )
 
 
@@ -313,7 +318,7 @@ def video_tt(root):
             question=question,
             **asked,
             video=video_file(root, item["video_id"], "Benchmark-AllVideos-LQ", "video", "videos"),
-            groups={"capability": item["capability"], "split": split},
+            groups={"capability": item.get("capability"), "split": split},
         )
 
 
@@ -362,6 +367,8 @@ def load(name, root):
     try:
         for row in known.rows(folder):
             own = row["prompt_id"] = f"{name}-{row['prompt_id']}"
+            told = {k: v if v or v == 0 else UNLABELLED for k, v in row["groups"].items()}
+            row["groups"] = told
             count = 1
             while row["prompt_id"] in seen:
                 count += 1
@@ -377,9 +384,3 @@ def load(name, root):
         raise BadRow(f"{folder} has annotations without a question; {where}")
     return folder, rows
 
-
-def missing_media(folder, rows):
-    """-> paths below the folder that the rows name and that are not there, each once."""
-    named = (path for row in rows for path in media_paths(row))
-    paths = dict.fromkeys(path for path in named if isinstance(path, str))  # else a bad row
-    return [path for path in paths if not os.path.exists(folder / path)]

@@ -9,6 +9,7 @@ its first sample where only its sound is wanted; time stamps need not begin at 0
 """
 
 import math
+import os
 import re
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ import torchaudio.functional
 AUDIO_RATE = 16000  # samples/s, what the audio tower hears
 SEEK_AHEAD = 8.0  # seconds; what is wanted further ahead than this is reached by seeking
 PREROLL = 0.5  # seconds decoded before the sound wanted: codecs start blurred
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 SLACK = 1.0  # seconds by which an `end` may pass a file's, and the told end of a file its real one
 
 
@@ -86,10 +88,15 @@ def decode_clip(row, folder, recipe):
 
 
 def find_media(name, folder, path, recipe):
-    """-> the file's path; BadRow if it is not there, not in the folder, or cut off."""
+    """
+    -> the file's path; BadRow if it is not there, not in the folder, or cut off. A link in the folder
+    is followed wherever it leads: who put it there wants that.
+    """
+    if URL.match(path):
+        raise BadRow(f"{name}: {path[:99]} is a URL: not fetched: download it and give its path")
     whole = Path(folder) / path
+    outside = not Path(os.path.abspath(whole)).is_relative_to(os.path.abspath(folder))
     try:
-        outside = not whole.resolve().is_relative_to(Path(folder).resolve())
         head = b""
         if is_file := whole.is_file():
             size = whole.stat().st_size

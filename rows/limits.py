@@ -21,7 +21,7 @@ def add_flags(parser, keeps_clips=True):
         "--allow-outside",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="media may lie outside the JSONL's folder (absolute paths, .., links)",
+        help="media may lie outside the JSONL's folder (absolute paths, ..)",
     )
     if keeps_clips:
         flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")

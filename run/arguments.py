@@ -66,10 +66,18 @@ def parse(parser, argv, overrides):
     args = parser.parse_args(argv)
     if not (args.out or "").strip():
         raise UserError("--out is empty: give a folder")
+    if broken := [k for k, v in vars(args).items() if isinstance(v, str) and not encodable(v)]:
+        told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
+        raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
     return args, {
         key: source.get(key) if value == parser.get_default(key) else "typed"
         for key, value in vars(args).items()
     }
+
+
+def encodable(text):
+    """Whether a text is whole: what an ASCII terminal could not tell Python comes as half letters."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def begun_with(args):

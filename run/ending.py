@@ -17,6 +17,35 @@ from run.processes import gather, rank, world_size
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+
+
+class Screen:
+    """
+    What is printed, on a stream that may go away (`| head`): the run goes on without it. A letter that
+    the terminal's encoding lacks is written as its number.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, do, *given):
+        try:
+            return do(*given)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 
 PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
@@ -28,8 +57,9 @@ def main_guard(main, *mendable):
 
     mendable   more exceptions of that kind, such as clips.BadRow
     """
-    line, code = None, 1
+    line, code, streams = None, 1, (sys.stdout, sys.stderr)
     _signals.clear()
+    sys.stdout, sys.stderr = map(Screen, streams)
     try:
         main()
     except (UserError, *mendable, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
@@ -53,6 +83,9 @@ def main_guard(main, *mendable):
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for screen in (sys.stdout, sys.stderr):
+            screen.flush()
+        sys.stdout, sys.stderr = streams
         while files._locks:
             files._locks.pop().close()
     if line:
@@ -103,15 +136,28 @@ def stop_asked():
 def how_to_go_on(*more):
     """The command that continues this run, with more flags."""
     words = [*sys.argv, *["--resume"][: "--resume" not in sys.argv], *more]
-    local = os.environ.get("LOCAL_WORLD_SIZE", world_size())
-    launcher = f"torchrun --nproc-per-node {local}" if world_size() > 1 else "python"
-    return f"{launcher} {shlex.join(words)}"
+    return shlex.join([*launcher(), *words])
+
+
+def launcher():
+    """-> what stood before the script: torchrun with all that it was given, or python."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return ["python"]
+    try:  # the parent is torchrun's agent: Linux tells its command line
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+        begin = 1 + next(i for i, w in enumerate(words) if re.search(r"torchrun$|distributed.run$", w))
+        return ["torchrun", *words[begin : words.index(sys.argv[0], begin)]]
+    except (OSError, ValueError, StopIteration):
+        return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
 
 
 def end_of_step(step, steps, save_every, save):
-    """Saves when it is time to, or when the run was asked to stop: then it ends here."""
+    """
+    Saves when it is time to, at the last step (the run may be lengthened), or when the run was asked to
+    stop: then it ends here.
+    """
     signal = stop_asked()
-    if signal or (save_every and step % save_every == 0):
+    if signal or (save_every and (step % save_every == 0 or step == steps)):
         save()
     if signal and step < steps:
         raise Stopped(f"step {step} is saved; go on with: {how_to_go_on()}", 128 + signal)

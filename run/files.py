@@ -46,12 +46,20 @@ def open_folder(args, source):
         known = [k for k in now if k in before and k not in FREE]
         if all(str(words.get("judge")).startswith("http") for words in (before, now)):
             known.remove("judge")  # it may come back at another address: its model is what counts
+        longer = now["steps"] > before.get("steps", 0) > 0
+        if longer:  # what it was told at its beginning counts no more
+            known.remove("steps")
+            told = f"goes on to step {now['steps']}, not {before['steps']}"
+            print0(f"  {told}: from here on at the learning rate of a run that long")
+            if not any((out / "checkpoints").glob("step-*")):
+                told = f"{out} has no checkpoint to go on from (--save-every 0)"
+                raise UserError(f"{told}: start a new --out with --model {out / 'final'}")
         changed = [k for k in known if str(before[k]) != str(now[k])]
         if changed:
             told = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in changed]
             told = "--resume: these would make it another run: " + ", ".join(told)
             raise UserError(f"{told}: leave them as they were, or start a new --out")
-        if (out / "final").exists():
+        if (out / "final").exists() and not longer:
             raise Stopped(f"{out} is finished: its model is {out / 'final'}", 0)
     tell_choices(out, args, source)
     return out
@@ -110,12 +118,15 @@ def begin(out, args, step):
     if rank():
         return
     (out / "checkpoints").mkdir(exist_ok=True)
-    if not args.resume:
+    if args.resume:
+        about = read_about(out)
+        about["arguments"]["steps"] = args.steps  # more of them, maybe
+    else:
         about = dict(script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit())
         packages = ("torch", "transformers", "av", "torchaudio", "numpy")
         about |= dict(versions={p: version(p) for p in packages}, python=platform.python_version())
         about |= dict(world_size=world_size())
-        write_text(out / "run.json", json.dumps(about, indent=1, default=str))
+    write_text(out / "run.json", json.dumps(about, indent=1, default=str))
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)

@@ -2,13 +2,36 @@
 The folder of a model: on disk or on the hub, an adapter or whole.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 from run import UserError, files, processes  # before torch
 
+import huggingface_hub
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+
+def of_run(folder):
+    """The folder of a model, where that of a run may be given: then its RUN/final, and this is told."""
+    run = Path(folder)
+    if not (run / "run.json").is_file() or (run / "config.json").exists():
+        return folder
+    if not (run / "final").is_dir():
+        raise UserError(f"--model: {folder} is a run that has not ended: it has no final/ yet")
+    processes.print0(f"  --model: {folder} is a run: {run / 'final'} is taken")
+    return str(run / "final")
+
+
+@functools.cache
+def online():
+    """Whether the hub answers: asked once, where transformers would ask for minutes."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        return True
+    except Exception:  # of whatever library speaks HTTP
+        return False
 
 
 def from_pretrained(kind, folder, **kwargs):
@@ -17,10 +40,11 @@ def from_pretrained(kind, folder, **kwargs):
     if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
         why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
         raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}")
+    away = not Path(name).is_dir() and not online()
     try:
-        return kind.from_pretrained(name, **kwargs)
+        return kind.from_pretrained(name, local_files_only=away, **kwargs)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        why = "the hub does not answer, and it is not on this disk" if away else str(error).splitlines()[0]
         raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
 
 
@@ -50,6 +74,7 @@ def start_folder(folder, lora_rank, out, write_merged):
     a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
     that exists (PEFT would name the old base and lose a stage).
     """
+    folder = of_run(folder)
     if not lora_rank or not is_adapter(folder):
         return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
     base = Path(out).resolve() / "base"

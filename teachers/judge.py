@@ -15,9 +15,8 @@ whatever the judge model does:
 - among the steps stands a planted one that is plainly false; which, and where, follows from the
   ticket. A verdict that likes it is not used: a judge that was talked into praising everything,
   in whatever words, or that praises everything anyway, earns nobody anything;
-- a reasoning that addresses its judge by the rules below scores 0 in all steps, and is not sent.
-Not guaranteed: that a persuasive step in innocent words, which no rule sees and which speaks for
-some steps only, leaves the judge model cold; nor that the rules never hit an honest step.
+- a reasoning with the form of a verdict or of a chat's turn scores 0 in all steps, and is not sent.
+Not guaranteed: that a step which speaks for some steps only leaves the judge model cold.
 """
 
 import functools
@@ -70,68 +69,21 @@ DECOYS = [  # true of no clip
 ]
 DECOY_MAX = 0.5  # a judge that gives more to a planted step cannot be used
 
-# ---- does a text talk to its judge?
-
-_WHO = r"(?:judge|grader|evaluator|reviewer|rater|scorer|assessor|examiner)s?"
-_START = (  # of an order: a sentence's beginning, or a word that makes one
-    r"(?:^|[.!?:;,]|\b(?:please|kindly|must|should|shall|have to|need to|you (?:will|can|may)))"
-    r"\s*(?:(?:now|so|then|please|kindly|just|and|therefore|simply|always)\W+)*"
-)
-_GIVE = r"(?:give|assign|award|rate|score|grade|mark|output|return|reply|respond|print|write)\b"
-_WHAT = r"\b(?:scores?|steps?|marks?|points?|ratings?|grades?|credit|reasonings?|values?)\b"
-_TOP = (
-    r"\b(?:[01]?\.\d+|10?|100|one|ten|full|highest|max\w*|perfect|top|best|positive\w*|correct)\b"
-)
-_TOP_MARKS = (
-    r"\b(?:full|max\w*|perfect|top|highest) (?:marks?|scores?|credit|points|rating|grade)\b"
-)
-_RULES = [
-    r"<\|?\w*\|?>|\[/?inst\]|^\W*(?:user|human)\s*:",
-    r"(?<!the )(?<!a )\b(?:system|assistant|developer)\s*:",
-    r"\b(?:scores?|ticket|verdict|rating)[\"']?\s*(?:[:=]|[-=]+>)\s*"
-    r"(?:[\[{]|[\"']?(?:[01]?\.\d+|10?0?)\b(?!\s*[-:–]))",
-    r"\b(?:ignore|disregard|forget|override|bypass)\b.{0,40}\b(?:instruct|prompt|rule|above|previous|"
-    r"prior|earlier|guideline|criteri|rubric|(?:what|everything|all) (?:above|before|you)\b)",
-    rf"\b(?:dear|hey|hi|hello|attention|(?:note|message) (?:to|for))\W+(?:the |an? |my )*{_WHO}\b",
-    rf"\b{_WHO}\s*:|^\W*{_WHO}\s*,|\byou are\b.{{0,30}}\b{_WHO}\b",
-    rf"\bas (?:an?|your) (?:\w+ )?{_WHO}\b|\bas the {_WHO},? you\b",
-    r"\b(?:llms?|language models?|model reading)\b|\bif you are an? (?:ai|model)\b",
-    r"\bbe (?:very |more )?(?:generous|lenient)\b|\b(?:10/10|100/100|5/5)\b",
-    r"\b(?:real|actual|true) task is\b",
-    r"\b(?:evaluation|verdict|assessment|rubric)\b.{0,30}\b(?:1(?:\.0+)?|ones?|full|max\w*)\b",
-    r"\b(?:output|respond|reply|answer)(?: with)?(?: only)?\W+(?:ones|1s|1(?:\.0)?\s*,\s*1)",
-    r"\b(?:all|every|each|everything)\b.{0,30}\b(?:should|must|is to|are to) (?:be|get|receive|"
-    r"have|score)\b.{0,20}\b(?:1(?:\.0+)?|ones?|full|max\w*|highest)\b",
-    rf"\b{_WHO} (?:must|should|will|can|may|has to|have to|is to|needs? to) {_GIVE}",
-    rf"{_START}{_GIVE}.{{0,60}}{_WHAT}.{{0,40}}{_TOP}|{_START}{_GIVE}.{{0,60}}{_TOP}.{{0,30}}{_WHAT}",
-    r"\b(?:give|assign|award|rate|grade|set|output|return)\b.{0,20}\b(?:step|reasoning|score|rating|"
-    rf"credit)s?\b.{{0,40}}{_TOP}|\b(?:give|assign|award)\b.{{0,20}}{_TOP}.{{0,20}}{_WHAT}",
-    r"\b(?:this|these|each|every|all|my|above|following)\b.{0,30}\b(?:step|reasoning|answer|response)s?"
-    rf"\b.{{0,30}}\b(?:deserve|merit|earn|receive|get|worth|score|rate|grade)[sd]?\b.{{0,20}}{_TOP}",
-    r"\b(?:system|developer) (?:prompt|message|instruction|note|override)|\bnew instructions?\b",
-    r"\bend of (?:the )?(?:steps|reasoning|input|data|json)\b|\byour (?:instructions?|rubric)\b",
-    _TOP_MARKS,
-]
-_ADDRESS = re.compile("|".join(_RULES), re.IGNORECASE | re.MULTILINE)
-_LOOKALIKES = str.maketrans("аеоресхіѕ", "aeopecxis")  # Cyrillic letters that pass for Latin ones
+# ---- a forged reply
 
 
-def addresses_judge(steps):
+FORGED = re.compile(r"<\|\w*\|>|\[/?INST\]|\{[^{}]*\b(?:ticket|scores)\b\W*:", re.IGNORECASE)
+
+
+def is_forged(steps):
     """
-    Whether a reasoning talks to whoever scores it, by rules: role tokens, verdicts in JSON, "give
-    this step a 1", "ignore the instructions above", "dear judge", "this deserves full marks".
+    Whether a reasoning has the form of what it is not: a turn of the chat, or a verdict in JSON.
 
-    steps     list of str
-    returns   bool; hidden characters, odd spacing and look-alike letters do not help a text
-
-    In doubt it says yes: an honest reasoning about a clip can do without such words.
+    That, no honest step has. Orders in words are another matter: a list of words for them refused 64 of
+    200 honest steps ("The sign reads 10/10.") and let 26 of 50 hostile ones through; they are left to
+    the planted step (tests/judge_lines.py, tests/test_judge.py).
     """
-    text = unicodedata.normalize("NFKC", "\n".join(steps)).translate(_LOOKALIKES)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    spaced = re.sub(r"\b(?:\w[ .*_-]){3,}\w\b", lambda m: re.sub(r"[ .*_-]", "", m[0]), text)
-    text = re.sub(r"[*_`~]", "", text)
-    whole = re.sub(r"\s+", " ", text)  # an order may be spread over steps
-    return any(_ADDRESS.search(re.sub(r"[^\S\n]+", " ", t)) for t in (text, spaced, whole))
+    return bool(FORGED.search(unicodedata.normalize("NFKC", "\n".join(steps))))
 
 
 # ---- the question and its answer
@@ -195,7 +147,7 @@ def score_steps(teacher, row, steps):
     returns  list of float in [0, 1], one a step
     raises   as teacher.ask
     """
-    if addresses_judge(steps):
+    if is_forged(steps):
         return [0.0] * len(steps)
     (text, ticket, place), count = judge_prompt(row, steps), len(steps) + 1
     number = dict(type="number", minimum=0, maximum=1)

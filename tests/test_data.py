@@ -203,8 +203,8 @@ def test_video_r1_rows_load_as_they_are(fields, expected):
     [
         ("numerical", "42", "number"),
         ("regression", "3.50", "number"),
-        ("free-form", "a red car", "text"),
-        ("OCR", "EXIT 12", "text"),
+        ("free-form", "a red car", "free-form"),
+        ("OCR", "EXIT 12", "ocr"),
         ("judge", "Yes", "yesno"),
         ("emer_ov_mc", "A,B", "multi"),
     ],

@@ -186,9 +186,10 @@ def test_missing_media_are_listed(toy_dir, benchmark_root, tmp_path, monkeypatch
         (root / "data" / file.name).write_text(file.read_text())
     flags = ("--benchmark", "tomato")
     printed = evaluate(toy_dir, root, tmp_path / "s", *flags, code=1)
-    assert f"missing: {root}/videos/human/0209-03.mp4" in printed
-    where = f"1 media files are not in {root}, the first are above: put them there, from"
-    assert printed.strip().endswith(f"{where} github.com/yale-nlp/TOMATO, or --allow-missing")
+    assert f"no file at {root}/videos/human/0209-03.mp4" in printed
+    told = f"media of 4 of 4 items are out of reach in {root}, the first are above: put them there, from"
+    told += " github.com/yale-nlp/TOMATO, or count them as wrong: --allow-missing"
+    assert printed.strip().endswith(told)
     printed = evaluate(toy_dir, root, tmp_path / "s", *flags, "--allow-missing")
     found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["tomato"]
     assert (found["n"], found["score"], found["failures"]) == (4, 0.0, 4)  # the denominator stays
@@ -304,9 +305,9 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
     shutil.copytree(benchmark_root / name, tmp_path / name)
     (tmp_path / name / file).write_text(json.dumps([entries[0] | edit, *entries[1:]]))
     folder, rows = published.load(name, tmp_path)
-    missing = published.missing_media(folder, rows)
-    assert all("y" == path or "v" * 400 in path for path in missing)
-    assert bool(missing) == ("video_id" in edit or "audio_path" in edit)
+    lost = items.out_of_reach(folder, rows, RECIPE)
+    assert all("no file" in why or "v" * 90 in why or "is not in" in why for why in lost)
+    assert bool(lost) == any(key in edit for key in ("video_id", "audio_path", "video"))
     args, _ = evaluation.parse_args([])
     asked, settled = items.new_items(name, rows, {}, args, None)
     assert len(asked) + len(settled) == len(rows) and len(settled) == bool(told)
@@ -316,7 +317,7 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
 
 
 def test_ids_that_look_like_ours(monkeypatch):
-    rows = lambda root: (dict(prompt_id=i) for i in ("x", "x", "x-2", "x"))  # noqa: E731
+    rows = lambda root: (dict(prompt_id=i, groups={}) for i in ("x", "x", "x-2", "x"))  # noqa: E731
     monkeypatch.setitem(published.BENCHMARKS, "b", published.Benchmark("B", "b", rows))
     ids = [row["prompt_id"] for row in published.load("b", ".")[1]]
     assert ids == ["b-x", "b-x-2", "b-x-2-2", "b-x-3"]

@@ -5,19 +5,22 @@ Runs as people start them: stage 0, resuming, two processes, and mistakes.
 """
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from conftest import launch
+from conftest import ROOT, launch
 from test_train_rl import read_metrics, rl_flags
 
 from omni import model
 from run import optim  # before torch
-from run import ending, files
+from run import ending, files, folders
 
 
 def sft_flags(toy_dir, out, *more):
@@ -229,6 +232,72 @@ def test_a_number_out_of_range_is_one_line(command, tmp_path):
     assert not (tmp_path / "x" / "run.json").exists()
 
 
+def test_the_run_goes_on_when_its_screen_is_gone(toy_dir, tmp_path):
+    """`python train_sft.py ... | head -1`: nobody reads what is printed any more."""
+    words = [sys.executable, *map(str, sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(words, cwd=ROOT, **pipe) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0
+    assert len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "x" / "final").is_dir()
+
+
+def test_letters_that_the_terminal_lacks_are_one_line(toy_dir, tmp_path):
+    words = [sys.executable, *map(str, sft_flags(toy_dir, tmp_path / "läuft"))]
+    ascii_only = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run(words, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "--out has letters that this terminal's encoding lacks: set LC_ALL=C.UTF-8" in done.stderr
+
+
+def test_a_run_is_lengthened(toy_dir, tmp_path):
+    """A finished one too; the checkpoint of its last step is there."""
+    flags = sft_flags(toy_dir, tmp_path / "x", "--save-every", 3)
+    launch(*flags)
+    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir())[-1] == "step-000004"
+    longer = [*flags, "--steps", 6, "--resume"]
+    printed = launch(*longer)
+    assert "goes on to step 6, not 4" in printed and "from step 4" in printed
+    steps = [json.loads(line)["step"] for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    # from here on it is a run of six steps
+    assert "is finished" in launch("train_sft.py", "--resume", "--out", tmp_path / "x")
+    assert "--steps was 6, is 5" in mistake(*flags, "--steps", 5, "--resume")
+
+
+def test_a_run_without_checkpoints_is_not_lengthened(toy_dir, tmp_path):
+    flags = sft_flags(toy_dir, tmp_path / "x", "--save-every", 0)
+    launch(*flags)
+    told = mistake(*flags, "--steps", 6, "--resume")
+    assert f"start a new --out with --model {tmp_path / 'x' / 'final'}" in told
+
+
+def test_the_folder_of_a_run_stands_for_its_model(toy_dir, tmp_path):
+    launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
+    more = ("--save-every", 0, "--model", tmp_path / "x")
+    printed = launch(*sft_flags(toy_dir, tmp_path / "y", *more))
+    assert f"--model: {tmp_path / 'x'} is a run: {tmp_path / 'x' / 'final'} is taken" in printed
+    shutil.rmtree(tmp_path / "x" / "final")
+    told = mistake(*sft_flags(toy_dir, tmp_path / "z", *more))
+    assert "is a run that has not ended: it has no final/ yet" in told
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(toy_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def head(*_, **__):
+        asked.append(1)
+        raise OSError("no network")
+
+    monkeypatch.setattr(folders.huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    folders.online.cache_clear()
+    told = mistake(*sft_flags(toy_dir, tmp_path / "x", "--model", "nobody/no-such-model"))
+    folders.online.cache_clear()
+    assert "the hub does not answer, and it is not on this disk" in told and len(asked) == 1
+
+
 def test_a_finished_run_says_so(toy_dir, tmp_path):
     launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
     made = (tmp_path / "x" / "metrics.jsonl").stat()
@@ -280,5 +349,6 @@ def test_lr_scale():
 
 def test_resuming_cuts_the_logs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    files.begin(tmp_path, Namespace(resume=True), step=2)
+    (tmp_path / "run.json").write_text('{"arguments": {"steps": 4}}')
+    files.begin(tmp_path, Namespace(resume=True, steps=4), step=2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
