@@ -16,18 +16,15 @@ from rows import clips, data
 
 def out_of_reach(folder, rows, recipe):
     """-> for each row whose media cannot be reached, why; nothing is decoded."""
-    seen, lost = {}, []
+    lost = []
     for row in rows:
         # what is no text is a row that breaks the format, and is told as such
-        for path in filter(lambda path: isinstance(path, str), data.media_paths(row)):
-            if path not in seen:
-                try:
-                    seen[path] = clips.find_media(f"row {row['prompt_id']}", folder, path, recipe) and None
-                except (data.BadRow, ValueError) as problem:
-                    seen[path] = str(problem)
-            if seen[path]:
-                lost.append(seen[path])
-                break
+        paths = [path for path in data.media_paths(row) if isinstance(path, str) and "\0" not in path]
+        try:
+            for path in paths:
+                clips.find_media(f"row {row['prompt_id']}", folder, path, recipe)
+        except data.BadRow as problem:
+            lost.append(str(problem))
     return lost
 
 

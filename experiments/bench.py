@@ -161,16 +161,11 @@ def in_turn(a, b, repeats):
 
 def peak_memory(args, side, size):
     """MB that one update adds to the process at its peak, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    process = context.Process(target=_measure_memory, args=(child, args, side, size))
-    process.start()
-    used = parent.recv()
-    process.join()
-    return used
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_memory, (args, side, size))
 
 
-def _measure_memory(pipe, args, side, size):
+def _measure_memory(args, side, size):
     torch.set_num_threads(args.threads)
     policy, plain = build_models(args)
     task = dict(ours=partial(update_ours, policy), copies=partial(update_copies, plain))[side]
@@ -179,22 +174,13 @@ def _measure_memory(pipe, args, side, size):
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = resident_mb("VmRSS")
     task(*inputs)
-    pipe.send(resident_mb("VmHWM") - before)
+    return resident_mb("VmHWM") - before
 
 
 def resident_mb(what):
     """VmRSS: memory the process holds now; VmHWM: its peak; MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{what}:")[1].split()[0]) / 1024
-
-
-def matmul_rate(args):
-    """GFLOP/s of a matrix product of the update's shapes, now."""
-    a, b = torch.randn(2048, args.hidden), torch.randn(args.hidden, 4 * args.hidden)
-    began, count = time.perf_counter(), 50
-    for _ in range(count):
-        a @ b
-    return count * 2 * a.shape[0] * b.numel() / (time.perf_counter() - began) / 1e9
 
 
 def matrices(config):
@@ -226,11 +212,10 @@ def print_table(title, rows):
 
 
 def bench_updates(args, policy, plain):
-    rows, matmul = [], []
+    rows = []
     for size in SIZES[:2] if args.quick else SIZES:
         num_prompt, num_completion, group_size = size
         inputs = make_inputs(args, *size)
-        matmul.append(matmul_rate(args))
         gap = (update_ours(policy, *inputs) - update_copies(plain, *inputs)).abs().max().item()
         assert gap < 1e-4, f"the two sides differ by {gap}"
         sides = (partial(update_ours, policy, *inputs), partial(update_copies, plain, *inputs))
@@ -238,13 +223,10 @@ def bench_updates(args, policy, plain):
         ours_mb, copies_mb = (peak_memory(args, side, size) for side in ("ours", "copies"))
         tokens = num_prompt + group_size * num_completion
         ideal = group_size * (num_prompt + num_completion) / tokens
-        rate = update_flops(policy.thinker.config.text_config, size) / ours / 1e9
         rows.append(dict(
             size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
-            ours_mb=ours_mb, copies_mb=copies_mb, matmul_share=rate, logprob_gap=gap,
+            ours_mb=ours_mb, copies_mb=copies_mb, logprob_gap=gap,
         ))  # fmt: skip
-    for row in rows:
-        row["matmul_share"] /= max(matmul)  # the machine is not always as fast: its best counts
     print_table("update P/C/G", rows)
     return rows
 

@@ -144,15 +144,6 @@ def update_row(args, policy, num_prompt, best_tflops):
         config, per_weight = policy.thinker.config.text_config, 4 if args.lora_rank else 6
         flops = bench.update_flops(config, size, per_weight)
         row["matmul_share"] = flops / seconds / 1e12 / best_tflops
-    # each group of a run has a length of its own, so the first time with a length counts as well
-    other = bench.make_inputs(args, num_prompt - 5, *size[1:])
-    first = partial(bench.update_ours, policy, *other)
-    row["new_length_s"], _ = measure(first, 1, warm_up=0)
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(True)  # attention.py leaves it out
-        row["cudnn_s"], _ = measure(task, args.repeats)
-        row["cudnn_new_s"], _ = measure(first, 1, warm_up=0)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     return row
 
 

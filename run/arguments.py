@@ -110,17 +110,14 @@ def check_bounds(args, **bounds):
 
 def parse_weights(flag, text, names):
     """'format=.5,acc=.5' -> {part: weight}, of the parts called `names`."""
-    weights, problem = {}, None if text.strip() else "it is empty"
-    for part in text.split(",") if text.strip() else ():
+    weights = {}
+    for part in text.split(","):
         name, _, weight = part.partition("=")
         try:
             weights[name] = float(weight)
         except ValueError:
-            problem = f"{part!r} has no weight"
-        if name not in names:
-            problem = f"there is no part called {name}, only {', '.join(names)}"
-        elif not problem and not math.isfinite(weights[name]):
-            problem = f"{weight} is no weight"
-    if problem:
-        raise UserError(f"{flag}: {problem}: write it as format=.5,acc=.5")
+            weights[name] = math.nan
+        if name not in names or not math.isfinite(weights[name]):
+            told = f"{part!r} is no part of the reward ({', '.join(names)}) with its weight"
+            raise UserError(f"{flag}: {told}: write it as format=.5,acc=.5")
     return weights

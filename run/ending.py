@@ -18,7 +18,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 
-
 class Screen:
     """
     What is printed, on a stream that may go away (`| head`): the run goes on without it. A letter that
@@ -34,20 +33,14 @@ class Screen:
         return getattr(self.stream, name)
 
     def write(self, text):
-        return self._try(self.stream.write, text)
-
-    def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, do, *given):
         try:
-            return do(*given)
+            self.stream.write(text)
+            self.stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
-
 PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
 
 
@@ -83,8 +76,6 @@ def main_guard(main, *mendable):
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for screen in (sys.stdout, sys.stderr):
-            screen.flush()
         sys.stdout, sys.stderr = streams
         while files._locks:
             files._locks.pop().close()
@@ -108,7 +99,6 @@ def main_guard(main, *mendable):
 
 
 _signals = []  # (signal that asked this process to stop, when)
-
 SAME = 3.0  # seconds in which a signal is the same one: launchers send theirs after the terminal's
 
 

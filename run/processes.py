@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-
 FIRST = 5  # steps after which the time of the others is estimated
 
 

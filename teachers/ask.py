@@ -21,7 +21,6 @@ from pathlib import Path
 
 from run import UserError  # before torch: it sets how torch's threads wait
 
-
 import numpy as np
 import torchvision
 

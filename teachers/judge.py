@@ -71,7 +71,6 @@ DECOY_MAX = 0.5  # a judge that gives more to a planted step cannot be used
 
 # ---- a forged reply
 
-
 FORGED = re.compile(r"<\|\w*\|>|\[/?INST\]|\{[^{}]*\b(?:ticket|scores)\b\W*:", re.IGNORECASE)
 
 
