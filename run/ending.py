@@ -72,7 +72,7 @@ def main_guard(main, *mendable):
     except RuntimeError as error:  # gloo and NCCL have no class of their own for it
         if world_size() == 1 or not re.search(PEER_GONE, str(error)):
             raise
-        line = f"rank {rank()}: another process of the run has ended: see above; then --resume"
+        line = f"rank {rank()}: another process of the run has ended, see above; go on with: {how_to_go_on()}"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,66 @@
+"""
+Two nodes: two agents of torchrun on this machine, one of which is killed.
+
+    python -m pytest tests/test_nodes.py
+"""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from conftest import ROOT
+from test_faults import children, lines, other_out, wait_for
+from test_run import same_weights
+from test_train_rl import rl_flags
+
+
+def start(node, port, command, log):
+    """An agent with one process; what it prints goes to `log`."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+    words += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    with open(log, "w") as file:
+        return subprocess.Popen([*words, *map(str, command)], cwd=ROOT, stdout=file, stderr=file)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_one_of_them_killed(toy_dir, tmp_path):
+    flags = rl_flags(toy_dir, 2, tmp_path / "whole", "--save-every", 1, "--eval-every", 0)
+    port = free_port()
+    both = [start(node, port, flags, tmp_path / f"whole-{node}.log") for node in (0, 1)]
+    told = [agent.wait() for agent in both]
+    assert told == [0, 0], (tmp_path / "whole-0.log").read_text()
+
+    # node 1 goes, as a machine does: its agent and its process at once
+    out, port = tmp_path / "run", free_port()
+    both = [start(node, port, other_out(flags, out), tmp_path / f"{node}.log") for node in (0, 1)]
+    wait_for(both[0], lambda: len(lines(out / "metrics.jsonl")) == 1)
+    gone = [both[1].pid, *children(both[1])]
+    for pid in gone:
+        os.kill(pid, signal.SIGKILL)
+    both[1].wait()
+    began = time.monotonic()
+    assert both[0].wait(timeout=60) != 0 and time.monotonic() - began < 60
+    printed = (tmp_path / "0.log").read_text()
+    (line,) = [line for line in printed.splitlines() if "another process of the run has ended" in line]
+    words = shlex.split(line.split("go on with: ")[1])
+    assert words[:5] == ["torchrun", "--nnodes", "2", "--node-rank", "0"] and "--resume" in words
+    assert words[5:11] == f"--nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}".split()
+
+    # what it printed, on both
+    both = []
+    for node in (0, 1):
+        again = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        again[again.index("--node-rank") + 1] = str(node)
+        with open(tmp_path / f"again-{node}.log", "w") as file:
+            both.append(subprocess.Popen(again, cwd=ROOT, stdout=file, stderr=file))
+    assert [agent.wait() for agent in both] == [0, 0], (tmp_path / "again-0.log").read_text()
+    assert same_weights(tmp_path / "whole", out)
