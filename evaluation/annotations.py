@@ -4,11 +4,10 @@ Published annotation files -> their records, and what they tell of media and cho
 
 import json
 import os
-import re
 from pathlib import Path
 
 from rows.clips import BadRow
-from rows.data import LETTERS
+from rows.data import LETTERS, cut_options  # noqa: F401  part of what this file offers
 
 
 def annotations(root, *patterns):
@@ -83,9 +82,3 @@ def by_text(options, answer):
     texts, answer = [str(x).strip() for x in options], str(answer).strip()
     return certain(options, texts.index(answer) if answer in texts else answer)
 
-
-def cut_options(question):
-    """A question that holds its options in lines of their own -> the question, the options."""
-    text, *options = re.split(r"\n\s*(?=\(?[A-J][).:]\s)", question)
-    starts = "".join(option.strip("(")[0] for option in options)
-    return (text.strip(), options) if starts and LETTERS.startswith(starts) else (question, [])

@@ -266,6 +266,13 @@ def option_table(options):
     return table
 
 
+def cut_options(question):
+    """A question that holds its options in lines of their own -> the question, the options."""
+    text, *options = re.split(r"\n\s*(?=\(?[A-J][).:]\s)", question)
+    starts = "".join(option.strip("(")[0] for option in options)
+    return (text.strip(), options) if starts and LETTERS.startswith(starts) else (question, [])
+
+
 def question_text(row, audio_captions):
     """The user's turn: audio caption if asked for, question, options, and how to answer."""
     lines = []
