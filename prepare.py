@@ -226,7 +226,7 @@ def rows(args):
                     count += 1
                     row["prompt_id"] = f"{own}-{count}"
                 ids.add(named)
-                if files_of.setdefault(clip, source) != source:
+                if len(args.files) > 1 and files_of.setdefault(clip, source) != source:
                     two_files.add(clip)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 clips.append(clip)
@@ -261,13 +261,14 @@ def finish(args, out, part, report, clips, order, two_files):
         if held < args.held_out:
             apart.add(clip)
             held += sizes[clip]
-    taken = set(taken.tolist())
+    good[:] = False
+    good[taken] = True
     names = out, out.with_name(f"{out.stem}.held-out.jsonl")
     outputs = [open(f"{name}.part2", "w", encoding="utf-8") for name in names[: 1 + bool(args.held_out)]]
     counts = [0, 0]
     with open(part, encoding="utf-8") as file:
         for i, line in enumerate(file):
-            if i in taken:
+            if good[i]:
                 to = int(int(clips[i]) in apart)
                 outputs[to].write(line)
                 counts[to] += 1
