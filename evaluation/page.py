@@ -38,11 +38,13 @@ def write(path, title, records, roots, count, recipe):
     recipe = recipe._replace(**PICTURES)
     ranked = sorted(records, key=lambda r: (r["score"] is None, r["score"] or 0.0))[:count]
     parts = [article(record, roots.get(record["file"]), recipe) for record in ranked]
-    text = document(title, parts, len(records))
+    only_rows = all(r["score"] is None and r["parsed"] is None for r in records)  # nobody was asked
+    told = "rows, as the model gets them" if only_rows else "items, the wrong ones first"
+    text = document(title, parts, f"{len(parts)} of {len(records)} {told}.")
     path.write_text(text, encoding="utf-8", errors="replace")  # half a character has no bytes
 
 
-def document(title, parts, total):
+def document(title, parts, told):
     title = html.escape(title)
     choices = "".join(
         f'<input type="radio" name="show" id="{key}"{checked}><label for="{key}">{text}</label> '
@@ -57,7 +59,7 @@ def document(title, parts, total):
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; media-src data:; style-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>"
-        f"<p>{len(parts)} of {total} items, the wrong ones first.</p>\n{choices}\n"
+        f"<p>{told}</p>\n{choices}\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
