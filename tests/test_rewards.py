@@ -908,6 +908,16 @@ def test_reward_completions_by_hand():
     assert unjudged[0][0] is None  # not judged is not zero
 
 
+def test_a_completion_that_is_cut_off_is_scored_by_what_it_says():
+    """By --max-new-tokens: an answer before the cut counts for accuracy, never for the format."""
+    row = dict(prompt_id="q", answer="B", answer_type="choice", options=["red", "blue"])
+    whole = "<think>I look</think><answer>B</answer>"
+    cut = [whole, whole + " and then", "<think>I look</think><answer>B", "<think>I look at the"]
+    weights = {"format": 0.5, "acc": 0.5}
+    scored = rewards.reward_completions(row, cut, [-1.0] * 4, weights, None)
+    assert [(parts["format"], parts["acc"]) for _, parts in scored] == [(1, 1), (-1, 1), (-1, 0), (-1, 0)]
+
+
 def test_defect_10_braces_in_a_reasoning_do_not_break_the_judge():
     row = dict(answer="B", answer_type="choice", options=["red", "blue"], events=["x"], prompt_id="q")
     text = "<think>1: {steps} {0} %s {{</think><answer>B</answer>"
