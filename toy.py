@@ -23,7 +23,7 @@ from run.arguments import PARSER, check_bounds  # before torch
 from run.ending import main_guard
 from run.files import alone, empty_part
 from run.folders import base_folder, read_config
-from run.processes import gather, rank
+from run.processes import gather, print0, rank
 
 import numpy as np
 import torch
@@ -329,6 +329,10 @@ def defaults(args, stage, root=HERE / "toy"):
     if rank() == 0 and not args.data:
         once(folder, write_rows, stage, *NUM_ROWS[stage], 0)
     gather(None)  # a barrier
+    count = 0 if args.data else (folder / "train.jsonl").read_bytes().count(b"\n")
+    if not args.data and count != NUM_ROWS[stage][0]:
+        told = f"{folder} was made with {count} training rows, not the {NUM_ROWS[stage][0]} of today"
+        print0(f"  {told}: remove it to have it made anew")
     return root / "model", folder / "train.jsonl", folder / "test.jsonl"
 
 
