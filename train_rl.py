@@ -162,7 +162,7 @@ def main():
     policy, reference = model.open_policies(folder, args, device, with_reference=args.kl_coef > 0)
     optimizer = optim.adamw(policy, args.lr)
     # what a rank reads that has less to do than others
-    filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(1), 0.0, {}, 0, False)])
+    filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
     encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip
     room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
@@ -225,7 +225,7 @@ def main():
 
         # ---- roll out; a judge begins to think
         seeds = [processes.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, seeds[mine])
+        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, seeds[mine], args.micro_tokens)
         groups = model.rollout(policy, prompts, num_fresh[mine], *sampling)
         health.stop_if_broken(step, groups)
         texts = [build.texts(group) for group in groups]

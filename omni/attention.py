@@ -2,152 +2,261 @@
 Attention for many completions of one prompt, without a copy of the prompt. Torch only: copy this
 file freely.
 
-    [ prompt 1 | c11 | c12 | ... | prompt 2 | c21 | ... ]       a packed row, for log-probs
+    packed row   [ prompt 1 | prompt 2 | ... | c11 | c12 | ... | c21 | ... ]     no span is empty
 
 A prompt token sees its prompt causally; a completion token sees its whole prompt and its own
-completion so far. In a rollout all completions of a prompt read the prompt's keys in one product.
+completion so far. That is two softmaxes with no mask, each by a flash kernel, and merged:
 
-B prompts, G completions each, L packed tokens, P prompt tokens, N completion tokens of a group,
-H heads, K key/value heads, E head width.
+    (a) every prompt and every completion sees itself causally
+    (b) all completions of a prompt see all of the prompt
+    out = (1 - s) out_a + s out_b,   s = sigmoid(lse_b - lse_a),   lse = log(exp(lse_a) + exp(lse_b))
+
+lse is the log of a softmax's denominator. Flash's backward pass makes the probabilities again from the
+scores and lse, P = exp(S - lse); given the merged lse and output they are those of the whole softmax, so
+the gradients of (a) and (b) add up to the exact ones.
+
+L packed tokens, H heads, K key/value heads, E head width, B prompts, G completions of each.
 """
+
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-sdpa = F.scaled_dot_product_attention
+aten = torch.ops.aten
 # cuDNN's kernel would come first on an H100 or H200. With a mask, its backward can give NaN in torch
 # 2.11 (pytorch#196678), and it plans anew for each new length, of which every group has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
-ROOM = 64  # tokens by which the room for what is decoded grows
+ROOM, GPU_ROOM = 64, 1024  # tokens by which the room for what is decoded grows
+KERNEL = "flash"
+
+
+def choose(name, device, dtype):
+    """
+    auto    flash; on a GPU in float32, for which flash has no kernel there, sdpa
+    flash   torch's own: FlashAttention-2 on a GPU
+    fa3     FlashAttention-3 on a Hopper GPU, where its package flash_attn_interface is installed
+    sdpa    plain products, on any device in any dtype: slow, for comparison
+    raises  ImportError, RuntimeError    fa3 cannot be had
+    """
+    global KERNEL
+    if name == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    no_kernel = device.type == "cuda" and dtype == torch.float32
+    KERNEL = "sdpa" if name == "sdpa" or name == "auto" and no_kernel else "flash"
+
+
+# ---- the two kernels ---------------------------------------------------------------------------
+
+
+class Spans:
+    """Lengths of the sequences in a packed tensor, and where they end, as flash wants it."""
+
+    def __init__(self, sizes, device):
+        assert min(sizes) > 0, "the CPU's kernel dies of an empty sequence, a GPU's leaves it unwritten"
+        self.sizes, self.longest = sizes, max(sizes)
+        self.ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device)
+
+
+def flash(q, k, v, of_q, of_k, causal, scale):
+    """q (L, H, E), k and v (M, K, E), each with its Spans -> out (L, H, E), lse (H, L) float32."""
+    if q.is_cuda and KERNEL == "flash":
+        given = of_q.ends, of_k.ends, of_q.longest, of_k.longest, 0.0, causal, False
+        return aten._flash_attention_forward(q, k, v, *given, scale=scale)[:2]
+    each = rows((q, of_q), (k, of_k), (v, of_k))
+    outs, lses = zip(*(of_one(*qkv, scale, causal) for qkv in each))
+    return torch.cat([x[0].transpose(0, 1) for x in outs]), torch.cat([x[0] for x in lses], dim=1)
+
+
+def flash_backward(grad, q, k, v, out, lse, of_q, of_k, causal, scale):
+    """-> gradients of q, k, v; out and lse may be those of a larger softmax that this one is a part of."""
+    if q.is_cuda:
+        given = of_q.ends, of_k.ends, of_q.longest, of_k.longest, 0.0, causal
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
+        given = grad, q, k, v, out, lse, *given, *no_dropout
+        return aten._flash_attention_backward(*given, scale=scale)
+    run = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    given = rows((grad, of_q), (q, of_q), (k, of_k), (v, of_k), (out, of_q))
+    lses = lse.split(of_q.sizes, dim=1)
+    parts = [run(*x, y[None], 0.0, causal, scale=scale) for x, y in zip(given, lses)]
+    return tuple(torch.cat([x[0].transpose(0, 1) for x in part]) for part in zip(*parts))
+
+
+def of_one(q, k, v, scale, causal=False, bias=None):
+    """q (n, H, x, E), k and v (n, K, y, E), bias (n, 1, 1, y) or None -> out as q, lse (n, H, x)"""
+    if KERNEL == "flash":
+        run = aten._scaled_dot_product_flash_attention_for_cpu
+        return run(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).mT * scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(-1).to(v) @ v, scores.logsumexp(-1)
+
+
+def rows(*packed):
+    """Packed tensors (L, H, E) with their Spans -> a tuple a sequence, of (1, H, length, E)."""
+    return zip(*([x[None].transpose(1, 2) for x in t.split(of.sizes)] for t, of in packed))
+
+
+# ---- log-probs: a packed row -------------------------------------------------------------------
+
+
+def shared_prefix(q, k, v, own, prompts, answers, scale):
+    """
+    q (L, H, E), k, v (L, K, E); Spans of prompts + completions, of prompts, of each prompt's completions
+    -> out (L, H, E), lse (H, L)
+    """
+    n = sum(prompts.sizes)
+    out, lse = flash(q, k, v, own, own, True, scale)  # (a)
+    part, part_lse = flash(q[n:], k[:n], v[:n], answers, prompts, False, scale)  # (b)
+    share = (part_lse - lse[:, n:]).sigmoid().T[..., None]  # of the prompt, in float32
+    merged = out[n:].to(share).lerp(part.to(share), share).to(out)  # rounded once
+    lse = torch.cat([lse[:, :n], torch.logaddexp(lse[:, n:], part_lse)], dim=1)
+    return torch.cat([out[:n], merged]), lse
+
+
+class SharedPrefix(torch.autograd.Function):
+    """shared_prefix with flash's own backward passes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *given):
+        out, lse = shared_prefix(q, k, v, *given)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.given = given
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (q, k, v, out, lse), (own, prompts, answers, scale) = ctx.saved_tensors, ctx.given
+        n = sum(prompts.sizes)
+        grads = flash_backward(grad.contiguous(), q, k, v, out, lse, own, own, True, scale)
+        given = grad[n:].contiguous(), q[n:], k[:n], v[:n], out[n:], lse[:, n:].contiguous()
+        more = flash_backward(*given, answers, prompts, False, scale)
+        for whole, part in zip((grads[0][n:], grads[1][:n], grads[2][:n]), more):
+            whole += part
+        return *grads, None, None, None, None
 
 
 class PackedAttention:
     """
     Attention of a packed row. With `record`, the row's keys and values of every layer are kept.
 
-    groups   list of (P, lengths of the completions behind the prompt), in the order of the row
+    prompts      list of B lengths
+    completions  list of B lists of lengths
     """
 
-    def __init__(self, groups, device, record=False):
-        self.splits = [(num_prompt, sum(lengths)) for num_prompt, lengths in groups]
-        self.kept, self.masks, self.record = {}, [], record
-        for num_prompt, lengths in groups:
-            lengths = torch.tensor(lengths, dtype=torch.long)  # on the CPU: nobody waits for a GPU
-            owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # (N,)
-            own = (owner[:, None] == owner[None, :]).tril()
-            self.masks.append(F.pad(own, (num_prompt, 0), value=True))  # (N, P + N) bool
+    def __init__(self, prompts, completions, device, record=False):
+        self.kept, self.record = {}, record
+        own = [*prompts, *(n for group in completions for n in group)]
+        self.spans = [Spans(x, device) for x in (own, prompts, [sum(c) for c in completions])]
 
     def attend(self, layer, q, k, v, scaling):
         """q (1, H, L, E), k and v (1, K, L, E) -> (1, L, H, E)"""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # views: as the projections wrote them
         if self.record:
-            self.kept[layer] = (k, v)
-        share = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))  # (1, H, L, E)
-        # split, not slices: the backward of a slice is as long as the whole row
-        rows = zip(*(x.split([sum(split) for split in self.splits], dim=2) for x in (q, k, v)))
-        pieces = []
-        for i, (q_row, k_row, v_row) in enumerate(rows):
-            q_prompt, q_own = q_row.split(self.splits[i], dim=2)
-            k_prompt, v_prompt = (x.split(self.splits[i], dim=2)[0] for x in (k_row, v_row))
-            pieces.append(sdpa(q_prompt, k_prompt, v_prompt, is_causal=True, scale=scaling))
-            if q_own.shape[2]:
-                mask = self._mask(i, q)
-                pieces.append(sdpa(q_own, k_row, v_row, attn_mask=mask, scale=scaling))
-        return torch.cat(pieces, dim=2).transpose(1, 2)
+            self.kept[layer] = k, v
+        if KERNEL == "sdpa":
+            return shared_prefix(q, k, v, *self.spans, scaling)[0][None]
+        return SharedPrefix.apply(q, k, v, *self.spans, scaling)[None]
 
-    def _mask(self, i, q):
-        """On a GPU additive and made once: SDPA would make, and autograd keep, one a layer."""
-        mask = self.masks[i]
-        if q.is_cuda and mask.dtype == torch.bool:
-            aligned = -(-mask.shape[1] // 8) * 8  # as the kernels want their rows
-            zeros = torch.zeros(len(mask), aligned, dtype=q.dtype, device=q.device)
-            mask = self.masks[i] = zeros[:, : mask.shape[1]].masked_fill_(~mask, -torch.inf)
-        return mask
+
+# ---- decoding: a token of every completion -----------------------------------------------------
 
 
 class DecodeAttention:
     """
-    Attention of one new token for G completions of each of B prompts. The prompt's keys are read
-    where they are, by all its completions at once: no copy per completion.
+    Attention of one new token for G completions of each of B prompts: (a) and (b) again. In (b) the G
+    tokens of a prompt are G times as many heads of one token: its keys are read once for all of them.
 
-    prompt_kv   layer -> (k, v), each (B, K, P, E), padded; prompt_mask (B, P) says what is real
-    own_kv      layer -> (k, v), each (B G, K, length, E): what a completion has already, such as
-                its own question after a clip that it shares with others; own_mask (B G, length)
-                says what of it is real
+    prompt_kv   layer -> (k, v), each (sum of P, K, E), packed; sizes: list of B lengths
+    own_kv      layer -> (k, v), each (B G, room, K, E): what a completion has already, such as its own
+                question after a clip that it shares with others; used (B G,) int32: how much of it
 
     Between two growths of the room or calls of `keep`, a token changes no shape and no address, only
-    values: so its kernels can be recorded once and replayed (rollout.record).
+    values: so its kernels can be recorded once and replayed (run/graphs.py).
     """
 
-    def __init__(self, prompt_kv, prompt_mask, group_size, own_kv, own_mask):
-        self.prompt_kv, self.group_size, self.own_kv = prompt_kv, group_size, own_kv
-        self.bias, self.own_bias = (
-            torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-            for mask in (prompt_mask, own_mask)
-        )
-        self.length, self.new = own_mask.shape[1], True
-        self.now = torch.zeros(1, dtype=torch.long, device=own_mask.device)
+    def __init__(self, prompt_kv, sizes, own_kv, used, longest):
+        self.prompt_kv, self.own_kv, self.used, self.longest = prompt_kv, own_kv, used, longest
+        self.place(sizes, len(used) // len(sizes))
+
+    def place(self, sizes, group_size):
+        """What attend needs to know of shapes, made once for many tokens."""
+        device, self.group_size, self.new = self.used.device, group_size, True
+        self.prompts, self.room = Spans(sizes, device), next(iter(self.own_kv.values()))[0].shape[1]
+        self.rows = torch.arange(len(self.used), device=device)
+        self.one_each = [torch.arange(n + 1, dtype=torch.int32, device=device)
+                         for n in (len(sizes), len(self.used))]  # fmt: skip
+        self.own_ends = self.one_each[1] * self.room
+        unused = torch.arange(self.room, device=device) >= self.used[:, None]
+        self.bias = torch.zeros(unused.shape, device=device).masked_fill_(unused, -torch.inf)
+        self.bias = self.bias[:, None, None]  # (B G, 1, 1, room), for kernels that read all the room
+        self.views = {  # layer -> a prompt each (k, v), (1, K, P, E)
+            layer: [[x[None].transpose(1, 2) for x in kv] for kv in zip(k.split(sizes), v.split(sizes))]
+            for layer, (k, v) in self.prompt_kv.items()
+        }
 
     def next_token(self):
         """To be called before each token. -> True if the tensors are not those of the last one."""
-        room = self.own_bias.shape[1]
-        if self.length == room:
-            more = 4 * ROOM if self.now.is_cuda else ROOM  # a GPU reads fast and records slowly
+        if self.longest == self.room:
+            more = max(self.room, GPU_ROOM) if self.used.is_cuda else ROOM  # a GPU records slowly
             for layer, pair in self.own_kv.items():  # one at a time: twice all may not fit
-                self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
-            self.own_bias = F.pad(self.own_bias, (0, more), value=-torch.inf)
-            self.new = True
-        self.own_bias[:, self.length] = 0
-        self.now.fill_(self.length)
-        self.length += 1
+                self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, 0, 0, more)) for x in pair)
+            self.place(self.prompts.sizes, self.group_size)
+        self.longest += 1
+        self.used += 1
+        self.bias[self.rows, 0, 0, self.used.long() - 1] = 0
         new, self.new = self.new, False
         return new
 
     def attend(self, layer, q, k, v, scaling):
         """q (B G, H, 1, E), k and v (B G, K, 1, E) -> (B G, 1, H, E)"""
-        own_k, own_v = self.own_kv[layer]  # (B G, K, room, E)
-        own_k.index_copy_(2, self.now, k)
-        own_v.index_copy_(2, self.now, v)
-        prompt_k, prompt_v = self.prompt_kv[layer]  # (B, K, P, E)
-        num_prompts, num_kv, num_prompt_tokens, width = prompt_k.shape
-        share = q.shape[1] // num_kv  # heads with the same key
+        own_k, own_v = self.own_kv[layer]
+        at = self.rows, self.used.long() - 1
+        own_k.index_put_(at, k[:, :, 0])
+        own_v.index_put_(at, v[:, :, 0])
+        num_kv, width = k.shape[1], k.shape[3]
+        q = q.reshape(-1, self.group_size, num_kv, q.shape[1] // num_kv, width)  # (B, G, K, H/K, E)
+        own, own_lse = self.of_own(q.flatten(0, 1), own_k, own_v, scaling)  # (B G, K, H/K, E or none)
+        part, lse = self.of_prompt(layer, q.transpose(1, 2).flatten(2, 3), scaling)
+        part, lse = (x.unflatten(2, (self.group_size, -1)).transpose(1, 2) for x in (part, lse))
+        share = (own_lse.view(lse.shape) - lse).sigmoid()[..., None].to(own)
+        return part.lerp(own.view(part.shape), share).reshape(len(own_k), 1, -1, width)
 
-        def by_row(x):  # (B, K, G share, X), rows of one matrix product -> (B, G, K, share, X)
-            return x.unflatten(2, (-1, share)).transpose(1, 2)
+    def of_prompt(self, layer, q, scale):
+        """q (B, K, G H/K, E) -> out of that shape, lse (B, K, G H/K)"""
+        if q.is_cuda and KERNEL == "flash":
+            given = self.one_each[0], self.prompts.ends, 1, self.prompts.longest, 0.0, False, False
+            qkv = q.flatten(1, 2), *self.prompt_kv[layer]
+            out, lse, *_ = aten._flash_attention_forward(*qkv, *given, scale=scale)
+            return out.view(q.shape), lse.T.reshape(q.shape[:3])
+        parts = [of_one(x, *kv, scale) for x, kv in zip(q.split(1), self.views[layer])]
+        return tuple(map(torch.cat, zip(*parts)))
 
-        q = q.view(num_prompts, -1, num_kv, share, width)
-        of_prompt = by_row(float32_product(q.transpose(1, 2).flatten(2, 3), prompt_k.mT))
-        of_own = float32_product(q.flatten(0, 1), own_k.mT).view(*q.shape[:4], -1)
-        biases = self.bias, self.own_bias
-        bias, own_bias = (x.view(num_prompts, -1, 1, 1, x.shape[1]) for x in biases)
-        # (B, G, K, share, P + room), written once: on a GPU, long prompts are bound by this traffic
-        scores = of_own.new_empty(*q.shape[:4], num_prompt_tokens + of_own.shape[-1])
-        torch.add(bias, of_prompt, alpha=scaling, out=scores[..., :num_prompt_tokens])
-        torch.add(own_bias, of_own, alpha=scaling, out=scores[..., num_prompt_tokens:])
-        weights = scores.softmax(-1)
-        to_prompt = weights[..., :num_prompt_tokens].transpose(1, 2).to(q.dtype).flatten(2, 3)
-        to_own = weights[..., num_prompt_tokens:].to(q.dtype).flatten(0, 1)
-        out = by_row(to_prompt @ prompt_v) + (to_own @ own_v).view(q.shape)
-        return out.reshape(len(own_k), 1, -1, width)
+    def of_own(self, q, k, v, scale):
+        """q (B G, K, H/K, E), k and v (B G, room, K, E) -> out of q's shape, lse (B G, K, H/K)"""
+        if q.is_cuda and KERNEL == "flash":
+            given = self.one_each[1], self.own_ends, 1, self.room, 0.0, False, False
+            qkv = q.flatten(1, 2), k.flatten(0, 1), v.flatten(0, 1)
+            kwargs = dict(scale=scale, seqused_k=self.used)
+            out, lse, *_ = aten._flash_attention_forward(*qkv, *given, **kwargs)
+            return out.view(q.shape), lse.T.reshape(q.shape[:3])
+        return of_one(q, k.transpose(1, 2), v.transpose(1, 2), scale, bias=self.bias.to(q))
 
     def keep(self, prompts, rows, group_size):
         """Only these prompts (indices, ascending) and rows (indices, group_size a prompt) go on."""
-        stores = [(self.own_kv, rows)]
-        if len(prompts) < len(self.bias):
-            stores.append((self.prompt_kv, prompts))
-        for kv, kept in stores:
-            for layer, (k, v) in kv.items():  # one at a time: twice all of them may not fit
-                kv[layer] = (k[kept], v[kept])
-        self.bias, self.own_bias = self.bias[prompts], self.own_bias[rows]
-        self.group_size, self.new = group_size, True
-
-
-def float32_product(a, b):
-    """a (B, K, n, E) @ b (B, K, E, m), not rounded to bfloat16: a score of 50 would be off by .1."""
-    if a.is_cuda and a.dtype != torch.float32:  # the kernels sum in float32 anyway
-        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
-        return product.unflatten(0, a.shape[:2])
-    return a.float() @ b.float()
+        chosen, sizes, self.views = prompts.tolist(), self.prompts.sizes, None
+        if len(chosen) < len(sizes):
+            for layer, pair in self.prompt_kv.items():  # one at a time: twice all may not fit
+                pieces = [x.split(sizes) for x in pair]
+                self.prompt_kv[layer] = tuple(torch.cat([p[b] for b in chosen]) for p in pieces)
+        for layer, pair in self.own_kv.items():
+            self.own_kv[layer] = tuple(x[rows] for x in pair)
+        self.used = self.used[rows]
+        self.place([sizes[b] for b in chosen], group_size)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):

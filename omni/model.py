@@ -103,12 +103,23 @@ class Policy(nn.Module):
         """
         return task(self)
 
-    def read(self, embeds, position_ids, shared):
-        """embeds (L, D), position_ids (3, L) -> hidden states (L, D)."""
+    def read(self, heads, tails, record=False):
+        """
+        One packed row [ head 1 | head 2 | ... | tails of head 1 | ... ]: each tail goes on from its head.
+
+        heads    list of (embeds (P, D), position_ids (3, P))
+        tails    list, a head each, of lists of (ids (n,), position_ids (3, n)), n > 0
+        returns  hidden states (L, D), the PackedAttention
+        """
+        flat = [tail for group in tails for tail in group]
+        ids = torch.cat([ids for ids, _ in flat]).to(self.device)
+        embeds = torch.cat([*(e for e, _ in heads), self.thinker.get_input_embeddings()(ids)])
+        positions = torch.cat([p for _, p in [*heads, *flat]], dim=1)[:, None].to(self.device)
+        sizes = [len(e) for e, _ in heads], [[len(ids) for ids, _ in group] for group in tails]
+        shared = PackedAttention(*sizes, self.device, record)
+        inputs = dict(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)
         text = self.thinker.model.language_model
-        position_ids = position_ids[:, None].to(embeds.device)
-        inputs = dict(inputs_embeds=embeds[None], position_ids=position_ids)
-        return text(**inputs, use_cache=False, shared=shared).last_hidden_state[0]
+        return text(**inputs, shared=shared).last_hidden_state[0], shared
 
 
 def head_logprobs(lm_head, hidden, targets, temperature):
@@ -146,36 +157,24 @@ def completion_logprobs(policy, prompts, completions, temperature):
 
 
 def _packed_logprobs(policy, prompts, completions, temperature):
-    device = policy.device
-    embeds, positions, groups, gather, row = [], [], [], [], 0
     flat = [c for group in completions for c in group]
-    # the last token of a completion predicts nothing, so it is not read
-    tails = policy.thinker.get_input_embeddings()(torch.cat([c[:-1] for c in flat]).to(device))
-    tails = iter(tails.split([len(c) - 1 for c in flat]))
-    for prompt, embed, group in zip(prompts, policy.embed(prompts), completions):
-        num_prompt, last = len(prompt.input_ids), int(prompt.position_ids.max())
-        groups.append((num_prompt, [len(c) - 1 for c in group]))
-        embeds.append(embed)
-        positions.append(prompt.position_ids)
-        end = row + num_prompt
-        for completion in group:
-            steps = len(completion) - 1
+    tails, gather, row, last = [], [], sum(len(p.input_ids) for p in prompts), -1
+    for prompt, group in zip(prompts, completions):
+        after, last = int(prompt.position_ids.max()) + 1, last + len(prompt.input_ids)
+        # the last token of a completion predicts nothing, so it is not read, unless it is the only one
+        read = [completion[: max(len(completion) - 1, 1)] for completion in group]
+        tails.append([(ids, (after + torch.arange(len(ids))).expand(3, -1)) for ids in read])
+        for completion, ids in zip(group, read):
             # the prompt's last token predicts the first token of every completion
-            reads = torch.arange(end - 1, end + steps)
-            reads[0] = row + num_prompt - 1
-            gather.append(reads)
-            embeds.append(next(tails))
-            own = last + 1 + torch.arange(steps, device=prompt.position_ids.device)
-            positions.append(own.expand(3, -1))
-            end += steps
-        row = end
-    packed = PackedAttention(groups, device)
-    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), packed)
-    hidden = hidden[torch.cat(gather).to(device)]  # (sum of T, D)
-    head, targets, sizes = policy.thinker.lm_head, torch.cat(flat).to(device), list(map(len, flat))
-    found = head_logprobs(head, hidden, targets, temperature)
+            gather += [torch.tensor([last]), torch.arange(row, row + len(completion) - 1)]
+            row += len(ids)
+    heads = zip(policy.embed(prompts), (p.position_ids for p in prompts))
+    hidden, _ = policy.read(list(heads), tails)
+    hidden = hidden[torch.cat(gather).to(policy.device)]  # (sum of T, D)
+    targets, sizes = torch.cat(flat).to(policy.device), list(map(len, flat))
+    found = head_logprobs(policy.thinker.lm_head, hidden, targets, temperature)
     logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in found)
-    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
+    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(policy.device)
     return logprobs, mask, entropy
 
 

@@ -73,8 +73,8 @@ class InputBuilder:
         media_ends = [self.tokenizer.vision_eos_token, self.tokenizer.audio_eos_token]
         self.media_end_ids = self.tokenizer.convert_tokens_to_ids(media_ends)
         # what a rank reads that has less to do than others: FSDP would wait for ever
-        ids = torch.tensor(self.eos_ids[:1])
-        self.filler = Prompt(ids, torch.zeros(3, 1, dtype=torch.long), {})
+        ids = torch.tensor(self.eos_ids[:1] * 2)
+        self.filler = Prompt(ids, torch.arange(2).expand(3, -1), {})
 
     def __call__(self, row, hint=None):
         return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)

@@ -11,10 +11,14 @@ B prompts, G completions each, F families, P prompt tokens, T completion tokens,
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from omni.attention import DecodeAttention, PackedAttention
-from run.graphs import record
+from omni.attention import DecodeAttention
+from run.graphs import Later, record
+from run.optim import micro_batches
 from run.sharding import gathered
+
+PIECE = 256  # tokens of the vocabulary that are summed before the one is searched
 
 
 class Completion(NamedTuple):
@@ -26,7 +30,9 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
+def rollout(
+    policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens=16384
+):
     """
     Samples completions of all prompts together and records their log-probs.
 
@@ -36,16 +42,19 @@ def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_i
     max_new_tokens   int
     eos_ids          list of int    any of them ends a completion and belongs to it
     seeds            list of B int  one a prompt: its neighbours do not change what it gets
+    micro_tokens     int        tokens of prompts that are read at one time
     returns          list of B lists of Completion
 
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
-    given = prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds
+    given = prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
     return policy(lambda policy: _rollout(policy, *given))
 
 
-def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds):
+def _rollout(
+    policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
+):
     device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
     # all randomness of the rollout, drawn before it: (B G, T)
     noise = torch.zeros(num_prompts, group_size, max_new_tokens, dtype=torch.float64)
@@ -66,9 +75,10 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
     width = max(map(len, slots))  # rows of a family
     slot = torch.tensor([s + [-1] * (width - len(s)) for s in slots], device=device).flatten()
     owner = slot.clamp(min=0) // group_size  # (rows,) the prompt that a row goes on from
-    num_alive = len(slot)
+    num_alive, count = len(slot), Later()
+    crowded = 0.25 if slot.is_cuda else 0.75  # there an idle row costs less than a new recording
     with gathered(policy):
-        logits, attention = prefill(policy, prompts, families, owner)
+        logits, attention = prefill(policy, prompts, families, owner, micro_tokens)
         logits = logits[owner]  # (rows, V)
         after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
         after = after[owner]
@@ -89,12 +99,12 @@ def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_
             length[slot] = step + 1
             ended[slot] = done = torch.isin(token, eos)
             slot = slot.masked_fill(done, -1)
-            num_before, num_alive = num_alive, int((slot >= 0).sum())  # the one wait for a GPU
+            num_before, num_alive = num_alive, count((slot >= 0).sum(), num_alive)
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
-            if num_alive < num_before and num_alive <= 0.75 * len(slot):
+            if num_alive < num_before and num_alive <= crowded * len(slot):
                 families_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
-                if len(rows) < len(slot):  # finished rows leave
+                if 0 < len(rows) < len(slot):  # finished rows leave
                     attention.keep(families_left, rows, size)
                     slot, token, after = slot[rows], token[rows], after[rows]
             inputs = token, after + step
@@ -118,74 +128,63 @@ def families_of(prompts):
 
 def num_alike(rows):
     """How many tokens these lists of ids begin with alike; each keeps one of its own."""
-    if len(rows) == 1:
-        return len(rows[0])
     room = min(map(len, rows)) - 1
     alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
     return int(alike.cumprod(0).sum())
 
 
-def prefill(policy, prompts, families, owner):
+def prefill(policy, prompts, families, owner, micro_tokens):
     """
-    Reads every prompt once, and what a family begins with once for all of it. In the packed row
-
-        [ family 1 | tail | tail | family 2 | tail | ... ]
-
-    the tail of a prompt, what is its own, stands where a completion stands in the update.
+    Reads every prompt once, and what a family begins with once for all of it: in a packed row that is
+    the head, and what a prompt has of its own a tail, as a completion is in the update. In packs of
+    micro_tokens: what a layer computes of a long row would be larger than the model.
 
     owner     (rows,)    the prompt that each row of the decoding goes on from
     returns   logits of the next token (B, V), the attention to decode with
     """
     device = policy.device
     alike = [num_alike([prompts[b].input_ids for b in family]) for family in families]
-    order = [(b, n) for n, family in zip(alike, families) for b in family]
-    tails = {b: prompts[b].input_ids[n:] for b, n in order}
-    tail_ids = torch.cat(list(tails.values())).to(device)
+    order = [b for family in families for b in family]
+    cut = {b: n for n, family in zip(alike, families) for b in family}
     media = [getattr(policy.thinker.config, f"{m}_token_id") for m in ("image", "video", "audio")]
+    own = {b: prompts[b].input_ids[cut[b] :] for b in order}
     # a placeholder there would be read without its features, in silence
     told = "prompts that share their media differ before the last of it"
-    assert not torch.isin(tail_ids, torch.tensor(media, device=device)).any(), told
-    tail_embeds = policy.thinker.get_input_embeddings()(tail_ids)
-    tail_embeds = dict(zip(tails, tail_embeds.split([len(ids) for ids in tails.values()])))
+    assert not torch.isin(torch.cat(list(own.values())), torch.tensor(media)).any(), told
 
-    # where, in the packed row, a family begins and a prompt ends
-    embeds, positions, groups, begins, ends, row = [], [], [], [], {}, 0
-    firsts = [prompts[family[0]] for family in families]
-    for n, family, first, embed in zip(alike, families, firsts, policy.embed(firsts)):
-        embeds += [embed[:n], *(tail_embeds[b] for b in family)]
-        positions += [first.position_ids[:, :n], *(prompts[b].position_ids[:, n:] for b in family)]
-        groups.append((n, [len(tails[b]) for b in family]))
-        begins.append(row)
-        row += n
-        for b in family:
-            row += len(tails[b])
-            ends[b] = row
-    packed = PackedAttention(groups, device, record=True)
-    hidden = policy.read(torch.cat(embeds), torch.cat(positions, dim=1), packed)
-    ends = torch.tensor([ends[b] for b in range(len(prompts))], device=device)  # (B,)
-    logits = policy.thinker.lm_head(hidden[ends - 1]).float()
+    sizes = [n + sum(len(own[b]) for b in family) for n, family in zip(alike, families)]
+    logits, kept = [], []
+    for pack in micro_batches(sizes, micro_tokens):
+        firsts = [prompts[families[i][0]] for i in pack]
+        cuts = zip((alike[i] for i in pack), policy.embed(firsts), firsts)
+        heads = [(embed[:n], first.position_ids[:, :n]) for n, embed, first in cuts]
+        tails = [[(own[b], prompts[b].position_ids[:, cut[b] :]) for b in families[i]] for i in pack]
+        hidden, packed = policy.read(heads, tails, record=True)
+        num_head = sum(alike[i] for i in pack)
+        ends = torch.tensor([len(own[b]) for i in pack for b in families[i]]).cumsum(0) + num_head
+        logits.append(policy.thinker.lm_head(hidden[(ends - 1).to(device)]).float())
+        kept.append((num_head, packed.kept))
 
-    # keys and values of the packed row (K, L, E) as padded batches: families, and tails of the rows
-    lengths = [len(tails[b]) for b in range(len(prompts))]
-    ahead = torch.arange(max(alike), device=device)
-    back = torch.arange(max(lengths), 0, -1, device=device)  # all tails end at one place
-    alike, begins, lengths = (torch.tensor(x, device=device) for x in (alike, begins, lengths))
-    family_at = (begins[:, None] + ahead).clamp(max=row - 1)  # (F, P)
-    tail_at = (ends[owner, None] - back).clamp(min=0)  # (rows, tail)
-    family_kv, tail_kv = {}, {}
-    for layer in list(packed.kept):
-        pair = [x[0] for x in packed.kept.pop(layer)]
-        family_kv[layer] = tuple(x[:, family_at].transpose(0, 1).contiguous() for x in pair)
-        tail_kv[layer] = tuple(x[:, tail_at].transpose(0, 1) for x in pair)
-    masks = ahead < alike[:, None], back <= lengths[owner, None]
-    width = len(owner) // len(families)
-    return logits, DecodeAttention(family_kv, masks[0], width, tail_kv, masks[1])
+    # heads stay packed; of the tails every row of the decoding gets its own copy, to go on from
+    lengths = torch.tensor([len(own[b]) for b in order])
+    place = torch.tensor(order).argsort()  # of prompt b in `order`
+    starts, lengths = (lengths.cumsum(0) - lengths)[place].to(device), lengths[place].to(device)
+    tail_at = starts[owner, None] + torch.arange(longest := max(map(len, own.values())), device=device)
+    tail_at = tail_at.clamp(max=sum(map(len, own.values())) - 1)  # (rows, longest)
+    head_kv, tail_kv = {}, {}
+    for layer in list(kept[0][1]):
+        pairs = [(n, pack.pop(layer)) for n, pack in kept]
+        head_kv[layer] = tuple(torch.cat([pair[i][:n] for n, pair in pairs]) for i in (0, 1))
+        tail_kv[layer] = tuple(torch.cat([pair[i][n:] for n, pair in pairs])[tail_at] for i in (0, 1))
+    used = lengths[owner].int()
+    attention = DecodeAttention(head_kv, alike, tail_kv, used, longest)
+    return torch.cat(logits)[place.to(device)], attention
 
 
 def compact(alive):
     """alive (F, rows) bool -> families with a row left, the rows to keep, rows a family then."""
     families_left = alive.any(1).nonzero()[:, 0]
-    size = int(alive.sum(1).max())
+    size = int(alive.sum(1).max())  # 0: all have ended meanwhile
     first = alive[families_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
     return families_left, (families_left[:, None] * alive.shape[1] + first).flatten(), size
 
@@ -196,8 +195,14 @@ def sample(logits, temperature, noise):
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        # float32 would lose the tail of a large vocabulary
-        cdf = logprobs.double().exp().cumsum(-1)
-        token = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[1] - 1)
+        # in two levels: only the sums of pieces need float64, where float32 would lose the tail
+        pieces = F.pad(logprobs.exp(), (0, -logits.shape[1] % PIECE)).unflatten(1, (-1, PIECE))
+        cdf = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, V / PIECE)
+        aim = noise[:, None] * cdf[:, -1:]
+        piece = torch.searchsorted(cdf, aim, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
+        aim = aim - F.pad(cdf, (1, 0)).gather(1, piece)
+        cdf = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0].double().cumsum(-1)
+        # at most the last token that is not impossible: sums of other orders differ by rounding
+        within = torch.searchsorted(cdf, aim.clamp(max=cdf[:, -1:] * (1 - 1e-12)), right=True)
+        token = (piece * PIECE + within)[:, 0]
     return token, logprobs.gather(-1, token[:, None])[:, 0]

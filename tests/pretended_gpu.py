@@ -28,6 +28,8 @@ WAITS = {
     aten.equal.default, aten.repeat_interleave.Tensor, aten._unique2.default,
 }  # fmt: skip
 COPIES = {aten._to_copy.default, aten.copy_.default}  # may have tensors of two devices
+FLASH = aten._flash_attention_forward.default
+FLASH_BACKWARD = aten._flash_attention_backward.default
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 plain_to, plain_module_to = torch.Tensor.to, torch.nn.Module.to
 
@@ -58,6 +60,7 @@ class GpuTensor(torch.Tensor):
 
     def cpu(self):
         assert not Graph.capturing, "a copy to the CPU inside a capture"
+        Graph.waits += 1
         return self.plain.clone()
 
     def tolist(self):
@@ -88,7 +91,8 @@ def operation(func, args, kwargs):
     values, settings = tree_map(lambda x: x.plain if on_gpu(x) else x, (args, kwargs))
     if there and "device" in settings:
         settings = settings | dict(device=torch.device("cpu"))
-    kernel = bmm_to if func is aten.bmm.dtype else func
+    kernel = {aten.bmm.dtype: bmm_to, FLASH: flash, FLASH_BACKWARD: flash_backward}.get(func, func)
+    Graph.waits += there and func in WAITS
     if Graph.capturing and there:
         out = Graph.capturing.add(func, kernel, given, values, settings)
     else:
@@ -122,10 +126,56 @@ def bmm_to(a, b, dtype):
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
+def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug, scale, seqused_k=None):
+    """FlashAttention of packed sequences, by the CPU's kernel, a sequence at a time."""
+    outs, lses = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    for i, (own, keys) in enumerate(sequences(ends_q, ends_k, longest_q, longest_k)):
+        if seqused_k is not None:
+            assert seqused_k.dtype == torch.int32 and 0 < seqused_k[i] <= keys.stop - keys.start
+            keys = slice(keys.start, keys.start + int(seqused_k[i]))
+        qkv = (x[None].transpose(1, 2) for x in (q[own], k[keys], v[keys]))
+        run = aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = run(*qkv, dropout, causal, scale=scale)
+        outs[own], lses[:, own] = out[0].transpose(0, 1), lse[0]
+    return outs, lses, *(torch.zeros(2) for _ in range(3))
+
+
+def flash_backward(
+    grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, dropout, causal, seed, unused, scale
+):  # fmt: skip
+    assert lse.is_contiguous() and grad.stride(-1) == 1
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for own, keys in sequences(ends_q, ends_k, longest_q, longest_k):
+        given = (x[None].transpose(1, 2) for x in (grad[own], q[own], k[keys], v[keys], out[own]))
+        run = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = run(*given, lse[None, :, own], dropout, causal, scale=scale)
+        for x, where, part in zip(grads, (own, keys, keys), parts):
+            x[where] += part[0].transpose(0, 1)
+    return tuple(grads)
+
+
+def sequences(ends_q, ends_k, longest_q, longest_k):
+    """-> slices of the queries and keys of each sequence."""
+    assert ends_q.dtype == ends_k.dtype == torch.int32 and len(ends_q) == len(ends_k)
+    for ends, longest in ((ends_q, longest_q), (ends_k, longest_k)):
+        assert 0 < ends.diff().min() and ends.diff().max() <= longest
+    pairs = [list(map(slice, e.tolist()[:-1], e.tolist()[1:])) for e in (ends_q, ends_k)]
+    return list(zip(*pairs))
+
+
+class Event:
+    """In the place of torch.cuda.Event."""
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+
 class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
-    capturing, made, replays = None, 0, 0
+    capturing, made, replays, waits = None, 0, 0, 0
 
     def __init__(self):
         self.kernels, self.needed = [], []
@@ -173,7 +223,8 @@ def to(self, *args, **kwargs):
     if args and isinstance(args[0], str | torch.device):
         target, *args = args
     if on_gpu(self):
-        self = self.cpu() if target and torch.device(target).type == "cpu" else self
+        if target and torch.device(target).type == "cpu":  # non_blocking: nobody waits
+            self = self.plain.clone() if kwargs.pop("non_blocking", False) else self.cpu()
     elif target:
         args = target, *args
     return plain_to(self, *args, **kwargs) if args or kwargs else self
@@ -207,6 +258,7 @@ def pretended_gpu():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", nullcontext)
         patch.setattr(torch.cuda, "current_stream", lambda: None)
         patch.setattr(torch.Tensor, "to", to)
@@ -216,7 +268,7 @@ def pretended_gpu():
         patch.setattr(processes, "init", lambda device: GPU)
         torch._C._ensureCUDADeviceGuardSet()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([1], device="cuda"): by a copy
-        Graph.made = Graph.replays = 0
+        Graph.made = Graph.replays = Graph.waits = 0
         try:
             with Pretend():
                 yield

@@ -18,7 +18,6 @@ from conftest import RECIPE, launch, random_completions, toy_prompts
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-from omni import attention
 from experiments import bench
 from experiments import bench_gpu
 from rows import data
@@ -74,7 +73,7 @@ def test_packed_logprobs_equal_hf(setup, temperature):
     assert mask.sum(1).tolist() == [len(c) for _, c in flat]
     for i, (prompt, completion) in enumerate(flat):
         expected = oracle_logprobs(hf, prompt, completion, temperature)
-        torch.testing.assert_close(logprobs[i, : len(completion)], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs[i, : len(completion)], expected, atol=1e-5, rtol=1e-6)
     assert (logprobs[~mask] == 0).all() and (entropy[mask] > 0).all()
 
 
@@ -161,20 +160,6 @@ def test_rollout_does_not_depend_on_the_batch(setup):
     for i in range(3):
         (alone,) = model.rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
-
-
-def test_attention_does_without_cudnn():
-    """Its kernel comes first on an H100, and gave NaN gradients with a mask in torch 2.11."""
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_scores_are_not_rounded_to_bfloat16():
-    """A score of 50 in bfloat16 is off by up to 0.12, and so would be the log of an attention weight."""
-    a, b = (torch.randn(2, 3, 4, 64, dtype=torch.bfloat16) * 3 for _ in range(2))
-    product = attention.float32_product(a, b.mT)
-    exact = a.double() @ b.double().mT
-    assert product.dtype == torch.float32 and (product - exact).abs().max() < 1e-4
-    assert ((a @ b.mT) - exact).abs().max() > 0.05
 
 
 def test_greedy_rollout_equals_hf_generate(setup):
@@ -393,16 +378,16 @@ def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
     _, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
     read, encoded = [], []
     keep = policy.read, policy.encode
-    monkeypatch.setattr(policy, "read", lambda e, *x: read.append(len(e)) or keep[0](e, *x))
+    monkeypatch.setattr(policy, "read", lambda *x, **y: read.append(keep[0](*x, **y)) or read[-1])
     monkeypatch.setattr(policy, "encode", lambda p: encoded.append(len(p)) or keep[1](p))
     model.rollout(policy, shared, [1] * 3, 0.0, 4, build.eos_ids, seeds=range(3))
     lengths = [len(p.input_ids) for p in shared]
-    assert encoded == [1] and read[0] < lengths[0] + 0.6 * sum(lengths[1:])
+    assert encoded == [1] and len(read) == 1 and len(read[0][0]) < lengths[0] + 0.6 * sum(lengths[1:])
 
 
 def test_prompts_without_media_are_no_family(setup):
     policy, _, _, build = setup
-    prompt = model.Prompt(torch.tensor([12]), torch.zeros(3, 1, dtype=torch.long), {})
+    prompt = model.Prompt(torch.tensor([12, 9]), torch.arange(2).expand(3, -1), {})
     assert rollout.families_of([prompt, prompt]) == [[0], [1]]
     (a,), (b,) = model.rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
     assert a.ids.tolist() == b.ids.tolist()
