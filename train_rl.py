@@ -72,7 +72,7 @@ def parse_args(argv=None):
     flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
     flag("--buffer-size", type=int, default=10000, help="completions (paper) [ROOM]")
     flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
-    flag("--hint-patience", type=int, default=3, help="visits in Hard before a hint [U7]")
+    flag("--hint-patience", type=int, default=2, help="visits in Hard before a hint [U7]")
     flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
     flag = parser.add_argument_group("rollout").add_argument
     flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
