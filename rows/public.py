@@ -151,24 +151,58 @@ def vggsound(record, context):
 
 
 def avsbench(record, context):
-    """The single sources: five seconds, a mask of what sounds; thirds of the picture tell its place."""
+    """The object part's single sources: five seconds, a mask of what sounds; its class is in the list."""
     name, label = record["name"], record["category"]
     inside = Path(record["split"]) / label / name
     masks = sorted((context.media / "gt_masks" / inside).glob("*.png"))
     frames = sorted((context.media / "visual_frames" / inside).glob("*.png"))
     if not masks or not frames:
         raise Dropped("masks or frames that are not there", str(inside))
-    pixels = np.zeros(3)
+    seen = [{label: torchvision.io.decode_image(str(path), "GRAY")[0].numpy() > 0} for path in masks]
+    audio = f"audio_wav/{record['split']}/{label}/{name}.wav"
+    yield where_row(f"avs-{name}", seen, frames, audio, context)
+
+
+def avsbench_semantic(record, context):
+    """All of AVSBench with named masks (v1s, v1m: the object part's single and multiple sources; v2)."""
+    inside = Path(record["label"]) / record["uid"]
+    masks = sorted((context.media / inside / "labels_rgb").glob("*.png"))
+    frames = sorted((context.media / inside / "frames").glob("*.jpg"))
+    if not masks or not frames:
+        raise Dropped("masks or frames that are not there", str(inside))
+    names = json.loads((context.media / "label2idx.json").read_text())
+    seen = []
     for path in masks:
-        mask = torchvision.io.decode_image(str(path), "GRAY")[0].numpy() > 0
-        pixels += [part.sum() for part in np.array_split(mask, 3, axis=1)]
-    if not pixels.any():
-        raise Dropped("a mask without a pixel", str(inside))
-    places = [p for p, n in zip(("left", "center", "right"), pixels) if n >= pixels.sum() / 3]
+        r, g, b = torchvision.io.decode_image(str(path), "RGB").int().numpy()
+        colours = (r << 16) + (g << 8) + b
+        of = {name.replace("_", " "): colours == colour(i) for name, i in names.items() if i}
+        seen.append({name: mask for name, mask in of.items() if mask.any()})
+    yield where_row(f"avss-{record['uid']}", seen, frames, str(inside / "audio.wav"), context)
+
+
+def colour(index):
+    """The colour of a class in the masks: its bits in turn to red, green and blue, highest first."""
+    rgb = [sum(((index >> 3 * i + channel) & 1) << 7 - i for i in range(8)) for channel in range(3)]
+    return (rgb[0] << 16) + (rgb[1] << 8) + rgb[2]
+
+
+def where_row(name, seen, frames, audio, context):
+    """seen: a mask (H, W) bool of each thing, a dict a frame -> a row; thirds of the picture are its places."""
+    pixels = {}
+    for thing, mask in ((thing, mask) for masks in seen for thing, mask in masks.items()):
+        parts = [part.sum() for part in np.array_split(mask, 3, axis=1)]
+        pixels[thing] = pixels.get(thing, 0) + np.array(parts)
+    pairs = [
+        f"{place}: {thing}"
+        for i, place in enumerate(("left", "center", "right"))
+        for thing, found in pixels.items()
+        if found.any() and found[i] >= found.sum() / 3
+    ]
+    if not pairs:
+        raise Dropped("a mask without a pixel", name)
     rng, images = context.rng(name), [str(path.relative_to(context.media)) for path in frames]
-    row = dict(prompt_id=f"avs-{name}", question=WHERE[rng.integers(len(WHERE))], images=images)
-    row |= dict(audio=f"audio_wav/{record['split']}/{label}/{name}.wav", answer_type="location")
-    yield row | dict(answer=" | ".join(f"{place}: {label}" for place in places))
+    row = dict(prompt_id=name, question=WHERE[rng.integers(len(WHERE))], images=images, audio=audio)
+    return row | dict(answer=" | ".join(pairs), answer_type="location")
 
 
 # ---- formats of other trainers -----------------------------------------------------------------
@@ -266,6 +300,7 @@ FORMATS = {  # name -> (keys that tell it, conversion), in the order in which th
     "ave": ({"Category", "VideoID", "StartTime"}, ave),
     "vggsound": ({"youtube_id", "start", "label"}, vggsound),
     "avsbench": ({"name", "category", "split"}, avsbench),
+    "avsbench-semantic": ({"uid", "label", "split"}, avsbench_semantic),
     "llava": ({"id", "conversations"}, llava),
     "messages": ({"messages"}, chat),  # ms-swift, LLaMA-Factory
     "llama-factory": ({"conversations"}, chat),

@@ -142,6 +142,30 @@ def test_avsbench_says_where(toy_dir, tmp_path, media):  # noqa: F811
     launch("prepare.py", "check", tmp_path / "rows.jsonl")
 
 
+def test_avsbench_semantic_names_every_source(toy_dir, tmp_path, media):  # noqa: F811
+    """A dog (class 9) in the left third, a guitar (class 3) over center and right, in both frames."""
+    clip = tmp_path / "v1m" / "abc_0_5000"
+    mask = torch.zeros(3, 30, 30, dtype=torch.uint8)
+    # a class is a colour: 9 = 001 001 is red in both groups of bits, 3 = 011 red and green in one
+    mask[0, :20, :8], mask[:2, 5:9, 12:28] = 128 + 64, 128
+    for i in range(2):
+        media(clip / "frames" / f"{i}.jpg", "picture")
+        (clip / "labels_rgb").mkdir(exist_ok=True)
+        write_png(mask, str(clip / "labels_rgb" / f"{i}.png"))
+    media(clip / "audio.wav", "sound")
+    (tmp_path / "label2idx.json").write_text(json.dumps({"background": 0, "guitar": 3, "dog": 9}))
+    with open(tmp_path / "metadata.csv", "w", newline="") as file:
+        head = ["vid", "uid", "s_min", "s_max", "a_obj", "split", "label"]
+        csv.writer(file).writerows([head, ["abc", "abc_0_5000", 0, 5, "", "train", "v1m"]])
+    convert(tmp_path, "metadata.csv", "--stage", 3)
+    (row,) = rows_in(tmp_path)
+    assert row["answer"] == "left: dog | center: guitar | right: guitar" and len(row["images"]) == 2
+    launch("prepare.py", "check", tmp_path / "rows.jsonl")
+    flags = "--stage 2 --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
+    given = ("--model", toy_dir / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
+    launch("train_rl.py", *flags.split(), *given)
+
+
 def test_stage_0_learns_from_reasonings(toy_dir, tmp_path, media):  # noqa: F811
     media(tmp_path / "Set" / "a.mp4", "film")
     (tmp_path / "cot.json").write_text(json.dumps([R1 | dict(process="<think>It is the left one.</think>")]))
