@@ -9,6 +9,7 @@ L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V
 """
 
 from contextlib import nullcontext
+from types import MethodType
 
 import torch
 from torch import nn
@@ -218,6 +219,7 @@ def prepare(thinker, lora_rank, train_towers):
         tower.requires_grad_(train_towers)
     if lora_rank:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import Linear
 
         target = rf".*language_model\.layers\.\d+\..*\.({qwen.TEXT_LAYERS})"
         if train_towers:
@@ -227,10 +229,23 @@ def prepare(thinker, lora_rank, train_towers):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
             model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.forward = MethodType(adapted, module)
     if sum(p.numel() for p in thinker.parameters()) > SMALL:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.activation_checkpointing_enable(kwargs)
     return Policy(model, train_towers).train()
+
+
+def adapted(layer, x):
+    """W x + s B A x of a PEFT layer, as it computes it, but the sum is the end of the last product."""
+    result = layer.base_layer(x)
+    if layer.disable_adapters:
+        return result
+    a, b, scale = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    added = torch.addmm(result.flatten(0, -2), a(x).flatten(0, -2), b.weight.T, alpha=scale)
+    return added.view(result.shape)
 
 
 def write_merged(folder, part):

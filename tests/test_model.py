@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECIPE, launch, random_completions, toy_prompts
+from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
@@ -323,6 +324,25 @@ def test_saved_folder_is_standard(setup, tmp_path):
     for name, value in policy.model.state_dict().items():
         assert torch.equal(loaded[name], value), name
     model.InputBuilder(tmp_path / "final", RECIPE, ".", False)
+
+
+def test_an_adapter_adds_in_one_pass_what_peft_adds(toy_dir):
+    """Value and gradients of every adapted layer, by PEFT's own forward beside it."""
+    policy = model.load(toy_dir / "model", 4, train_towers=True)
+    layers = [m for m in policy.modules() if isinstance(m, LoraLinear)]
+    assert len(layers) > 20
+    for layer in layers:
+        b = layer.lora_B["default"].weight
+        torch.nn.init.normal_(b, std=0.1)
+        x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+        found = []
+        for forward in (layer.forward, lambda x, own=layer: type(own).forward(own, x)):
+            y = forward(x)
+            found.append((y, *torch.autograd.grad((y * y).sum(), [x, b, layer.lora_A["default"].weight])))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        with policy.reference():
+            torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
 def test_no_such_model():
