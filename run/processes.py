@@ -59,6 +59,14 @@ def gather(item):
     return items
 
 
+def from_first(item):
+    """-> rank 0's item, on every rank."""
+    items = [item]
+    if world_size() > 1:
+        dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
 def rounds(items, filler):
     """
     As many rounds on every rank, as a forward under FSDP needs: a rank that has fewer items than
