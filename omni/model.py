@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
 from run.folders import from_pretrained, is_adapter  # before torch
-from run.sharding import opened
+from run.sharding import on_host, opened
 from omni.attention import PackedAttention, shared_prefix_attention
 from omni import qwen
 from omni.qwen import InputBuilder, Prompt  # noqa: F401
@@ -75,7 +75,7 @@ class Policy(nn.Module):
     def encoded(self, prompt):
         """The prompt with the outputs of frozen towers, which never change, for its media."""
         media = self.encode([prompt])[0]
-        return prompt._replace(media={name: value.cpu() for name, value in media.items()})
+        return prompt._replace(media={name: on_host(value) for name, value in media.items()})
 
     def embed(self, prompts):
         """-> the prompts' embeddings, media in their places: a list of (P, D)."""
@@ -89,7 +89,7 @@ class Policy(nn.Module):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
-                found = torch.cat([f.to(embeds) for f in found])
+                found = torch.cat([f.to(embeds, non_blocking=True) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
                 num_places = int(where.sum())
                 told = f"{modality}: {num_places} placeholders, {len(found)} features"

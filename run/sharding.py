@@ -85,6 +85,17 @@ def cast(parameters, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
+def on_host(tensor):
+    """
+    The tensor in the host's memory. From a GPU it comes without a wait, into memory that it can go
+    back from without one: only a copy back to the GPU may read it.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 @contextmanager
 def gathered(policy):
     """

@@ -6,13 +6,14 @@ every rank reads; peaks of memory; a checkpoint and `final/` of it.
 """
 
 import argparse
+import gc
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import conftest  # noqa: F401  puts the repository on the path
-from run import checkpoint, ending, folders, optim, processes, sharding  # before torch
+from run import checkpoint, ending, folders, optim, processes  # before torch
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,7 @@ from omni import model
 
 def peak_mb(task):
     """-> what the task gives, MB that it adds to this process at its peak."""
+    gc.collect()  # what was held in cycles until now
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = resident_mb("VmRSS")
     found = task()
@@ -56,27 +58,22 @@ class NoProcessor:
         pass
 
 
-def check(folder, lora_rank, out):
-    """Loaded, stepped, saved, resumed: all as on one process. -> lines with the peaks"""
-    device = torch.device("cpu")
-    args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32")
-    plain = model.load(folder, lora_rank, False)  # warms up what loading needs once, too
-    size = sum(p.nbytes for p in plain.parameters()) / 2**20
-    load = partial(model.load, folder, lora_rank, False)
-    _, plain_peak = peak_mb(lambda: sharding.place(load(), device, "float32"))
-    open_policies = partial(model.open_policies, folder, args, device, with_reference=False)
-    (policy, _), peak = peak_mb(open_policies)
-    assert same_policy(policy, plain) > 100
-    found = dict(size=size, plain=processes.gather(plain_peak), once=processes.gather(peak))
+def check_loading(load, open_policies):
+    """Every parameter and buffer -> the policy, the plain one, MB of each rank at its peak."""
+    (policy, _), once = peak_mb(open_policies)
+    whole_one, plain = peak_mb(load)
+    assert same_policy(policy, whole_one) > 100
+    size = sum(p.nbytes for p in whole_one.parameters()) / 2**20
+    found = dict(size=size, plain=processes.gather(plain), once=processes.gather(once))
+    return policy, whole_one, found
 
-    # ---- a checkpoint that rank 0 alone can read, and what a run ends with
+
+def check_resuming(policy, plain, open_policies, out):
+    """A checkpoint that rank 0 alone can read -> MB of each rank at its peak."""
     optimizer = optim.adamw(policy, 1e-2)
     fake_step(policy, optimizer)
     fake_step(plain, optim.adamw(plain, 1e-2))
-    same_policy(policy, plain)
     checkpoint.save(out, 1, policy, optimizer, dict(number=7), keep=1)
-    for name, whose in (("final", policy), ("plain", plain)):
-        folders.save(whose, out / name, NoProcessor())
     again, _ = open_policies()
     other = optim.adamw(again, 1e-2)
     here = out / "not on this node" if processes.rank() else out
@@ -87,15 +84,27 @@ def check(folder, lora_rank, out):
         assert optimizer.state.get(p, {}).keys() == other.state.get(q, {}).keys()
         for key, value in optimizer.state.get(p, {}).items():
             assert torch.equal(whole(value), whole(other.state[q][key])), key
-    return found | dict(resumed=processes.gather(peak))
+    return processes.gather(peak)
+
+
+def check(folder, lora_rank, out, device):
+    args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32")
+    load = partial(model.load, folder, lora_rank, False)
+    open_policies = partial(model.open_policies, folder, args, device, with_reference=False)
+    policy, plain, found = check_loading(load, open_policies)
+    if not lora_rank:
+        found["resumed"] = check_resuming(policy, plain, open_policies, out)
+    for name, whose in (("final", policy), ("plain", plain)):
+        folders.save(whose, out / f"{name}-{lora_rank}", NoProcessor())
+    processes.print0(json.dumps(found))
 
 
 def main():
     folder, out = sys.argv[1], Path(sys.argv[2])
-    processes.init("cpu")
+    device = processes.init("cpu")
+    model.load(folder, 8, False)  # what loading needs once
     for lora_rank in (0, 8):
-        (out / str(lora_rank) / "checkpoints").mkdir(parents=True, exist_ok=True)
-        processes.print0(json.dumps(check(folder, lora_rank, out / str(lora_rank))))
+        check(folder, lora_rank, out, device)
 
 
 if __name__ == "__main__":
