@@ -9,9 +9,9 @@ from contextlib import contextmanager, nullcontext
 
 from run import UserError, processes  # before torch
 
-import accelerate
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -26,7 +26,7 @@ def opened(load, device, dtype, frozen=False):
     frozen   nothing of it trains: a reference
     """
     first = processes.rank() == 0
-    with nullcontext() if first else accelerate.init_empty_weights():  # buffers are real: no file has them
+    with nullcontext() if first else no_weights():
         policy = load(empty=not first)
     if frozen:
         policy.requires_grad_(False)
@@ -40,6 +40,23 @@ def opened(load, device, dtype, frozen=False):
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy, whole, options=options)
     return policy
+
+
+@contextmanager
+def no_weights():
+    """Modules built in here have parameters of no memory. Their buffers are real: no file has them."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # one of two names stays one parameter
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def place(policy, device, dtype):
