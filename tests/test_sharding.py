@@ -31,7 +31,7 @@ def files(folder):
 
 def test_one_process_reads_the_model_for_all(folder, tmp_path, monkeypatch):
     """tests/loaded_once.py compares every parameter, buffer and moment of AdamW, to the bit."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what is freed leaves the process
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))  # what is freed leaves the process
     (tmp_path / "checkpoints").mkdir()
     printed = launch("tests/loaded_once.py", folder, tmp_path, processes=2)
     full, lora = (json.loads(line) for line in printed.splitlines() if line.startswith("{"))
