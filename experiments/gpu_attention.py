@@ -88,34 +88,31 @@ def packed_ms(at):
     return found
 
 
-def decode_is_right(at):
-    """A token of all completions: against float64, ms a layer, ms of sampling; B = 1 and 8."""
-    found, used = {}, 3
-    for num_prompts in (1, 8):
-        rows = num_prompts * at.G
-        prompt_kv = [random(at, num_prompts, at.kv_heads, at.P, at.width) for _ in "kv"]
-        own_kv = [random(at, rows, at.kv_heads, used, at.width) for _ in "kv"]
-        lengths = at.P - 5 * torch.arange(num_prompts, device=at.device)
-        real = torch.arange(at.P, device=at.device) < lengths[:, None]  # (B, P)
-        own = torch.ones(rows, used, dtype=torch.bool, device=at.device)
-        given = {0: tuple(prompt_kv)}, real, at.G, {0: tuple(own_kv)}, own
-        decode = attention.DecodeAttention(*given)
-        q, k, v = (random(at, rows, h, 1, at.width) for h in (at.heads, *[at.kv_heads] * 2))
-        decode.next_token()
-        out = decode.attend(0, q, k, v, at.width**-0.5)[:, 0]  # (B G, H, E)
-        keys, values = (
-            torch.cat([x.repeat_interleave(at.G, 0), y, new], dim=2).double()
-            for x, y, new in zip(prompt_kv, own_kv, (k, v))
-        )
-        scores = q.double().view(rows, at.kv_heads, -1, at.width) @ keys.mT * at.width**-0.5
-        seen = F.pad(real.repeat_interleave(at.G, 0), (0, used + 1), value=True)
-        exact = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ values
-        del keys, values
-        logits = torch.randn(rows, at.vocab, device=at.device)
-        noise = torch.rand(rows, dtype=torch.float64, device=at.device)
-        found[f"B={num_prompts}"] = dict(
-            out=difference(out, exact.view(out.shape)),
-            layer_ms=timed(at, lambda: decode.attend(0, q, k, v, at.width**-0.5), 20),
-            sample_ms=timed(at, lambda: rollout.sample(logits, 1.0, noise)),
-        )
-    return found
+def decode_is_right(at, num_prompts):
+    """A token of all completions: against float64, ms a layer, ms of sampling."""
+    rows, used = num_prompts * at.G, 3
+    prompt_kv = [random(at, num_prompts, at.kv_heads, at.P, at.width) for _ in "kv"]
+    own_kv = [random(at, rows, at.kv_heads, used, at.width) for _ in "kv"]
+    lengths = at.P - 5 * torch.arange(num_prompts, device=at.device)
+    real = torch.arange(at.P, device=at.device) < lengths[:, None]  # (B, P)
+    own = torch.ones(rows, used, dtype=torch.bool, device=at.device)
+    given = {0: tuple(prompt_kv)}, real, at.G, {0: tuple(own_kv)}, own
+    decode = attention.DecodeAttention(*given)
+    q, k, v = (random(at, rows, h, 1, at.width) for h in (at.heads, at.kv_heads, at.kv_heads))
+    decode.next_token()
+    out = decode.attend(0, q, k, v, at.width**-0.5)[:, 0]  # (B G, H, E)
+
+    keys, values = (
+        torch.cat([x.repeat_interleave(at.G, 0), y, new], dim=2).double()
+        for x, y, new in zip(prompt_kv, own_kv, (k, v))
+    )
+    scores = q.double().view(rows, at.kv_heads, -1, at.width) @ keys.mT * at.width**-0.5
+    seen = F.pad(real.repeat_interleave(at.G, 0), (0, used + 1), value=True)
+    exact = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ values
+    logits = torch.randn(rows, at.vocab, device=at.device)
+    noise = torch.rand(rows, dtype=torch.float64, device=at.device)
+    return dict(
+        out=difference(out, exact.view(out.shape)),
+        layer_ms=timed(at, lambda: decode.attend(0, q, k, v, at.width**-0.5), 20),
+        sample_ms=timed(at, lambda: rollout.sample(logits, 1.0, noise)),
+    )

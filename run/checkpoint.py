@@ -109,8 +109,8 @@ def newest(out):
 
 def load(out, policy, optimizer):
     """
-    Loads the newest whole checkpoint into policy and optimizer -> its state, None before any. Only rank 0
-    reads it, and each is sent its parts.
+    Loads the newest whole checkpoint into policy and optimizer -> its state, None before any. Only
+    rank 0 reads it, and each is sent its parts.
     """
     found = newest(out) if processes.rank() == 0 else None
     weights, state = found or ({}, None)

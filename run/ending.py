@@ -55,7 +55,8 @@ TURN = {  # the call in which a GPU's memory ran out -> where that is, and what 
 
 def told(error, mendable):
     """The line for what a user can do something about; None for all else."""
-    if isinstance(error, (UserError, *mendable, FileNotFoundError, FileExistsError, NotADirectoryError)):
+    paths = FileNotFoundError, FileExistsError, NotADirectoryError
+    if isinstance(error, (UserError, *mendable, *paths)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == "av":
         return f"{error}: clips are read and written by PyAV: pip install av"
@@ -67,8 +68,8 @@ def told(error, mendable):
         return f"a weights file ({error}): is the disk full, or the file cut off?"
     if isinstance(error, torch.OutOfMemoryError):
         calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        where = next((TURN[name] for name in calls if name in TURN), None)
-        return f"out of GPU memory in {where or 'what every step needs: more GPUs, or --lora-rank 16'}"
+        always = "what every step needs: more GPUs, or --lora-rank 16"
+        return f"out of GPU memory in {next((TURN[c] for c in calls if c in TURN), always)}"
     # gloo and NCCL have no class of their own for it
     if isinstance(error, RuntimeError) and world_size() > 1 and re.search(PEER_GONE, str(error)):
         others = "another process of the run has ended, see above"
@@ -78,8 +79,8 @@ def told(error, mendable):
 
 def main_guard(main, *mendable):
     """
-    Runs `main`; what a user can do something about ends it with one line and no traceback. Of several
-    processes, one that ends by any error ends the others: nobody waits for it in a collective.
+    Runs `main`; what a user can do something about ends it with one line and no traceback. Of
+    several processes, one that ends by any error ends the others: nobody waits for it for ever.
 
     mendable   more exceptions of that kind, such as clips.BadRow
     """

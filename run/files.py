@@ -152,7 +152,7 @@ def commit():
 
 
 def check_versions():
-    """transformers moves the Omni classes between minor releases: another one is told before it fails."""
+    """transformers moves the Omni classes between minor releases: told before they are missed."""
     wanted = re.search(r"^transformers==(\S+)", (HERE / "requirements.txt").read_text(), re.M)[1]
     have = version("transformers")
     if have.split(".")[:2] != wanted.split(".")[:2]:

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 # rank 0 may work for long while the others wait for it in `gather`; a dead one ends torchrun anyway
 LONG = timedelta(hours=6)
-# the group that objects go through where it is not the one of tensors: not through a GPU, which nobody
-# would have to wait for then, and under no limit that is meant for kernels
+# the group that objects go through where tensors have NCCL: no GPU is waited for, or for LONG
 _objects = []
 FIRST = 5  # steps after which the time of the others is estimated
 

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 def opened(load, device, dtype, frozen=False):
     """
-    The policy that load(empty=False) gives, in its place. Of several processes only rank 0 reads it; the
-    others build it empty, hold nothing until it is sharded, and are then sent their parts, a tensor at
-    a time: the whole model is in memory once.
+    The policy that load(empty=False) gives, in its place. Of several processes only rank 0 reads it;
+    the others build it empty, hold nothing until it is sharded, and are then sent their parts, a
+    tensor at a time: the whole model is in memory once.
 
     load     callable(empty) -> policy; empty: without reading weights
     frozen   nothing of it trains: a reference
@@ -44,7 +44,7 @@ def opened(load, device, dtype, frozen=False):
 
 @contextmanager
 def no_weights():
-    """Modules built in here have parameters of no memory. Their buffers are real: no file has them."""
+    """Modules built in here have parameters of no memory. Buffers are real: no file has them."""
     register = nn.Module.register_parameter
 
     def register_empty(module, name, parameter):
