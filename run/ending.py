@@ -44,12 +44,11 @@ class Screen:
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
-
-
 TURN = {  # the call in which a GPU's memory ran out -> where that is, and what to turn
     "rollout": "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new-tokens",
     "gradient": "the update: lower --micro-tokens, also when going on with --resume",
     "encoded": "the towers: lower --max-frames or --max-pixels",
+    "stored_kls": "reading stored completions again: lower --max-frames or --max-pixels, or --no-hints",
 }
 
 

@@ -16,6 +16,7 @@ import conftest  # noqa: F401  puts the repository on the path
 from run import checkpoint, ending, folders, optim, processes  # before torch
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from experiments.bench import resident_mb
@@ -102,6 +103,7 @@ def check(folder, lora_rank, out, device):
 def main():
     folder, out = sys.argv[1], Path(sys.argv[2])
     device = processes.init("cpu")
+    processes._objects.append(dist.new_group(backend="gloo"))  # as beside NCCL
     model.load(folder, 8, False)  # what loading needs once
     for lora_rank in (0, 8):
         check(folder, lora_rank, out, device)

@@ -88,6 +88,11 @@ def in_the_rollout(monkeypatch):
     model.rollout(out_of_memory, [], [], 1.0, 1, [], [])
 
 
+def in_the_hints(monkeypatch):
+    monkeypatch.setattr(model, "completion_logprobs", out_of_memory)
+    update.stored_kls(None, {"q": (None, [])}, None, 1.0)
+
+
 def in_the_towers(monkeypatch):
     model.Policy.encoded(SimpleNamespace(encode=out_of_memory), None)
 
@@ -96,6 +101,7 @@ def in_the_towers(monkeypatch):
     (in_the_update, "the update: lower --micro-tokens"),
     (in_stage_0, "the update: lower --micro-tokens"),
     (in_the_rollout, "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new"),
+    (in_the_hints, "reading stored completions again: lower --max-frames or --max-pixels, or --no"),
     (in_the_towers, "the towers: lower --max-frames or --max-pixels"),
     (out_of_memory, "what every step needs: more GPUs, or --lora-rank"),
 ])  # fmt: skip
