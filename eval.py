@@ -243,7 +243,8 @@ def main():
     processes.gather(None)
 
     policy = model.load(folder, lora_rank=0, train_towers=False)
-    cast(policy.to(device).parameters(), dtype)
+    cast(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
+    policy.to(device)
     build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together

@@ -6,7 +6,6 @@ A row is one of rows/data.py; a record is what records.jsonl keeps of it.
 
 import json
 
-import av
 import numpy as np
 
 import rewards
@@ -32,7 +31,7 @@ def hears(root, row, recipe):
     """Whether a clip's own sound is given: it has some, and no more than the recipe takes."""
     name = f"row {row['prompt_id']}"
     with clips.open_media(clips.find_media(name, root, row["video"], recipe), name) as container:
-        length = np.inf if container.duration is None else container.duration / av.time_base
+        length = np.inf if container.duration is None else container.duration / 1e6  # of µs
         span = min(row.get("end") or np.inf, length) - (row.get("start") or 0)
         return bool(container.streams.audio) and bool(span <= recipe.max_audio_seconds)
 

@@ -7,7 +7,6 @@ import base64
 import html
 import io
 
-import av
 import numpy as np
 from torchvision.io import encode_jpeg
 
@@ -125,6 +124,8 @@ def jpeg(picture):
 
 def ogg(samples):
     """(S,) float32 at 16 kHz -> Opus at 24 kbit/s, bytes"""
+    import av  # only here
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="ogg") as container:
         stream = container.add_stream("libopus", rate=48000, layout="mono", bit_rate=24000)

@@ -9,6 +9,7 @@ L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V
 """
 
 from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
 from run.folders import from_pretrained, is_adapter  # before torch
-from run.sharding import place
+from run.sharding import on_host, opened
 from omni.attention import PackedAttention, shared_prefix_attention
 from omni import qwen
 from omni.qwen import InputBuilder, Prompt  # noqa: F401
@@ -75,7 +76,7 @@ class Policy(nn.Module):
     def encoded(self, prompt):
         """The prompt with the outputs of frozen towers, which never change, for its media."""
         media = self.encode([prompt])[0]
-        return prompt._replace(media={name: value.cpu() for name, value in media.items()})
+        return prompt._replace(media={name: on_host(value) for name, value in media.items()})
 
     def embed(self, prompts):
         """-> the prompts' embeddings, media in their places: a list of (P, D)."""
@@ -89,7 +90,7 @@ class Policy(nn.Module):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
-                found = torch.cat([f.to(embeds) for f in found])
+                found = torch.cat([f.to(embeds, non_blocking=True) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
                 num_places = int(where.sum())
                 told = f"{modality}: {num_places} placeholders, {len(found)} features"
@@ -187,24 +188,24 @@ def open_policies(folder, args, device, with_reference):
     -> the policy to train, and the frozen one that the KL is to, None where none of its own is needed:
     with LoRA it is the policy without its adapter                                          [U15]
     """
-    reference = None
+    given, reference = (device, args.dtype), None
     if with_reference and not args.lora_rank:
-        reference = load(folder, 0, args.train_towers).requires_grad_(False)
-        reference = place(reference, device, args.dtype)
-    policy = load(folder, args.lora_rank, args.train_towers)
-    return place(policy, device, args.dtype), reference
+        reference = opened(partial(load, folder, 0, args.train_towers), *given, frozen=True)
+    policy = opened(partial(load, folder, args.lora_rank, args.train_towers), *given)
+    return policy, reference
 
 
-def load(folder, lora_rank, train_towers):
+def load(folder, lora_rank, train_towers, empty=False):
     """
     A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
 
     lora_rank     int     0 = every weight of the text model trains
     train_towers  bool    whether the vision and audio towers train too
+    empty         bool    built alone, without reading weights
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
-    thinker = from_pretrained(qwen.Thinker, folder, dtype=torch.float32)
-    if is_adapter(folder):  # a trained adapter becomes part of the weights; what trains now is new
+    thinker = from_pretrained(qwen.Thinker, folder, empty, dtype=torch.float32)
+    if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new
         from peft import PeftModel
 
         thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
@@ -224,8 +225,7 @@ def prepare(thinker, lora_rank, train_towers):
         target = rf".*language_model\.layers\.\d+\..*\.({qwen.TEXT_LAYERS})"
         if train_towers:
             target += rf"|.*(visual|audio_tower)\.(.*\.)?({qwen.TOWER_LAYERS})"
-        kwargs = dict(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0)  # [D2]
-        config = LoraConfig(target_modules=target, **kwargs)
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target)  # [D2]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
             model = get_peft_model(thinker, config, autocast_adapter_dtype=False)

@@ -15,10 +15,14 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 import torchaudio.functional
+
+try:
+    import av
+except ModuleNotFoundError:  # where no clip is decoded nobody needs it
+    av = None
 
 AUDIO_RATE = 16000  # samples/s, what the audio tower hears
 SEEK_AHEAD = 8.0  # seconds; what is wanted further ahead than this is reached by seeking
@@ -121,6 +125,8 @@ def find_media(name, folder, path, recipe):
 
 def open_media(path, name):
     """-> PyAV's container of a local file; BadRow if it is none, or a playlist."""
+    if av is None:
+        raise ModuleNotFoundError("No module named 'av'", name="av")
     try:  # "file:", or a colon in the name would be taken for a protocol
         container = av.open(f"file:{path}", metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:

@@ -3,7 +3,6 @@ Clips with known content: in each second coloured shapes are shown at the left, 
 a high tone, a low tone or silence is heard.
 """
 
-import av
 import numpy as np
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
@@ -32,6 +31,8 @@ def draw_frame(shapes, rng):
 
 def write_clip(path, seconds, rng):
     """seconds: list of (shapes, tone), one second each -> an H.264 + AAC mp4."""
+    import av  # a model can be made without it
+
     t = np.arange(AUDIO_RATE) / AUDIO_RATE
     audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
     for second, (_, tone) in zip(audio, seconds):

@@ -2,7 +2,7 @@
 What a run is, whatever it trains: its processes, arguments, folder, end, checkpoints, metrics. No
 module in here knows a model or a row.
 
-Import it before torch: it sets how torch's threads wait.
+Import it before torch: it sets how torch's threads wait, and how it takes a GPU's memory.
 """
 
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 
 # With the default, waiting threads spin: on a busy laptop that makes small models 50 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
+# Every step has other lengths: without it, a GPU's memory ends up in pieces that are too small.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name in older versions: the user has chosen
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 HERE = Path(__file__).resolve().parent.parent  # of this code
 

@@ -98,23 +98,33 @@ def read(folder):
         return None
 
 
-def load(out, policy, optimizer):
-    """Loads the newest whole checkpoint into policy and optimizer -> its state, None before any."""
+def newest(out):
+    """-> (weights, state) of the newest whole checkpoint, None before any."""
     folders = sorted((out / "checkpoints").glob("step-??????"), reverse=True)
-    for folder in folders:
-        found = read(folder)
-        if not all(processes.gather(found is not None)):
-            continue
-        weights, state = found
-        # not WHOLE: of that, only rank 0 gets anything
-        trained = get_model_state_dict(policy, options=StateDictOptions(ignore_frozen_params=True))
-        if weights.keys() != trained.keys():
-            raise run.UserError(f"{folder} does not hold the weights that this run trains")
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(policy, weights, options=options)
-        if optimizer_state := state.pop("optimizer"):
-            set_optimizer_state_dict(policy, optimizer, optimizer_state, options=options)
-        return state
-    if folders:
+    found = next(filter(None, map(read, folders)), None)
+    if folders and not found:
         raise run.UserError(f"no checkpoint in {out} can be read: look at the disk, or start anew")
-    return None
+    return found
+
+
+def load(out, policy, optimizer):
+    """
+    Loads the newest whole checkpoint into policy and optimizer -> its state, None before any. Only
+    rank 0 reads it, and each is sent its parts.
+    """
+    found = newest(out) if processes.rank() == 0 else None
+    weights, state = found or ({}, None)
+    moments = state.pop("optimizer") if state else None
+    state, names, stepped = processes.from_first((state, list(weights), bool(moments)))
+    if state is None:
+        return None
+    # not WHOLE: of that, only rank 0 gets anything
+    trained = get_model_state_dict(policy, options=StateDictOptions(ignore_frozen_params=True))
+    if set(names) != trained.keys():
+        raise run.UserError(f"{out} does not hold the weights that this run trains")
+    sent = dict(full_state_dict=True, broadcast_from_rank0=processes.world_size() > 1)
+    options = StateDictOptions(**sent, strict=False)
+    set_model_state_dict(policy, weights, options=options)
+    if stepped:
+        set_optimizer_state_dict(policy, optimizer, moments or {}, options=options)
+    return state

@@ -9,11 +9,13 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from run import Stopped, UserError, files
 from run.processes import gather, rank, world_size
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
@@ -42,11 +44,42 @@ class Screen:
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+TURN = {  # the call in which a GPU's memory ran out -> where that is, and what to turn
+    "rollout": "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new-tokens",
+    "gradient": "the update: lower --micro-tokens, also when going on with --resume",
+    "encoded": "the towers: lower --max-frames or --max-pixels",
+    "stored_kls": "reading stored completions again: lower --max-frames or --max-pixels, or --no-hints",
+}
+
+
+def told(error, mendable):
+    """The line for what a user can do something about; None for all else."""
+    paths = FileNotFoundError, FileExistsError, NotADirectoryError
+    if isinstance(error, (UserError, *mendable, *paths)):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name == "av":
+        return f"{error}: clips are read and written by PyAV: pip install av"
+    if isinstance(error, OSError) and error.errno in DISK:
+        denied = error.errno in (errno.EACCES, errno.EROFS)
+        remedy = "give another path, or the right to use it" if denied else "make room"
+        return f"{error.filename or 'disk'}: {error.strerror}: {remedy}, then go on with --resume"
+    if isinstance(error, SafetensorError):
+        return f"a weights file ({error}): is the disk full, or the file cut off?"
+    if isinstance(error, torch.OutOfMemoryError):
+        calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        always = "what every step needs: more GPUs, or --lora-rank 16"
+        return f"out of GPU memory in {next((TURN[c] for c in calls if c in TURN), always)}"
+    # gloo and NCCL have no class of their own for it
+    if isinstance(error, RuntimeError) and world_size() > 1 and re.search(PEER_GONE, str(error)):
+        others = "another process of the run has ended, see above"
+        return f"rank {rank()}: {others}; go on with: {how_to_go_on()}"
+    return None
 
 
 def main_guard(main, *mendable):
     """
-    Runs `main`; what a user can do something about ends it with one line and no traceback.
+    Runs `main`; what a user can do something about ends it with one line and no traceback. Of
+    several processes, one that ends by any error ends the others: nobody waits for it for ever.
 
     mendable   more exceptions of that kind, such as clips.BadRow
     """
@@ -54,25 +87,19 @@ def main_guard(main, *mendable):
     _signals.clear()
     sys.stdout, sys.stderr = map(Screen, streams)
     try:
+        files.check_versions()
         main()
-    except (UserError, *mendable, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        line = str(error)
     except Stopped as stop:
         line, code = stop.args
     except KeyboardInterrupt:
         line, code = "stopped", 128 + signal.SIGINT
-    except OSError as error:
-        if error.errno not in DISK:
+    except Exception as error:
+        line = told(error, mendable)
+        if not line and world_size() == 1:
             raise
-        denied = error.errno in (errno.EACCES, errno.EROFS)
-        remedy = "give another path, or the right to use it" if denied else "make room"
-        line = f"{error.filename or 'disk'}: {error.strerror}: {remedy}, then go on with --resume"
-    except SafetensorError as error:
-        line = f"a weights file ({error}): is the disk full, or the file cut off?"
-    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
-        if world_size() == 1 or not re.search(PEER_GONE, str(error)):
-            raise
-        line = f"rank {rank()}: another process of the run has ended, see above; go on with: {how_to_go_on()}"
+        if not line:
+            traceback.print_exc()
+            line = f"rank {rank()} has ended by the error above; go on with: {how_to_go_on()}"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,11 +16,12 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from run import HERE, Stopped, UserError
@@ -124,7 +125,7 @@ def begin(out, args, step):
     else:
         about = dict(script=Path(sys.argv[0]).name, arguments=vars(args), commit=commit())
         packages = ("torch", "transformers", "av", "torchaudio", "numpy")
-        about |= dict(versions={p: version(p) for p in packages}, python=platform.python_version())
+        about |= dict(versions={p: installed(p) for p in packages}, python=platform.python_version())
         about |= dict(world_size=world_size())
     write_text(out / "run.json", json.dumps(about, indent=1, default=str))
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
@@ -148,6 +149,21 @@ def commit():
         return subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         return None
+
+
+def check_versions():
+    """transformers moves the Omni classes between minor releases: told before they are missed."""
+    wanted = re.search(r"^transformers==(\S+)", (HERE / "requirements.txt").read_text(), re.M)[1]
+    have = version("transformers")
+    if have.split(".")[:2] != wanted.split(".")[:2]:
+        told = f"transformers {have} is installed, and this code needs {wanted}"
+        raise UserError(f"{told}: pip install transformers=={wanted}")
+
+
+def installed(package):
+    """Its version, None without it."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
 
 
 def write_text(path, text):

@@ -34,7 +34,10 @@ def online():
         return False
 
 
-def from_pretrained(kind, folder, **kwargs):
+def from_pretrained(kind, folder, empty=False, **kwargs):
+    """A model, processor or config. empty: a model built from its config; no weights are read."""
+    if empty:
+        return kind(from_pretrained(kind.config_class, folder))
     name = base_folder(folder)
     # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
     if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
@@ -90,7 +93,9 @@ def start_folder(folder, lora_rank, out, write_merged):
 
 def save(policy, folder, processor):
     """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # of an adapter its base is not gathered: it is not written
+    kwargs = dict(ignore_frozen_params=hasattr(policy.model, "disable_adapter"))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, **kwargs)
     state = get_model_state_dict(policy, options=options)
     if processes.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}

@@ -33,7 +33,9 @@ def lr_scale(step, steps, warmup, cosine):
 
 def adamw(policy, lr):
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
+    # on a GPU one kernel: the default there makes copies as large as what it is given
+    fused = trained[0].device.type == "cuda" or None
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY, fused=fused)
 
 
 def step(optimizer, lr, step, steps, cosine):

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+# rank 0 may work for long while the others wait for it in `gather`; a dead one ends torchrun anyway
+LONG = timedelta(hours=6)
+# the group that objects go through where tensors have NCCL: no GPU is waited for, or for LONG
+_objects = []
 FIRST = 5  # steps after which the time of the others is estimated
 
 
@@ -32,14 +36,16 @@ def init(device):
         raise run.UserError(
             "--device cuda: torch finds no GPU here: leave it out to run on the CPU"
         )
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(gpu)
     # the same bits twice, with any number of threads; a GPU's kernels are not all so
     torch.use_deterministic_algorithms(device == "cpu")
-    if world_size() > 1:
-        # one rank may work for long while the others wait; a dead one ends torchrun anyway
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if world_size() > 1 and device == "cpu":
+        dist.init_process_group("gloo", timeout=LONG)
+    elif world_size() > 1:
+        dist.init_process_group("nccl", timeout=timedelta(minutes=30), device_id=gpu)
+        _objects.append(dist.new_group(backend="gloo", timeout=LONG))
     elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
@@ -55,8 +61,16 @@ def gather(item):
     """-> list of every rank's item, in the order of the ranks."""
     items = [item] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, *_objects)
     return items
+
+
+def from_first(item):
+    """-> rank 0's item, on every rank."""
+    items = [item]
+    if world_size() > 1:
+        dist.broadcast_object_list(items, 0, *_objects)
+    return items[0]
 
 
 def rounds(items, filler):

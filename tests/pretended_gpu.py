@@ -2,7 +2,8 @@
 A GPU for a machine that has none. The values lie on the CPU, and what a GPU refuses is refused:
 
 - tensors of two devices in one operation;
-- while a CUDA graph is captured: whatever waits for the GPU or copies from the CPU.
+- while a CUDA graph is captured: whatever waits for the GPU or copies from the CPU;
+- to read in the host's memory what came there without a wait, other than by copying it back.
 
 A captured graph has computed nothing. Its replay runs the kernels of the capture over the memory of
 the capture, and refuses if a tensor of it is gone. Speed, memory, rounding, NCCL and FSDP's streams
@@ -88,7 +89,15 @@ def operation(func, args, kwargs):
     if func not in COPIES and not in_backward and foreign(func, args, given, there):
         shapes = [(tuple(x.shape), x.device.type) for x in given]
         raise RuntimeError(f"{func}: tensors of two devices: {shapes}")
+    if not there and func not in COPIES and any(getattr(x, "on_its_way", False) for x in given):
+        raise RuntimeError(f"{func} reads what the GPU may not have written yet")
     values, settings = tree_map(lambda x: x.plain if on_gpu(x) else x, (args, kwargs))
+    if settings.pop("pin_memory", False):
+        return func(*values, **settings)  # in the host's memory, whatever it is like
+    if func is aten.copy_.default and there and not on_gpu(args[0]):
+        assert not Graph.capturing, "a copy to the CPU inside a capture"
+        args[0].on_its_way = len(args) > 2 and args[2]  # non_blocking
+        return func(*values, **settings)
     if there and "device" in settings:
         settings = settings | dict(device=torch.device("cpu"))
     kernel = {aten.bmm.dtype: bmm_to, FLASH: flash, FLASH_BACKWARD: flash_backward}.get(func, func)

@@ -39,6 +39,16 @@ def test_it_refuses_what_a_gpu_refuses():
                 mistake()
 
 
+def test_what_comes_without_a_wait_only_goes_back():
+    with pretended_gpu():
+        a = torch.tensor([1.0, 2.0], device="cuda")
+        host = sharding.on_host(a)
+        assert not on_gpu(host) and host.to(a, non_blocking=True).tolist() == [1, 2]
+        with pytest.raises(RuntimeError, match="may not have written yet"):
+            host + 1
+        assert (a.cpu() + 1).tolist() == [2, 3]
+
+
 def test_a_graph_computes_when_it_is_replayed():
     with pretended_gpu():
         a, total, graph = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda"), Graph()
@@ -74,6 +84,19 @@ def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
         for one, two in zip(group, expected_group, strict=True):
             assert one.ids.tolist() == two.ids.tolist()
             torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
+
+
+def test_encoded_clips_come_and_go_without_a_wait(setup):
+    policy, prompts, _ = setup
+    completions = random_completions([[5], [4], [7]])
+    with torch.no_grad():
+        expected, _, _ = model.completion_logprobs(policy, prompts, completions, 0.9)
+    with pretended_gpu(), torch.no_grad():
+        there = copy.deepcopy(policy).to(GPU)
+        kept = [there.encoded(prompt) for prompt in prompts]
+        assert all(f.on_its_way for prompt in kept for f in prompt.media.values())
+        logprobs, _, _ = model.completion_logprobs(there, kept, completions, 0.9)
+    torch.testing.assert_close(logprobs.cpu(), expected, atol=2e-5, rtol=0)
 
 
 def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):

@@ -7,9 +7,7 @@ The oracle is transformers' own forward, one completion at a time, with full log
 toy's; the clips are real mp4 files.
 """
 
-import argparse
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-from experiments import bench
-from experiments import bench_gpu
 from rows import data
 from omni import model
 from run import folders
@@ -420,24 +416,3 @@ def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
     other = prompts[0]._replace(input_ids=prompts[0].input_ids.roll(1))
     with pytest.raises(AssertionError, match="before the last of it"):
         model.rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])
-
-
-def test_the_gpu_benchmark_runs_on_a_small_model(tmp_path):
-    """So that whoever has a GPU gets figures from it. Its two sides are the same model."""
-    sizes = (
-        "--hidden 128 --layers 1 --heads 2 --kv-heads 1 --vocab 512 --prompts 32 64 --new-tokens 4"
-    )
-    flags = f"--device cpu --repeats 1 --out {tmp_path / 'b.json'} {sizes}".split()
-    printed = launch("experiments/bench_gpu.py", *flags)
-    result = json.loads((tmp_path / "b.json").read_text())
-    assert result["gap"][0]["max"] < 1e-4
-    for part, sides in (("update", 2), ("rollout", 2), ("rollout of 8", 2)):
-        assert [row["size"][0] for row in result[part]] == [32, 64]
-        assert all(row["ratio"] > 0 and row["tokens_per_s"] > 0 for row in result[part])
-        assert printed.count(f"\n{part} P/C/G") == sides
-    policy = bench_gpu.build_policy(bench_gpu.parse_args(flags), torch.device("cpu"))
-    inputs = bench.make_inputs(argparse.Namespace(vocab=512), 32, 4, 8)
-    ours, _, _ = model.completion_logprobs(policy, *inputs, 1.0)
-    with bench_gpu.plain_attention(policy):
-        plain = bench.copies_logprobs(policy.thinker, *inputs)
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)

@@ -1,0 +1,80 @@
+"""
+The script for a first run on a GPU, on a CPU and on a pretended GPU.
+
+    python -m pytest tests/test_first_gpu.py
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import launch
+from pretended_gpu import GPU, Graph, pretended_gpu
+
+from experiments import bench, first_gpu
+from omni import model
+
+
+@pytest.fixture(scope="module")
+def at():
+    """What the steps are given, tiny, on the CPU, with the policy."""
+    at = first_gpu.begin(tiny=True)
+    at.policy, at.tflops, at.gb_per_s = first_gpu.build_policy(at), 1.0, 1.0
+    return at
+
+
+def test_the_script_runs_on_a_tiny_model(tmp_path):
+    """Every step finds something, and what can be right is right."""
+    printed = launch("experiments/first_gpu.py", tmp_path / "found.json", "--tiny")
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["device"].startswith("CPU") and result["versions"]["torch"] == torch.__version__
+    found = {title: step["found"] for title, step in result["steps"].items()}
+    assert list(found) == [title for title, _, _ in first_gpu.STEPS]
+    assert not any("error" in step for step in found.values()), printed
+    assert max(found["packed attention: right?"].values()) < 1e-5
+    assert all(found[f"decode attention, B={b}: right? ms"]["out"] < 1e-5 for b in (1, 8))
+    gaps = found["log-probs: the rollout's and the recomputed"]
+    assert all(gap["max"] < 1e-4 for gap in gaps.values())
+    assert found["update: s, kernels"]["kernels"][0][2] > 0
+    assert found["a whole step; a checkpoint"]["same"] and found["host copies"]["same"]
+    assert all(found[part]["ratio"] > 0 for part in list(found)[-2:])
+    assert sum(step["seconds"] for step in result["steps"].values()) < 30
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
+    def fails(at):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    steps = [("first", 5, fails), ("late", 481, fails), ("last", 5, lambda at: "reached")]
+    monkeypatch.setattr(first_gpu, "STEPS", steps)
+    launch("experiments/first_gpu.py", tmp_path / "found.json", "--tiny")
+    found = json.loads((tmp_path / "found.json").read_text())["steps"]
+    assert "out of memory" in found["first"]["found"]["error"]
+    assert "in fails" in found["first"]["found"]["at"]
+    assert "seconds left of 481" in found["late"]["found"]
+    assert found["last"]["found"] == "reached"
+
+
+def test_the_plain_way_is_the_same_model(at):
+    inputs = bench.make_inputs(at, 32, 4, 8)
+    ours, _, _ = model.completion_logprobs(at.policy, *inputs, 1.0)
+    with first_gpu.plain_attention(at.policy):
+        plain = bench.copies_logprobs(at.policy.thinker, *inputs)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+
+
+def test_the_steps_on_a_pretended_gpu(at):
+    """Nothing of two devices is mixed, and nothing waits while a graph is captured."""
+    there = copy.copy(at)
+    there.device = "cuda"
+    with pretended_gpu():
+        there.policy = copy.deepcopy(at.policy).to(GPU)
+        assert max(first_gpu.packed_is_right(there).values()) < 1e-5
+        assert first_gpu.decode_is_right(there, num_prompts=2)["out"] < 1e-5
+        assert first_gpu.host_copies(there)["same"]
+        assert all(gap["max"] < 1e-4 for gap in first_gpu.logprob_gap(there).values())
+        first_gpu.packed_ms(there)
+        first_gpu.decode(there, num_prompts=2)
+        assert first_gpu.whole_step(there)["same"]
+    assert Graph.made and Graph.replays
