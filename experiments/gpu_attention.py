@@ -40,7 +40,7 @@ def random(at, *shape):
 
 def packed(at, num_prompt, lengths):
     """-> callable(q, k, v), each (L, H or K, E) -> (L, H, E): the product's, of one group."""
-    attend = attention.PackedAttention([(num_prompt, lengths)], at.device).attend
+    attend = attention.PackedAttention([num_prompt], [lengths], at.device).attend
     rows = lambda x: x[None].transpose(1, 2)  # noqa: E731
     return lambda q, k, v: attend(0, rows(q), rows(k), rows(v), at.width**-0.5)[0]
 
@@ -90,29 +90,27 @@ def packed_ms(at):
 
 def decode_is_right(at, num_prompts):
     """A token of all completions: against float64, ms a layer, ms of sampling."""
-    rows, used = num_prompts * at.G, 3
-    prompt_kv = [random(at, num_prompts, at.kv_heads, at.P, at.width) for _ in "kv"]
-    own_kv = [random(at, rows, at.kv_heads, used, at.width) for _ in "kv"]
-    lengths = at.P - 5 * torch.arange(num_prompts, device=at.device)
-    real = torch.arange(at.P, device=at.device) < lengths[:, None]  # (B, P)
-    own = torch.ones(rows, used, dtype=torch.bool, device=at.device)
-    given = {0: tuple(prompt_kv)}, real, at.G, {0: tuple(own_kv)}, own
+    rows, longest, sizes = num_prompts * at.G, 3, [at.P - 5 * b for b in range(num_prompts)]
+    prompt_kv = [random(at, sum(sizes), at.kv_heads, at.width) for _ in "kv"]
+    own_kv = [random(at, rows, longest, at.kv_heads, at.width) for _ in "kv"]
+    used = torch.full((rows,), longest, dtype=torch.int32, device=at.device)
+    given = {0: tuple(prompt_kv)}, sizes, {0: tuple(own_kv)}, used, longest
     decode = attention.DecodeAttention(*given)
     q, k, v = (random(at, rows, h, 1, at.width) for h in (at.heads, at.kv_heads, at.kv_heads))
     decode.next_token()
     out = decode.attend(0, q, k, v, at.width**-0.5)[:, 0]  # (B G, H, E)
 
-    keys, values = (
-        torch.cat([x.repeat_interleave(at.G, 0), y, new], dim=2).double()
-        for x, y, new in zip(prompt_kv, own_kv, (k, v))
-    )
-    scores = q.double().view(rows, at.kv_heads, -1, at.width) @ keys.mT * at.width**-0.5
-    seen = F.pad(real.repeat_interleave(at.G, 0), (0, used + 1), value=True)
-    exact = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ values
+    exact, new = [], (k[:, :, 0], v[:, :, 0])
+    for row in range(rows):
+        pieces = zip((x.split(sizes)[row // at.G] for x in prompt_kv), own_kv, new)
+        keys, values = (torch.cat([x, y[row], z[row, None]]).double() for x, y, z in pieces)
+        own = q[row, :, 0].double().view(at.kv_heads, -1, at.width)
+        scores = own @ keys.permute(1, 2, 0) * at.width**-0.5  # (K, H/K, seen)
+        exact.append((scores.softmax(-1) @ values.transpose(0, 1)).view(at.heads, at.width))
     logits = torch.randn(rows, at.vocab, device=at.device)
     noise = torch.rand(rows, dtype=torch.float64, device=at.device)
     return dict(
-        out=difference(out, exact.view(out.shape)),
+        out=difference(out, torch.stack(exact)),
         layer_ms=timed(at, lambda: decode.attend(0, q, k, v, at.width**-0.5), 20),
         sample_ms=timed(at, lambda: rollout.sample(logits, 1.0, noise)),
     )
