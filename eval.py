@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import toy
 from evaluation import items, page, protocol, published, tables
-from omni import model
+from omni import attention, model
 from rows import data, limits
 from rows.reader import num_decoders
 
@@ -245,6 +245,7 @@ def main():
     policy = model.load(folder, lora_rank=0, train_towers=False)
     cast(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
     policy.to(device)
+    attention.choose("auto", device, dtype)
     build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together

@@ -33,17 +33,22 @@ KERNEL = "flash"
 
 def choose(name, device, dtype):
     """
-    auto    flash; on a GPU in float32, for which flash has no kernel there, sdpa
-    flash   torch's own: FlashAttention-2 on a GPU
-    fa3     FlashAttention-3 on a Hopper GPU, where its package flash_attn_interface is installed
-    sdpa    plain products, on any device in any dtype: slow, for comparison
-    raises  ImportError, RuntimeError    fa3 cannot be had
+    -> which kernel is used from here on, "flash" or "sdpa"
+
+    auto      flash; on a GPU in float32, for which it has no kernel there, sdpa
+    flash     torch's own: FlashAttention-2 on a GPU
+    fa3, fa4  a newer one in its place, where its package is installed and the GPU can run it
+    sdpa      plain products, on any device in any dtype: slow, for comparison
+    raises    ImportError, RuntimeError    it cannot be had
     """
     global KERNEL
-    if name == "fa3":
-        torch.nn.attention.activate_flash_attention_impl("FA3")
     no_kernel = device.type == "cuda" and dtype == torch.float32
-    KERNEL = "sdpa" if name == "sdpa" or name == "auto" and no_kernel else "flash"
+    if no_kernel and name not in ("auto", "sdpa"):
+        raise RuntimeError("it has no kernel for float32 on a GPU")
+    if name in ("fa3", "fa4"):
+        torch.nn.attention.activate_flash_attention_impl(name.upper())
+    KERNEL = "sdpa" if name == "sdpa" or no_kernel else "flash"
+    return KERNEL
 
 
 # ---- the two kernels ---------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
+from run import UserError, processes
 from run.folders import from_pretrained, is_adapter  # before torch
 from run.sharding import on_host, opened
-from omni.attention import PackedAttention, shared_prefix_attention
+from omni.attention import PackedAttention, choose, shared_prefix_attention
 from omni import qwen
 from omni.qwen import InputBuilder, Prompt  # noqa: F401
 from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
@@ -188,6 +189,12 @@ def open_policies(folder, args, device, with_reference):
     -> the policy to train, and the frozen one that the KL is to, None where none of its own is needed:
     with LoRA it is the policy without its adapter                                          [U15]
     """
+    try:
+        kernel = choose(args.attn, device, processes.compute_dtype(device, args.dtype))
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"--attn {args.attn}: {error}: install it, or leave --attn out") from None
+    if args.attn == "auto" and kernel != "flash":
+        processes.print0("  attention without flash, which has no float32 on a GPU: --dtype bfloat16")
     given, reference = (device, args.dtype), None
     if with_reference and not args.lora_rank:
         reference = opened(partial(load, folder, 0, args.train_towers), *given, frozen=True)

@@ -20,7 +20,7 @@ PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 # what may change when a run is resumed: where and how fast it computes, and what it tolerates
 FREE = """
     out resume save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
-    on_bad_step max_ratio
+    on_bad_step max_ratio attn
 """.split()
 
 
@@ -38,6 +38,8 @@ the toy's. Tags in [] are explained in README.md and docs/method.md.
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
+    kernels = ["auto", "flash", "fa3", "fa4", "sdpa"]
+    flag("--attn", default="auto", choices=kernels, help="kernel of attention; auto: flash, if it can")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
     flag("--keep", type=int, default=2, help="checkpoints kept; one may be cut off by a dying machine")
     choices = ["stop", "skip"]

@@ -99,6 +99,18 @@ def test_an_empty_sequence_is_refused():
             PackedAttention(*sizes, "cpu")
 
 
+def test_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(attention, "KERNEL", "flash")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert attention.choose("auto", cpu, torch.float32) == "flash" == attention.KERNEL
+    assert attention.choose("auto", gpu, torch.bfloat16) == "flash"
+    assert attention.choose("auto", gpu, torch.float32) == "sdpa" == attention.KERNEL
+    assert attention.choose("sdpa", cpu, torch.bfloat16) == "sdpa"
+    for name, dtype in (("flash", torch.float32), ("fa3", torch.bfloat16)):  # no kernel; no package
+        with pytest.raises((ImportError, RuntimeError)):
+            attention.choose(name, gpu, dtype)
+
+
 # ---- decoding ------------------------------------------------------------------------------------
 
 
