@@ -1,23 +1,20 @@
 """
-Ola-7B (Liu et al., arXiv:2502.04328): a row as what it takes, its towers, its layers; only this file
-knows it by name. The text model is Qwen2.5's; pictures of any size go through a SigLIP tower, sound in
-windows of 30 s through Whisper's encoder and through BEATs, side by side.
+Ola-7B: a row as what it takes, what its towers make of a clip, which of its layers train and are
+sharded, and one standard folder of the published weights:
 
     python -m omni.ola convert OLA_FOLDER ENCODERS_FOLDER --out FOLDER
 
-makes one standard folder of the published parts. Frames come first in a prompt, then the sound, and
-positions are plain ones.
+Only this file and its network (modeling_ola.py) know the backbone by name. In a prompt, frames come
+first, then the sound, and positions are plain ones.
 
-T frames, h x w patches of a frame, W windows of sound, P prompt tokens, D width of the text model.
+T frames, W windows of sound, P prompt tokens, D width of the text model.
 """
 
 import argparse
-import math
 import re
-from itertools import groupby
 from pathlib import Path
 
-from run import UserError, folders  # before torch
+from run import UserError, arguments, folders  # before torch
 from run.ending import main_guard
 from run.files import empty_part
 
@@ -25,17 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
-    AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ProcessorMixin,
-    Qwen2Config, Qwen2Model, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor,
+    AutoTokenizer, ProcessorMixin, Qwen2Config, SiglipVisionConfig, WhisperConfig,
+    WhisperFeatureExtractor,
 )  # fmt: skip
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from omni.beats import Beats, fbank
+from omni.modeling_ola import OlaConfig, OlaForConditionalGeneration, fbank
 from rows.clips import AUDIO_RATE, BadRow
 
 # linear layers that get a LoRA adapter: of the text model, of the towers
@@ -47,189 +42,12 @@ SIDE = 32  # pixels; of a frame both sides are multiples: patches of 16, pooled 
 MAX_WINDOWS = 25  # of one sound
 
 
-# ---- configuration -----------------------------------------------------------------------------
-
-
-class OlaConfig(PreTrainedConfig):
-    model_type = "ola"
-    sub_configs_defaults = {
-        "text_config": Qwen2Config, "vision_config": SiglipVisionConfig, "speech_config": WhisperConfig,
-    }  # fmt: skip
-
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    speech_config: dict | PreTrainedConfig | None = None
-    music_config: dict | None = None  # keywords of Beats
-    # tokens of the vocabulary that nothing else uses: they only keep the places of features
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    audio_token_id: int = 151654
-    frames_per_token: int = 10  # of sound: 20 ms each
-    projector_size: int = 2048  # of the sound projector, between its layers
-    min_frame_pixels: int = 288 * 288  # smaller video frames are enlarged
-    low_view_pixels: int = 384 * 384  # of the first of a picture's two views
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-
-# ---- pictures ----------------------------------------------------------------------------------
-
-
-def by_frame(module, query, key, value, attention_mask, scaling, **_):
-    """
-    Frames in one row, each of which sees itself. q, k, v (1, H, L, E) -> (1, L, H, E)
-
-    attention_mask   list of int    the frames' lengths, L in all
-    """
-    runs = [(n, len(list(run))) for n, run in groupby(attention_mask)]
-    pieces = []
-    for (n, count), *qkv in zip(runs, *(x.split([n * k for n, k in runs], 2) for x in (query, key, value))):
-        qkv = (x[0].unflatten(1, (count, n)).transpose(0, 1) for x in qkv)  # (count, H, n, E)
-        pieces.append(F.scaled_dot_product_attention(*qkv, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces)[None], None
-
-
-AttentionInterface.register("by_frame", by_frame)
-
-
-class VisionTower(nn.Module):
-    def __init__(self, config, width):
-        super().__init__()
-        config._attn_implementation = "by_frame"
-        size, patch = config.hidden_size, config.patch_size
-        self.patches = nn.Conv2d(3, size, kernel_size=patch, stride=patch)
-        self.positions = nn.Embedding((config.image_size // patch) ** 2, size)  # of a square of them
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.projector = VisionProjector(size, width)
-
-    def forward(self, clips):
-        """A list of (T, 3, H, W) uint8, each with its own sizes -> a list of (T, h/2, w/2, D)."""
-        dtype, side = self.patches.weight.dtype, math.isqrt(self.positions.num_embeddings)
-        table = self.positions.weight.T.unflatten(1, (side, side))[None]  # (1, C, side, side)
-        rows, sizes = [], []
-        for pixels in clips:
-            x = self.patches(((pixels.float() / 255 - 0.5) / 0.5).to(dtype))  # (T, C, h, w)
-            x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
-            rows.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
-            sizes.append((len(x), *x.shape[2:]))
-        lengths, x = [h * w for t, h, w in sizes for _ in range(t)], torch.cat(rows)[None]
-        for layer in self.layers:
-            x = layer(x, lengths)
-        pieces = x[0].split([t * h * w for t, h, w in sizes])  # there is no norm at the end
-        return [self.projector(x.unflatten(0, size)) for x, size in zip(pieces, sizes)]
-
-
-class VisionProjector(nn.Module):
-    """2 x 2 patches to one feature of the text model, weighed by what they are and their mean."""
-
-    def __init__(self, size, width):
-        super().__init__()
-        self.proj1, self.proj2 = nn.Linear(size, width), nn.Linear(width, width)
-        linears = nn.Linear(2 * width, width), nn.Linear(width, width)
-        self.predictor = nn.Sequential(linears[0], nn.GELU(), linears[1])
-        for name in ("begin", "newline", "sep", "end"):
-            setattr(self, name, nn.Parameter(torch.randn(width) / width**0.5))
-
-    def forward(self, x):
-        """(T, h, w, C) -> (T, h/2, w/2, D)"""
-        cells = self.proj1(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (T, h/2, 2, w/2, 2, D)
-        cells = cells.transpose(2, 3).flatten(3, 4)  # (T, h/2, w/2, 4, D)
-        mean = cells.mean(3, keepdim=True).expand_as(cells)
-        weights = self.predictor(torch.cat([cells, mean], dim=-1)).softmax(3)
-        return self.proj2(F.gelu((cells * weights).sum(3)))
-
-    def laid_out(self, views, is_video):
-        """A list of (h, w, D) -> (n, D): a mark after each row, and after each frame or between views."""
-        parts = []
-        for view in views:
-            newline = self.newline.expand(len(view), 1, -1)
-            parts += [torch.cat([view, newline], dim=1).flatten(0, 1), self.sep[None]]
-        return torch.cat([self.begin[None], *parts[: None if is_video else -1], self.end[None]])
-
-
-# ---- sound -------------------------------------------------------------------------------------
-
-
-class SoundProjector(nn.Module):
-    def __init__(self, size, inner, width, frames_per_token):
-        super().__init__()
-        self.frames_per_token = frames_per_token
-        self.linear1, self.linear2 = nn.Linear(size * frames_per_token, inner), nn.Linear(inner, width)
-        for name in ("begin", "newline", "end"):
-            setattr(self, name, nn.Parameter(torch.randn(width) / width**0.5))
-
-    def forward(self, x):
-        """Windows of one sound (W, L, C) -> (n, D): a mark after each window"""
-        count = x.shape[1] // self.frames_per_token
-        x = x[:, : count * self.frames_per_token].unflatten(1, (count, -1)).flatten(2)
-        x = self.linear2(F.relu(self.linear1(x)))
-        x = torch.cat([x, self.newline.expand(len(x), 1, -1)], dim=1).flatten(0, 1)
-        return torch.cat([self.begin[None], x, self.end[None]])
-
-
-class SoundTower(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        speech, width = config.speech_config, config.text_config.hidden_size
-        self.speech, self.music = WhisperEncoder(speech), Beats(**(config.music_config or {}))
-        sizes = speech.d_model + self.music.hidden_size, config.projector_size, width
-        self.projector = SoundProjector(*sizes, config.frames_per_token)
-
-    @torch.no_grad()  # the original never trains its sound encoders either
-    def encode(self, mel, fbank):
-        """(W, 128, 3000), (W, 2998, 128) -> (W, L, C), both encoders' frames side by side"""
-        dtype, windows = self.projector.linear1.weight.dtype, []
-        for m, f in zip(mel.split(1), fbank.split(1)):  # the bias of one window is 100 MB
-            speech = self.speech(m.to(self.speech.conv1.weight.dtype)).last_hidden_state
-            both = speech, self.music(f)
-            length = max(x.shape[1] for x in both)
-            both = [F.pad(x, (0, 0, 0, length - x.shape[1])).to(dtype) for x in both]
-            windows.append(torch.cat(both, dim=-1))
-        return torch.cat(windows)
-
-
-# ---- the whole ---------------------------------------------------------------------------------
-
-
-class TextModel(Qwen2Model):
-    """Qwen2.5's, its plain positions given as three equal rows: those of every backbone are three."""
-
-    def forward(self, position_ids, **kwargs):
-        """position_ids (3, B, L)"""
-        return super().forward(position_ids=position_ids[0], **kwargs)
-
-
-class Core(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.language_model = TextModel(config.text_config)
-        self.visual = VisionTower(config.vision_config, config.text_config.hidden_size)
-        self.audio_tower = SoundTower(config)
-
-
-class OlaForConditionalGeneration(PreTrainedModel):
-    config_class = OlaConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_attention_backend = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model, text = Core(config), config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.language_model.embed_tokens
-
-
 class OlaProcessor(ProcessorMixin):
     def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
 
 Thinker, Processor, MODEL_TYPES = OlaForConditionalGeneration, OlaProcessor, ("ola",)
-AutoConfig.register("ola", OlaConfig)
 
 
 def towers(core):
@@ -368,3 +186,77 @@ def encode(core, prompts, device, train_towers):
             both = sound.encode(heard["mel"].to(device), heard["fbank"].to(device))
             o["audio"] = torch.cat([sound.projector(x) for x in both.split(heard["counts"])])
     return out
+
+
+# ---- published weights -------------------------------------------------------------------------
+
+PLACES = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|vision_pad|>"}
+TEXT_KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rope_theta "
+    "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
+).split()
+BEATS_KEYS = dict(
+    hidden_size="encoder_embed_dim", num_layers="encoder_layers", num_heads="encoder_attention_heads",
+    intermediate_size="encoder_ffn_embed_dim", embed_size="embed_dim", patch_size="input_patch_size",
+    conv_pos="conv_pos", conv_pos_groups="conv_pos_groups", num_buckets="num_buckets",
+    max_distance="max_distance",
+)  # fmt: skip
+RENAMED = [  # published -> ours, one after the other; the encoders' files as speech.* and music.*
+    (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
+    (r"^model\.vision_tower\.vision_tower\.", "model.visual."),
+    (r"^model\.mm_projector\.(image_|pooler\.)?", "model.visual.projector."),
+    (r"^model\.speech_projector\.(speech_)?", "model.audio_tower.projector."),
+    (r"^speech\.encoder\.", "model.audio_tower.speech."),
+    (r"^music\.layer_norm\b", "music.patch_norm"),
+    (r"^music\.encoder\.layer_norm\b", "music.norm"),
+    (r"^music\.encoder\.layers\.0\.self_attn\.relative_attention_bias", "music.distances"),
+    (r"^music\.(encoder\.)?", "model.audio_tower.music."),
+    (r"post_extract_proj", "patch_proj"), (r"patch_embedding|patch_embed\.proj", "patches"),
+    (r"pos_conv\.0\.", "pos_conv."), (r"(music\.layers\.\d+)\.self_attn\.", r"\1."),
+    (r"pos_embed$", "positions.weight"), (r"positional_embedding$", "embed_positions.weight"),
+    (r"\.blocks\.", ".layers."), (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.(q|k|v)[a-z]+\.", r".self_attn.\1_proj."), (r"\.attn\.(out|proj)\.", ".self_attn.out_proj."),
+    (r"\.attn_ln\.", ".self_attn_layer_norm."), (r"\.mlp_ln\.", ".final_layer_norm."),
+    (r"\.mlp\.0\.", ".fc1."), (r"\.mlp\.2\.", ".fc2."), (r"\.ln_post\.", ".layer_norm."),
+]  # fmt: skip
+UNUSED = r"model\.speech_encoder\.|speech\.decoder\.|music\.predictor\.|.*layers\.[1-9]\d*\.self_attn\.relative"
+
+
+def renamed(published):
+    """{published name: tensor} -> {our name: tensor}; the encoders' names begin with speech., music."""
+    state, ours = {}, {}
+    for name, value in published.items():
+        if name.endswith("pos_embed"):
+            value = value[0]
+        if ".attn.qkv." in name:  # one matrix there, three here
+            parts = zip(("query", "key", "value"), value.chunk(3))
+            state |= {name.replace("qkv", part): rows for part, rows in parts}
+        elif not re.match(UNUSED, name):
+            state[name] = value
+    if "music.encoder.pos_conv.0.weight_v" in state:  # frozen: its norm need not stand apart
+        scale, v = (state.pop(f"music.encoder.pos_conv.0.weight_{x}") for x in "gv")
+        state["music.encoder.pos_conv.0.weight"] = v * scale / v.norm(dim=(0, 1), keepdim=True)
+    for name, value in state.items():
+        for pattern, ours_is in RENAMED:
+            name = re.sub(pattern, ours_is, name)
+        ours[name] = value
+    return ours
+
+
+def config_of(published, whisper, beats):
+    """config.json, the `dims` of Whisper's file and the `cfg` of BEATs' -> OlaConfig"""
+    text = Qwen2Config(**{key: published[key] for key in TEXT_KEYS if key in published})
+    size = published["mm_hidden_size"]
+    vision = SiglipVisionConfig(
+        hidden_size=size, intermediate_size=int(size * 3.7362), num_hidden_layers=27,
+        num_attention_heads=16, image_size=2048, patch_size=16, hidden_act="gelu",
+    )  # fmt: skip
+    speech = WhisperConfig(
+        d_model=whisper["n_audio_state"], encoder_layers=whisper["n_audio_layer"],
+        encoder_attention_heads=whisper["n_audio_head"], encoder_ffn_dim=4 * whisper["n_audio_state"],
+        max_source_positions=whisper["n_audio_ctx"], num_mel_bins=whisper["n_mels"],
+    )  # fmt: skip
+    music = {ours: beats[theirs] for ours, theirs in BEATS_KEYS.items()}
+    rate = published["speech_encoder_ds_rate"]
+    configs = dict(text_config=text, vision_config=vision, speech_config=speech, music_config=music)
+    return OlaConfig(**configs, frames_per_token=rate)
