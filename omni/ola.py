@@ -38,6 +38,8 @@ TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = r"visual\.(.*\.)?([qkv]_proj|out_proj|fc[12]|proj[12]|predictor\.[02])"
 TOWER_LAYERS += r"|audio_tower\.projector\.linear[12]"
 TEXT_UNITS, TOWER_UNITS = (Qwen2DecoderLayer,), (SiglipEncoderLayer,)  # what FSDP gathers at one time
+# the sound encoders never train, as in the original
+FROZEN = ("audio_tower.speech", "audio_tower.music")
 SIDE = 32  # pixels; of a frame both sides are multiples: patches of 16, pooled 2 x 2
 MAX_WINDOWS = 25  # of one sound
 
@@ -48,16 +50,6 @@ class OlaProcessor(ProcessorMixin):
 
 
 Thinker, Processor, MODEL_TYPES = OlaForConditionalGeneration, OlaProcessor, ("ola",)
-
-
-def towers(core):
-    """What --train-towers trains."""
-    return [core.visual, core.audio_tower.projector]
-
-
-def frozen(core):
-    """What never trains."""
-    return [core.audio_tower.speech, core.audio_tower.music]
 
 
 # ---- a row as a prompt -------------------------------------------------------------------------

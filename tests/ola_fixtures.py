@@ -75,7 +75,8 @@ def weights(shapes):
     """{name: shape} -> {name: tensor}, small enough to go through many layers"""
     made = {}
     for name, shape in shapes.items():
-        x = noise(name, *shape)
+        # one table of distances, which all layers of BEATs share
+        x = noise(re.sub(r"layers.\d+(.*relative)", r"layers.0\1", name), *shape)
         is_norm = len(shape) == 1 and name.endswith("weight")
         wide = math.prod(shape[1:]) if len(shape) > 1 and "embed" not in name else 4
         made[name] = 1 + 0.1 * x if is_norm or name.endswith("weight_g") else x / wide**0.5

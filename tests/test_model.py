@@ -341,7 +341,7 @@ def test_saved_folder_is_standard(setup, tmp_path):
 
 
 def test_no_such_model():
-    with pytest.raises(FileNotFoundError, match="no Qwen2.5-Omni model at nowhere/model"):
+    with pytest.raises(FileNotFoundError, match="no model at nowhere/model"):
         model.load("nowhere/model", 0, False)
 
 
