@@ -235,12 +235,12 @@ def renamed(published):
     return ours
 
 
-def config_of(published, whisper, beats):
+def config_of(published, whisper, beats, tokenizer=None, num_blocks=27):
     """config.json, the `dims` of Whisper's file and the `cfg` of BEATs' -> OlaConfig"""
     text = Qwen2Config(**{key: published[key] for key in TEXT_KEYS if key in published})
     size = published["mm_hidden_size"]
     vision = SiglipVisionConfig(
-        hidden_size=size, intermediate_size=int(size * 3.7362), num_hidden_layers=27,
+        hidden_size=size, intermediate_size=int(size * 3.7362), num_hidden_layers=num_blocks,
         num_attention_heads=16, image_size=2048, patch_size=16, hidden_act="gelu",
     )  # fmt: skip
     speech = WhisperConfig(
@@ -251,4 +251,76 @@ def config_of(published, whisper, beats):
     music = {ours: beats[theirs] for ours, theirs in BEATS_KEYS.items()}
     rate = published["speech_encoder_ds_rate"]
     configs = dict(text_config=text, vision_config=vision, speech_config=speech, music_config=music)
-    return OlaConfig(**configs, frames_per_token=rate)
+    ids = {} if tokenizer is None else {
+        f"{kind}_token_id": tokenizer.convert_tokens_to_ids(token) for kind, token in PLACES.items()
+    }  # fmt: skip
+    return OlaConfig(**configs, frames_per_token=rate, **ids)
+
+
+def tensors_of(path, keys):
+    """What a published encoder's file holds: tensors and plain values; nothing in it is executed."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: it is one of Ola's two sound encoders: fetch it")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of its own kind for each way in which a file can be broken
+        told = f"{path} does not load as tensors alone ({type(error).__name__}): fetch it again, or"
+        raise UserError(f"{told} where you trust it, save its {keys} anew with torch.save") from None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise UserError(f"{path} has no {' and '.join(keys)}: give the encoder as published")
+    return [found[key] for key in keys]
+
+
+def convert(ola_folder, encoders_folder, out):
+    """Writes one standard folder of the published weights and the two sound encoders' files."""
+    ola, out = Path(ola_folder), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists: give another --out")
+    if not (ola / "config.json").is_file():
+        raise UserError(f"{ola}: no model's folder: it has no config.json")
+    published = folders.read_config(ola / "config.json")
+    kind = published.get("model_type"), published.get("mm_projector_type"), published.get("speech_encoder_type")
+    if kind != ("ola_qwen", "ola_mlp", "dual"):
+        raise UserError(f"{ola}: no Ola as published (ola_qwen, ola_mlp, dual): its config.json says {kind}")
+    paths = [Path(encoders_folder) / Path(published[f"{x}_encoder"]).name for x in ("speech", "music")]
+    dims, whisper = tensors_of(paths[0], ("dims", "model_state_dict"))
+    cfg, beats = tensors_of(paths[1], ("cfg", "model"))
+    missing = [x for x in (*BEATS_KEYS.values(), "deep_norm", "gru_rel_pos") if not cfg.get(x)]
+    if missing or cfg.get("layer_norm_first"):
+        raise UserError(f"{paths[1]}: no BEATs of the kind that Ola hears with: {missing} missing")
+    state = {}
+    for path in sorted(ola.glob("*.safetensors")):
+        state |= load_file(path)
+    for prefix, encoder in (("speech", whisper), ("music", beats)):
+        state |= {f"{prefix}.{name}": value for name, value in encoder.items()}
+    state = renamed(state)
+    tokenizer = AutoTokenizer.from_pretrained(ola)
+    with torch.device("meta"):
+        num_blocks = sum(name.endswith("layer_norm1.bias") for name in state)
+        model = OlaForConditionalGeneration(config_of(published, dims, cfg, tokenizer, num_blocks))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if wrong := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
+        sizes = f"{found.get(wrong[0])}, not {expected.get(wrong[0])}"
+        raise UserError(f"{ola}: {len(wrong)} weights are not as Ola's, such as {wrong[0]}: {sizes}")
+    model.load_state_dict(state, assign=True)
+    extractor = WhisperFeatureExtractor(feature_size=dims["n_mels"], chunk_length=dims["n_audio_ctx"] // 50)
+    part = empty_part(out)
+    model.save_pretrained(part)
+    OlaProcessor(extractor, tokenizer, chat_template=chat_template(PLACES)).save_pretrained(part)
+    part.rename(out)
+    print(f"{out}: {sum(value.numel() for value in state.values()) / 1e6:.0f} M weights")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
+    parser.add_argument("command", choices=["convert"])
+    parser.add_argument("ola_folder", help="THUdyh/Ola-7b of the hub, on this disk")
+    parser.add_argument("encoders_folder", help="THUdyh/Ola_speech_encoders, on this disk")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    convert(args.ola_folder, args.encoders_folder, args.out)
+
+
+if __name__ == "__main__":
+    main_guard(main, BadRow)
