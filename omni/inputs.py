@@ -27,7 +27,8 @@ def config_of(folder):
     config = from_pretrained(AutoConfig, folder)
     config = getattr(config, "thinker_config", config)
     if config.model_type not in BACKBONES:
-        raise UserError(f"{folder}: a {config.model_type}: give Qwen2.5-Omni, or Ola as converted")
+        known = "Qwen2.5-Omni, or Ola as `python -m omni.ola convert` writes it"
+        raise UserError(f"{folder} is of the kind {config.model_type}: give {known}")
     return config
 
 

@@ -267,4 +267,11 @@ class OlaForConditionalGeneration(PreTrainedModel):
         return self.model.language_model.embed_tokens
 
 
+class PublishedConfig(Qwen2Config):
+    """Of the published folder, which lacks the sound encoders' sizes: so that it is told by its name."""
+
+    model_type = "ola_qwen"
+
+
 AutoConfig.register("ola", OlaConfig)
+AutoConfig.register("ola_qwen", PublishedConfig)

@@ -93,13 +93,10 @@ def inputs(processor, config, text, clip, name):
             frames = resized(frames, config.min_frame_pixels)
         media["video"] = dict(pixels=frames)
         places[video] = [[video] * (2 + len(frames) * num_tokens(frames))]
-    if sounds := clip.sounds:
-        waves, counts = windows(sounds, processor.feature_extractor.n_samples, name)
-        given = dict(sampling_rate=AUDIO_RATE, return_tensors="pt")
-        mel = processor.feature_extractor(list(waves.numpy()), **given).input_features
-        media["audio"] = dict(mel=mel, fbank=torch.stack([*map(fbank, waves)]), counts=counts)
-        per_window = mel.shape[2] // 2 // config.frames_per_token + 1
-        places[audio] = [[audio] * (2 + count * per_window) for count in counts]
+    if clip.sounds:
+        media["audio"] = heard(clip.sounds, processor.feature_extractor, name)
+        per_window = media["audio"]["mel"].shape[2] // 2 // config.frames_per_token + 1
+        places[audio] = [[audio] * (2 + count * per_window) for count in media["audio"]["counts"]]
     if clip.use_audio:
         places[video][0] += places.pop(audio)[0]
     places = {token: iter(runs) for token, runs in places.items()}
@@ -131,14 +128,17 @@ def num_tokens(pixels):
     return height * (width + 1) + 1
 
 
-def windows(sounds, size, name):
-    """Sounds (S,) -> (W, size), the last window of each padded with silence; how many each has."""
+def heard(sounds, extractor, name):
+    """Sounds (S,) -> what both encoders take of their windows, the last of each padded with silence."""
+    size = extractor.n_samples
     counts = [-(-len(sound) // size) for sound in sounds]
     if max(counts) > MAX_WINDOWS:
-        told = f"{max(map(len, sounds)) / AUDIO_RATE:.0f} s of sound: Ola takes {MAX_WINDOWS} windows of "
-        raise BadRow(f"{name}: {told}{size // AUDIO_RATE} s: set start and end")
-    waves = [np.pad(s, (0, n * size - len(s))) for s, n in zip(sounds, counts)]
-    return torch.from_numpy(np.concatenate(waves).astype(np.float32)).view(-1, size), counts
+        told = f"{max(map(len, sounds)) / AUDIO_RATE:.0f} s of sound: Ola takes {MAX_WINDOWS} windows"
+        raise BadRow(f"{name}: {told} of {size // AUDIO_RATE} s: set start and end")
+    waves = [np.pad(sound, (0, n * size - len(sound))) for sound, n in zip(sounds, counts)]
+    waves = torch.from_numpy(np.concatenate(waves)).float().view(-1, size)
+    mel = extractor(list(waves.numpy()), sampling_rate=AUDIO_RATE, return_tensors="pt").input_features
+    return dict(mel=mel, fbank=torch.stack([fbank(wave) for wave in waves]), counts=counts)
 
 
 # ---- towers ------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def encode(core, prompts, device, train_towers):
             o["image"] = torch.cat([core.visual.projector.laid_out(pair, False) for pair in pairs])
         if isinstance(o.get("video"), dict):
             o["video"] = core.visual.projector.laid_out(next(views), True)
-        if isinstance(heard := o.get("audio"), dict):
-            both = sound.encode(heard["mel"].to(device), heard["fbank"].to(device))
-            o["audio"] = torch.cat([sound.projector(x) for x in both.split(heard["counts"])])
+        if isinstance(audio := o.get("audio"), dict):
+            both = sound.encode(audio["mel"].to(device), audio["fbank"].to(device))
+            o["audio"] = torch.cat([sound.projector(x) for x in both.split(audio["counts"])])
     return out
 
 
