@@ -288,6 +288,10 @@ def convert(ola_folder, encoders_folder, out):
     missing = [x for x in (*BEATS_KEYS.values(), "deep_norm", "gru_rel_pos") if not cfg.get(x)]
     if missing or cfg.get("layer_norm_first"):
         raise UserError(f"{paths[1]}: no BEATs of the kind that Ola hears with: {missing} missing")
+    sizes = dims["n_audio_state"], cfg["encoder_embed_dim"]
+    if sum(sizes) != published["speech_encoder_hidden_size"]:
+        told = f"give {sizes[0]} + {sizes[1]} numbers a frame, not {published['speech_encoder_hidden_size']}"
+        raise UserError(f"{paths[0].name} and {paths[1].name} {told}: give the encoders as published")
     state = {}
     for path in sorted(ola.glob("*.safetensors")):
         state |= load_file(path)
