@@ -90,12 +90,10 @@ class InputBuilder:
         question = data.question_text(row, self.audio_captions)
         question = place_hint(question, hint) if hint else question  # [HINT]
         system, text = words or (data.SYSTEM_PROMPT, question)
-        pieces = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
-        content = text if isinstance(text, list) else pieces
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": content},
-        ]
+        pieces = [*(dict(type=kind) for kind in media), dict(type="text", text=text)]
+        turns = dict(system=[dict(type="text", text=system)])
+        turns["user"] = text if isinstance(text, list) else pieces
+        messages = [dict(role=role, content=content) for role, content in turns.items()]
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def own_processor(self):
@@ -106,7 +104,7 @@ class InputBuilder:
     def from_clip(self, row, clip, hint=None, words=None):
         processor = self.own_processor()
         if words and isinstance(words[1], list):
-            clip = in_order(clip, words[1])
+            clip = clip.in_order(words[1])
         media = ["image"] * len(clip.images)  # media first: it moves scores by points
         media += ["video"] * (clip.frames is not None)
         media += ["audio"] * (0 if clip.use_audio else len(clip.sounds))  # else it is the video's
@@ -140,13 +138,3 @@ class InputBuilder:
     def key(self, row):
         """What tells one clip from another: rows with the same key differ only in their texts."""
         return (str(self.root.resolve()), *data.clip_of(row))
-
-
-def in_order(clip, pieces):
-    """The clip with its pictures and sounds in the order in which pieces of a text name them."""
-    images, sounds = (
-        [piece["index"] for piece in pieces if piece["type"] == kind] for kind in ("image", "audio")
-    )
-    if not clip.use_audio:
-        clip = clip._replace(audio=[clip.sounds[i] for i in sounds])
-    return clip._replace(images=[clip.images[i] for i in images])

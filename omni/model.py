@@ -224,26 +224,23 @@ def load(folder, lora_rank, train_towers):
 
 def prepare(thinker, lora_rank, train_towers):
     """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
-    model, backbone = thinker, BACKBONES[thinker.config.model_type]
-    for tower in (thinker.model.visual, thinker.model.audio_tower):
-        tower.requires_grad_(train_towers)
-    for name in backbone.FROZEN:
-        thinker.model.get_submodule(name).requires_grad_(False)
+    policy = Policy(thinker, train_towers)
+    for module in policy.frozen:
+        module.requires_grad_(False)
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        target = rf".*language_model\.layers\.\d+\..*\.({backbone.TEXT_LAYERS})"
-        if train_towers:
-            target += rf"|.*({backbone.TOWER_LAYERS})"
+        target = rf".*language_model\.layers\.\d+\..*\.({policy.backbone.TEXT_LAYERS})"
+        target += rf"|.*({policy.backbone.TOWER_LAYERS})" * train_towers
         kwargs = dict(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0)  # [D2]
         config = LoraConfig(target_modules=target, **kwargs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
-            model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+            policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
     if sum(p.numel() for p in thinker.parameters()) > SMALL:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.activation_checkpointing_enable(kwargs)
-    return Policy(model, train_towers).train()
+    return policy.train()
 
 
 def write_merged(folder, part):

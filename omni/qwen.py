@@ -7,7 +7,6 @@ P prompt tokens, D width.
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniProcessor as Processor  # noqa: F401
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker  # noqa: F401
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
@@ -44,27 +43,21 @@ def inputs(processor, config, text, clip, name):
     text      the prompt, a placeholder for each medium; the sound of a video stands within it
     returns   input_ids (P,), position_ids (3, P), media
     """
-    kwargs = dict(text=text, return_tensors="pt", images_kwargs=dict(do_resize=False))
-    kwargs["videos_kwargs"] = dict(kwargs["images_kwargs"], do_sample_frames=False)
-    kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
-    if clip.images:
-        kwargs["images"] = clip.images
-    if clip.frames is not None:
-        kwargs["videos"] = [clip.frames]
-        # of the frames really taken: the positions tell their time
-        kwargs["videos_kwargs"]["fps"] = clip.fps
-    if sounds := clip.sounds:
-        # without max_length the extractor pads every clip to 300 s
-        kwargs["audio"] = sounds
-        length = -(-max(map(len, sounds)) // 160) * 160
-        kwargs["audio_kwargs"] = dict(max_length=length, truncation=False)
-        if clip.use_audio:
-            kwargs.update(load_audio_from_video=True, audio_from_video_indices=[0])
-    batch, media, mel_lengths = processor(**kwargs), {}, None
-    if "pixel_values" in batch:
-        media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
-    if "pixel_values_videos" in batch:
-        media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
+    sounds, media, mel_lengths = clip.sounds, {}, None
+    # without max_length the extractor pads every clip to 300 s
+    length = -(-max(map(len, sounds), default=0) // 160) * 160
+    batch = processor(
+        text=text, images=clip.images or None, audio=sounds or None,
+        videos=None if clip.frames is None else [clip.frames], return_tensors="pt",
+        load_audio_from_video=clip.use_audio, audio_from_video_indices=[0] * clip.use_audio,
+        images_kwargs=dict(do_resize=False), audio_kwargs=dict(max_length=length, truncation=False),
+        videos_kwargs=dict(  # fps: of the frames really taken: the positions tell their time
+            do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False, fps=clip.fps,
+        ),
+    )  # fmt: skip
+    for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels in batch:
+            media[name] = dict(pixels=batch[pixels], grid=batch[f"{name}_grid_thw"])
     if "input_features" in batch:
         mel_lengths = batch["feature_attention_mask"].sum(1)
         mels = [x[:, :n] for x, n in zip(batch["input_features"], mel_lengths)]  # no padding
@@ -110,12 +103,11 @@ def encode(core, prompts, device, train_towers):
             o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
     if heard:
         lengths = torch.cat([o["audio"]["lengths"] for o in heard])
-        mels = torch.cat([o["audio"]["mel"].T.to(device) for o in heard])
-        mels = pad_sequence(mels.split(lengths.tolist()), batch_first=True)
-        mask = (torch.arange(mels.shape[1]) < lengths[:, None]).long().to(device)
-        sound = core.get_audio_features(mels.transpose(1, 2), mask, return_dict=True)
-        sizes = (((lengths - 1) // 2 + 1 - 2) // 2 + 1).tolist()
-        pieces = list(sound.last_hidden_state.split(sizes))
+        mels = torch.cat([o["audio"]["mel"] for o in heard], dim=1).to(device)
+        after_conv, sizes = core.audio_tower._get_feat_extract_output_lengths(lengths)
+        given = dict(feature_lens=lengths.to(device), aftercnn_lens=after_conv.to(device))
+        sound = core.audio_tower(mels, **given)
+        pieces = list(sound.last_hidden_state.split(sizes.tolist()))
         for o in heard:
             o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
     return out

@@ -57,6 +57,14 @@ class Clip(NamedTuple):
         """All sounds, as a list."""
         return [self.audio] if isinstance(self.audio, np.ndarray) else self.audio or []
 
+    def in_order(self, pieces):
+        """With pictures and sounds in the order in which pieces {"type", "index"} of a text name them."""
+        images, audio = (
+            [piece["index"] for piece in pieces if piece["type"] == kind] for kind in ("image", "audio")
+        )
+        audio = self.audio if self.use_audio else [self.sounds[i] for i in audio]
+        return self._replace(images=[self.images[i] for i in images], audio=audio)
+
 
 def decode_clip(row, folder, recipe):
     """
