@@ -10,6 +10,7 @@ same `from_pretrained`. Its weights (`toy_stage0.safetensors`) are the result of
     python toy.py                  # write toy/model and the rows and clips of every stage
     python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
     python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see docs/results.md
+    python toy.py --backbone ola --out DIR         # a tiny Ola, with random weights: stage 0 first
 
 The cold-start reasonings are imperfect on purpose, as scraped ones are: some look at every second,
 some at one, and some jump to an answer. Reinforcement has to find out which kind pays.
@@ -71,9 +72,8 @@ def ask(rng, kind, seconds):
     if kind == "color at":
         k = int(rng.integers(num_seconds))
         question = f"Which color is shown in the {ORDINALS[k]} second?"
-        return shown[k] and choice(
-            rng, question, shown[k], f"watch only the {ORDINALS[k]} second", [k]
-        )
+        hint = f"watch only the {ORDINALS[k]} second"
+        return shown[k] and choice(rng, question, shown[k], hint, [k])
     if kind == "color after":
         k = int(rng.integers(num_seconds - 1))
         clear = (
@@ -84,14 +84,9 @@ def ask(rng, kind, seconds):
         return clear and choice(rng, question, shown[k + 1], hint, [k, k + 1])
     if kind.startswith("count"):
         toned = kind == "count at tone"
-        count = sum(
-            c is not None and (tone is not None or not toned)
-            for c, (_, tone) in zip(shown, seconds)
-        )
-        hint = (
-            "write a line for each second, then count the lines with a shape"
-            + " and a tone" * toned
-        )
+        count = sum(bool(c and (tone or not toned)) for c, (_, tone) in zip(shown, seconds))
+        hint = "write a line for each second, then count the lines with a shape"
+        hint += " and a tone" * toned
         question = f"How many shapes {'come with a tone' if toned else 'are shown'}?"
         return dict(question=question, answer=str(count), answer_type="number", hint=hint), []
     tone = str(rng.choice(list(TONES)))
@@ -152,9 +147,7 @@ def make_row(rng, stage, name, split):
     row = dict(prompt_id=f"toy-{stage}-{split}-{name}", **fields)
     row["video"] = f"clips/{split}-{name}.mp4"
     row["use_audio"] = family > 1
-    tones = [
-        f"{tone or 'no'} tone in the {ORDINALS[i]} second" for i, (_, tone) in enumerate(seconds)
-    ]
+    tones = [f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds)]
     row["audio_caption"] = ", ".join(tones)
     row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
     if stage == 0:

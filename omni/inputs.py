@@ -1,7 +1,5 @@
 """
-A row as a prompt, by the processor of whichever backbone a folder holds: qwen.py or ola.py.
-
-P prompt tokens.
+A row as a prompt of P tokens, by the backbone that a folder holds: qwen.py or ola.py.
 """
 
 import copy
@@ -9,8 +7,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from run import UserError
-from run.folders import from_pretrained  # before torch
+from run.folders import UserError, from_pretrained  # before torch
 
 import torch
 from transformers import AutoConfig
@@ -27,8 +24,8 @@ def config_of(folder):
     config = from_pretrained(AutoConfig, folder)
     config = getattr(config, "thinker_config", config)
     if config.model_type not in BACKBONES:
-        known = "Qwen2.5-Omni, or Ola as `python -m omni.ola convert` writes it"
-        raise UserError(f"{folder} is of the kind {config.model_type}: give {known}")
+        told = "give Qwen2.5-Omni, or Ola as `python -m omni.ola convert` writes it"
+        raise UserError(f"{folder} is of the kind {config.model_type}: {told}")
     return config
 
 
@@ -64,8 +61,7 @@ class InputBuilder:
         self.eos_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         self.media_ends = self.backbone.media_ends(self.tokenizer, self.config)
         # what a rank reads that has less to do than others: FSDP would wait for ever
-        ids = torch.tensor(self.eos_ids[:1])
-        self.filler = Prompt(ids, torch.zeros(3, 1, dtype=torch.long), {})
+        self.filler = Prompt(torch.tensor(self.eos_ids[:1]), torch.zeros(3, 1).long(), {})
 
     def __call__(self, row, hint=None):
         return self.from_clip(row, data.decode_clip(row, self.root, self.recipe), hint)
@@ -122,12 +118,10 @@ class InputBuilder:
 
     def with_text(self, prompt, row, hint=None, words=None):
         """The prompt of another question, or of a hint, about the same clip: the same media."""
-        ends = self.tokenizer.convert_tokens_to_ids(self.media_ends)
-        is_end = torch.isin(prompt.input_ids, torch.tensor(ends))
-        media = int(is_end.nonzero().max()) + 1  # tokens up to the end of the last medium
+        ends = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.media_ends))
+        media = int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1  # up to the last one's end
         processor = self.own_processor()
-        text = self.chat(processor, ["audio"], row, hint, words)
-        text = text.split(self.media_ends[-1])[1]
+        text = self.chat(processor, ["audio"], row, hint, words).split(self.media_ends[-1])[1]
         tail = torch.tensor(processor.tokenizer(text).input_ids)
         positions = prompt.position_ids[:, :media]
         after = int(positions.max()) + 1 + torch.arange(len(tail))  # text: all three the same

@@ -8,14 +8,13 @@ P prompt tokens, D width.
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5OmniProcessor as Processor  # noqa: F401
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker  # noqa: F401
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 # linear layers that get a LoRA adapter: of the text model, of the towers
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-TOWER_LAYERS = r"(visual|audio_tower)\.(.*\.)?(q|k|v|[qkv]_proj|out_proj|proj|fc1|fc2"
-TOWER_LAYERS += r"|gate_proj|up_proj|down_proj|mlp\.0|mlp\.2)"
+TOWER_LAYERS = r"(visual|audio_tower)\.(.*\.)?([qkv](_proj)?|((out|gate|up|down)_)?proj|fc[12]|mlp\.[02])"
 TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)  # what FSDP gathers at one time
 TOWER_UNITS = (omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer)
 FROZEN = ()  # parts of the towers that never train
@@ -25,24 +24,13 @@ SIDE = 28  # pixels; of a frame both sides are multiples
 # ---- a row as a prompt -------------------------------------------------------------------------
 
 
-class PositionIndex(omni.Qwen2_5OmniPreTrainedModelForConditionalGeneration):
-    """The model's own `get_rope_index` without the model, so that decode threads can call it."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
-
-
 def media_ends(tokenizer, config):
     """The tokens that media end with in a prompt, a sound's last."""
     return [tokenizer.vision_eos_token, tokenizer.audio_eos_token]
 
 
 def inputs(processor, config, text, clip, name):
-    """
-    text      the prompt, a placeholder for each medium; the sound of a video stands within it
-    returns   input_ids (P,), position_ids (3, P), media
-    """
+    """A prompt's text, a placeholder for each medium -> input_ids (P,), position_ids (3, P), media."""
     sounds, media, mel_lengths = clip.sounds, {}, None
     # without max_length the extractor pads every clip to 300 s
     length = -(-max(map(len, sounds), default=0) // 160) * 160
@@ -63,10 +51,11 @@ def inputs(processor, config, text, clip, name):
         mels = [x[:, :n] for x, n in zip(batch["input_features"], mel_lengths)]  # no padding
         media["audio"] = dict(mel=torch.cat(mels, dim=1), lengths=mel_lengths)
     input_ids, seconds = batch["input_ids"], batch.get("video_second_per_grid")
-    position_ids, _ = PositionIndex(config).get_rope_index(
+    index = Thinker.__new__(Thinker)  # the model's own positions without the model
+    index.config, index.spatial_merge_size = config, config.vision_config.spatial_merge_size
+    position_ids, _ = index.get_rope_index(
         input_ids,
-        image_grid_thw=batch.get("image_grid_thw"),
-        video_grid_thw=batch.get("video_grid_thw"),
+        **{key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")},
         attention_mask=torch.ones_like(input_ids),
         use_audio_in_video=clip.use_audio,
         audio_seqlens=mel_lengths,
