@@ -154,11 +154,10 @@ class ReplayBuffer:
     def tiers(self):
         """
         rank q by (R̄(q), first seen):  lowest round(.40 n) hard, highest round(.25 n) easy   [TIER]
-        Ties are cut where they fall, so the shares are exact.                                [U4]
         prompt_id -> tier of every prompt with an R̄, from the lowest up. Not to be modified.
 
-        Ties are cut by who was seen first: a cut by value would make one tier of all prompts that
-        share a reward. Few prompts: n = 1 medium; n = 2 hard, medium; n = 3 one of each.
+        [U4] Ties are cut where they fall, so the shares are exact: a cut by value would make one tier
+        of all prompts that share a reward. n = 1 medium; n = 2 hard, medium; n = 3 one of each.
         """
         if self._tiers is None:
             # a stable sort; rounded as in _gap: equal up to float noise is a tie

@@ -106,7 +106,9 @@ def recipe_of(args, folder, template, dtype):
     recipe = dict(model=str(folder), protocol=args.protocol, template=template)
     recipe["weights"] = max((path.stat().st_mtime for path in inside), default=None)  # of when
     recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
-    recipe |= dict(recipe=limits.recipe_from(args)._asdict(), temperature=args.temperature)
+    limited = limits.recipe_from(args)._asdict()
+    del limited["side"]  # the model's
+    recipe |= dict(recipe=limited, temperature=args.temperature)
     recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
     recipe |= dict(dtype=str(dtype), commit=files.commit(), arguments=vars(args))
     if args.protocol == "paper":

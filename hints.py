@@ -89,7 +89,6 @@ class HintSchedule:
             self._active[prompt_id] = 0
             self.entered += 1
             return "entered"
-        return None
 
     def due(self, prompt_id):
         """After observe: whether this visit carries the hint, from entry on every second one."""

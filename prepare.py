@@ -352,6 +352,7 @@ def check(args):
     data.check_file(args.file)
     if args.model:
         build = InputBuilder(args.model, recipe, Path(args.file).parent, audio_captions=True)
+        recipe = build.recipe
         count_tokens = lambda row, clip: build.from_clip(row, clip, row.get("hint"))  # noqa: E731
     with open(args.file, "rb") as file:
         total = sum(1 for line in file if line.strip())

@@ -149,14 +149,9 @@ def _read_letters(text, table, separators):
         return frozenset(compact)
     if not separators:
         return None
-    letters = set()
-    pieces = re.split(separators[0], text)
-    for piece in {piece.strip() for piece in pieces} - {""}:
-        found = _read_letters(piece, table, separators[1:])
-        if found is None:
-            return None
-        letters |= found
-    return frozenset(letters) or None
+    pieces = {piece.strip() for piece in re.split(separators[0], text)} - {""}
+    found = [_read_letters(piece, table, separators[1:]) for piece in pieces]
+    return frozenset().union(*found) or None if None not in found else None
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -206,8 +201,7 @@ def _read_number(text):
 
 
 def _read_yesno(text):
-    yes, no = dict.fromkeys(("yes", "true", "y", "是"), "yes"), ("no", "false", "n", "否")
-    polarity = yes | dict.fromkeys(no, "no")
+    polarity = dict.fromkeys("yes true y 是".split(), "yes") | dict.fromkeys("no false n 否".split(), "no")
     words = _plain(text).split()
     said = {polarity[word] for word in words if word in polarity}
     return polarity.get(words[0]) if len(said) == 1 else None
@@ -222,14 +216,10 @@ def _read_text(text):
 
 def _read_pairs(text):
     """A frozenset of (place, object); one piece that is no such pair makes the text unreadable."""
-    pairs = set()
     pieces = re.split(r"[|;\n]|,(?=[^,:|;\n]*:)", text)  # a comma only before "place:"
-    for piece in {piece.strip() for piece in pieces} - {""}:
-        place, _, thing = (_read_text(part) for part in piece.partition(":"))
-        if not (place and thing):
-            return None
-        pairs.add((place, thing))
-    return frozenset(pairs) or None
+    pieces = {piece.strip() for piece in pieces} - {""}
+    pairs = frozenset(tuple(map(_read_text, piece.partition(":")[::2])) for piece in pieces)
+    return pairs or None if all(map(all, pairs)) else None
 
 
 _READERS = {

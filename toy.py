@@ -10,6 +10,7 @@ same `from_pretrained`. Its weights (`toy_stage0.safetensors`) are the result of
     python toy.py                  # write toy/model and the rows and clips of every stage
     python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
     python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see docs/results.md
+    python toy.py --backbone ola --out DIR         # a tiny Ola, with random weights: stage 0 first
 
 The cold-start reasonings are imperfect on purpose, as scraped ones are: some look at every second,
 some at one, and some jump to an answer. Reinforcement has to find out which kind pays.
@@ -29,9 +30,18 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers import (
+    AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig, Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor, WhisperFeatureExtractor,
+)  # fmt: skip
+from transformers.utils.logging import disable_progress_bar
 
+from hints import place_hint
+from omni import ola, qwen
 from rows.clips import BadRow
+from rows.data import SYSTEM_PROMPT, completion_text, question_text
 from rows.synthetic import COLORS, PLACES, SHAPES, SIZE, TONES, describe, random_seconds, write_clip
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -48,7 +58,7 @@ OVERRIDES = {
         lr=5e-5, steps=180, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
         eval_every=60, audio_captions=False,
     ),
-    "media": dict(max_frames=16, max_pixels=SIZE * SIZE, max_audio_seconds=8.0),
+    "media": dict(max_frames=16, max_pixels=64 * 64, max_audio_seconds=8.0),  # 64: Ola's multiples of 32
 }  # fmt: skip
 
 
@@ -62,9 +72,8 @@ def ask(rng, kind, seconds):
     if kind == "color at":
         k = int(rng.integers(num_seconds))
         question = f"Which color is shown in the {ORDINALS[k]} second?"
-        return shown[k] and choice(
-            rng, question, shown[k], f"watch only the {ORDINALS[k]} second", [k]
-        )
+        hint = f"watch only the {ORDINALS[k]} second"
+        return shown[k] and choice(rng, question, shown[k], hint, [k])
     if kind == "color after":
         k = int(rng.integers(num_seconds - 1))
         clear = (
@@ -75,14 +84,9 @@ def ask(rng, kind, seconds):
         return clear and choice(rng, question, shown[k + 1], hint, [k, k + 1])
     if kind.startswith("count"):
         toned = kind == "count at tone"
-        count = sum(
-            c is not None and (tone is not None or not toned)
-            for c, (_, tone) in zip(shown, seconds)
-        )
-        hint = (
-            "write a line for each second, then count the lines with a shape"
-            + " and a tone" * toned
-        )
+        count = sum(bool(c and (tone or not toned)) for c, (_, tone) in zip(shown, seconds))
+        hint = "write a line for each second, then count the lines with a shape"
+        hint += " and a tone" * toned
         question = f"How many shapes {'come with a tone' if toned else 'are shown'}?"
         return dict(question=question, answer=str(count), answer_type="number", hint=hint), []
     tone = str(rng.choice(list(TONES)))
@@ -143,9 +147,7 @@ def make_row(rng, stage, name, split):
     row = dict(prompt_id=f"toy-{stage}-{split}-{name}", **fields)
     row["video"] = f"clips/{split}-{name}.mp4"
     row["use_audio"] = family > 1
-    tones = [
-        f"{tone or 'no'} tone in the {ORDINALS[i]} second" for i, (_, tone) in enumerate(seconds)
-    ]
+    tones = [f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds)]
     row["audio_caption"] = ", ".join(tones)
     row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
     if stage == 0:
@@ -192,8 +194,6 @@ SPECIAL_TOKENS = {
 
 def make_tokenizer_json(corpus, vocab_size):
     """A byte-level BPE like Qwen's, learned from `corpus` (an iterable of str) -> its JSON."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -209,9 +209,6 @@ def make_tokenizer_json(corpus, vocab_size):
 
 def toy_corpus(seed):
     """Texts that hold every word the toy uses."""
-    from hints import place_hint
-    from rows.data import SYSTEM_PROMPT, completion_text, question_text
-
     rng = np.random.default_rng(seed)
     for i in range(3000):
         row, _ = make_row(rng, 0, str(i), "text")
@@ -220,19 +217,9 @@ def toy_corpus(seed):
         yield f"system\n{SYSTEM_PROMPT}user\n{question}assistant\n{completion_text(row)}"
 
 
-def build_processor(tokenizer_json):
-    from tokenizers import Tokenizer
-    from transformers import (
-        PreTrainedTokenizerFast, Qwen2_5OmniProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor,
-        WhisperFeatureExtractor,
-    )  # fmt: skip
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_json),
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS,
-    )  # fmt: skip
+def build_processor(tokenizer):
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    return Qwen2_5OmniProcessor(
+    return qwen.Processor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         video_processor=Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=False),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
@@ -241,8 +228,6 @@ def build_processor(tokenizer_json):
 
 
 def build_config(tokenizer):
-    from transformers import Qwen2_5OmniThinkerConfig
-
     token_id = tokenizer.convert_tokens_to_ids
     return Qwen2_5OmniThinkerConfig(
         text_config=dict(
@@ -269,22 +254,54 @@ def build_config(tokenizer):
     )  # fmt: skip
 
 
-def write_model(folder, weights):
-    """Writes a standard Hugging Face folder; `weights`: a safetensors file, None for random."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from transformers.utils.logging import disable_progress_bar
+def build_ola(tokenizer):
+    """-> processor and configuration of a tiny Ola; it hears windows of 10 s."""
+    tokens = {kind: SPECIAL_TOKENS[f"{kind}_token"] for kind in ("image", "video", "audio")}
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(t) for k, t in tokens.items()}
+    config = ola.OlaConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0, initializer_range=0.08,
+        ),
+        vision_config=dict(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            image_size=256, patch_size=16, hidden_act="gelu",
+        ),
+        speech_config=dict(
+            d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
+            max_source_positions=500, num_mel_bins=128,
+        ),
+        music_config=dict(
+            hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128, embed_size=64,
+            conv_pos=16, conv_pos_groups=4, num_buckets=32, max_distance=80,
+        ),
+        **ids, projector_size=128, min_frame_pixels=0, low_view_pixels=64 * 64,
+        initializer_range=0.08, avatar_toy=True,
+    )  # fmt: skip
+    extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=10)
+    return ola.OlaProcessor(extractor, tokenizer, chat_template=ola.chat_template(tokens)), config
 
+
+def write_model(folder, weights, backbone="qwen"):
+    """Writes a standard Hugging Face folder; `weights`: a safetensors file of a Qwen, None for random."""
     disable_progress_bar()
     if weights:
         with safe_open(weights, "pt") as file:
             tokenizer_json = file.metadata()["tokenizer"]
     else:
         tokenizer_json = make_tokenizer_json(toy_corpus(seed=0), vocab_size=640)
-    processor = build_processor(tokenizer_json)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json),
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS,
+    )  # fmt: skip
     torch.manual_seed(0)
-    thinker = Thinker(build_config(processor.tokenizer))
-    if weights:
-        thinker.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    if backbone == "ola":
+        processor, config = build_ola(tokenizer)
+        thinker = ola.Thinker(config)
+    else:
+        processor, thinker = build_processor(tokenizer), qwen.Thinker(build_config(tokenizer))
+        if weights:
+            thinker.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     part = empty_part(folder)
     thinker.save_pretrained(part)
     processor.save_pretrained(part)
@@ -293,9 +310,7 @@ def write_model(folder, weights):
 
 def ship_weights(folder):
     """A trained model folder -> WEIGHTS: bfloat16, with the tokenizer in its metadata."""
-    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-
-    state = Thinker.from_pretrained(folder).state_dict()
+    state = qwen.Thinker.from_pretrained(folder).state_dict()
     tokenizer_json = AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
     state = {k: v.bfloat16().contiguous() for k, v in state.items()}
     save_file(state, WEIGHTS, metadata={"tokenizer": tokenizer_json})
@@ -365,6 +380,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0, help="of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
     flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
+    flag("--backbone", choices=["qwen", "ola"], default="qwen", help="whose architecture the model has")
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)
@@ -373,7 +389,7 @@ def main(argv=None):
         ship_weights(args.ship)
         return
     out = Path(args.out)
-    once(out / "model", write_model, None if args.random_init else WEIGHTS)
+    once(out / "model", write_model, None if args.random_init else WEIGHTS, args.backbone)
     for stage in args.stages:
         num_train, num_test = args.num_train or NUM_ROWS[stage][0], NUM_ROWS[stage][1]
         once(out / f"stage{stage}", write_rows, stage, num_train, num_test, args.seed)

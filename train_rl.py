@@ -161,7 +161,6 @@ def main():
         judged = judge.open_judge(args, root, recipe, out, device, toy.judge)
     policy, reference = model.open_policies(folder, args, device, with_reference=args.kl_coef > 0)
     optimizer = optim.adamw(policy, args.lr)
-    # what a rank reads that has less to do than others
     filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
     encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip

@@ -1,5 +1,5 @@
 """
-The policy: a backbone (qwen.py) behind one forward; log-probs of completions; load, shard, save.
+The policy: a backbone (qwen.py, ola.py) behind one forward; log-probs of completions; load, shard, save.
 
 A group is one prompt and its completions. Nothing about a prompt is done twice: its clip is encoded
 once, it is read once for all its completions, in the rollout and in the update, and many groups
@@ -19,12 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
-from run import UserError, processes
-from run.folders import from_pretrained, is_adapter  # before torch
+from run import UserError, processes  # before torch
+from run.folders import from_pretrained, is_adapter
 from run.sharding import on_host, opened
 from omni.attention import PackedAttention, choose, shared_prefix_attention
-from omni import qwen
-from omni.qwen import InputBuilder, Prompt  # noqa: F401
+from omni.inputs import BACKBONES, InputBuilder, Prompt, config_of  # noqa: F401
 from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
@@ -53,12 +52,22 @@ class Policy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
+    def backbone(self):
+        return BACKBONES[self.thinker.config.model_type]
+
+    @property
     def units(self):
-        return qwen.TEXT_UNITS + qwen.TOWER_UNITS * self.train_towers
+        return self.backbone.TEXT_UNITS + self.backbone.TOWER_UNITS * self.train_towers
 
     @property
     def towers(self):
         return [self.thinker.model.visual, self.thinker.model.audio_tower]
+
+    @property
+    def frozen(self):
+        """Modules in which nothing trains."""
+        never = [self.thinker.model.get_submodule(name) for name in self.backbone.FROZEN]
+        return never if self.train_towers else self.towers
 
     @property
     def device(self):
@@ -71,7 +80,7 @@ class Policy(nn.Module):
 
     def encode(self, prompts):
         """The towers' outputs: a list, a prompt each, of modality -> (n, D)."""
-        return qwen.encode(self.thinker.model, prompts, self.device, self.train_towers)
+        return self.backbone.encode(self.thinker.model, prompts, self.device, self.train_towers)
 
     @torch.no_grad()
     def encoded(self, prompt):
@@ -211,7 +220,8 @@ def load(folder, lora_rank, train_towers, empty=False):
     empty         bool    built alone, without reading weights
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
-    thinker = from_pretrained(qwen.Thinker, folder, empty, dtype=torch.float32)
+    backbone = BACKBONES[config_of(folder).model_type]
+    thinker = from_pretrained(backbone.Thinker, folder, empty, dtype=torch.float32)
     if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new
         from peft import PeftModel
 
@@ -222,27 +232,26 @@ def load(folder, lora_rank, train_towers, empty=False):
 
 def prepare(thinker, lora_rank, train_towers):
     """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
-    model = thinker
-    for tower in (thinker.model.visual, thinker.model.audio_tower):
-        tower.requires_grad_(train_towers)
+    policy = Policy(thinker, train_towers)
+    for module in policy.frozen:
+        module.requires_grad_(False)
     if lora_rank:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import Linear
 
-        target = rf".*language_model\.layers\.\d+\..*\.({qwen.TEXT_LAYERS})"
-        if train_towers:
-            target += rf"|.*(visual|audio_tower)\.(.*\.)?({qwen.TOWER_LAYERS})"
+        target = rf".*language_model\.layers\.\d+\..*\.({policy.backbone.TEXT_LAYERS})"
+        target += rf"|.*({policy.backbone.TOWER_LAYERS})" * train_towers
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target)  # [D2]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
-            model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
-        for module in model.modules():
+            policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+        for module in policy.modules():
             if isinstance(module, Linear):
                 module.forward = MethodType(adapted, module)
     if sum(p.numel() for p in thinker.parameters()) > SMALL:
         kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         thinker.activation_checkpointing_enable(kwargs)
-    return Policy(model, train_towers).train()
+    return policy.train()
 
 
 def adapted(layer, x):
@@ -259,4 +268,4 @@ def write_merged(folder, part):
     """Writes a trained adapter and its base as one model."""
     merged = load(folder, lora_rank=0, train_towers=False)
     merged.thinker.save_pretrained(part)
-    from_pretrained(qwen.Processor, folder).save_pretrained(part)
+    from_pretrained(merged.backbone.Processor, folder).save_pretrained(part)

@@ -40,10 +40,11 @@ class Recipe(NamedTuple):
 
     fps: float  # frames/s wanted; fewer when max_frames binds
     max_frames: int  # even: the tower merges frames in pairs
-    max_pixels: int  # per frame, after resizing to multiples of 28
+    max_pixels: int  # per frame, after resizing
     max_audio_seconds: float
     max_prompt_tokens: int
     allow_outside: bool = False  # whether media may lie outside the JSONL's folder
+    side: int = 28  # sides of frames are multiples of it: the model's, no flag
 
 
 class Clip(NamedTuple):
@@ -59,6 +60,14 @@ class Clip(NamedTuple):
     def sounds(self):
         """All sounds, as a list."""
         return [self.audio] if isinstance(self.audio, np.ndarray) else self.audio or []
+
+    def in_order(self, pieces):
+        """With pictures and sounds in the order in which pieces {"type", "index"} of a text name them."""
+        images, audio = (
+            [piece["index"] for piece in pieces if piece["type"] == kind] for kind in ("image", "audio")
+        )
+        audio = self.audio if self.use_audio else [self.sounds[i] for i in audio]
+        return self._replace(images=[self.images[i] for i in images], audio=audio)
 
 
 def decode_clip(row, folder, recipe):
@@ -213,12 +222,12 @@ def _decode_from(container, stream, time):
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def frame_size(width, height, max_pixels):
-    """The nearest (width, height) in multiples of 28 within max_pixels, aspect kept."""
+def frame_size(width, height, max_pixels, step=28):
+    """The nearest (width, height) in multiples of `step` within max_pixels, aspect kept."""
     scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
-    rounded = [max(28, round(side * scale / 28) * 28) for side in (width, height)]
-    while rounded[0] * rounded[1] > max_pixels and max(rounded) > 28:
-        rounded[rounded.index(max(rounded))] -= 28
+    rounded = [max(step, round(side * scale / step) * step) for side in (width, height)]
+    while rounded[0] * rounded[1] > max_pixels and max(rounded) > step:
+        rounded[rounded.index(max(rounded))] -= step
     return rounded
 
 
@@ -240,7 +249,8 @@ def decode_image(path, name, recipe):
             raise BadRow(f"{name}: {path} is no whole image ({error.strerror}): fetch it") from None
         if frame is None:
             raise BadRow(f"{name}: {path} holds no image: give another file")
-        pixels = _upright(frame, frame_size(frame.width, frame.height, recipe.max_pixels))
+        size = frame_size(frame.width, frame.height, recipe.max_pixels, recipe.side)
+        pixels = _upright(frame, size)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
@@ -262,7 +272,8 @@ def decode_video(path, name, start, end, recipe):
         frames, size, aspect = [], None, float(stream.sample_aspect_ratio or 1)  # of one pixel
         try:
             for frame in _on_show(container, stream, wanted):
-                size = size or frame_size(frame.width * aspect, frame.height, recipe.max_pixels)
+                limits = recipe.max_pixels, recipe.side
+                size = size or frame_size(frame.width * aspect, frame.height, *limits)
                 frames.append(_upright(frame, size))
         except av.FFmpegError as error:
             raise BadRow(

@@ -28,7 +28,7 @@ def add_flags(parser, keeps_clips=True):
 
 
 def recipe_from(args):
-    recipe = Recipe(*(getattr(args, name) for name in Recipe._fields))
+    recipe = Recipe(**{k: v for k, v in vars(args).items() if k in Recipe._fields})
     check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
     check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if recipe.max_frames % 2:

@@ -42,13 +42,13 @@ def from_pretrained(kind, folder, empty=False, **kwargs):
     # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
     if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
         why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}")
+        raise FileNotFoundError(f"no model at {folder}: {why}")
     away = not Path(name).is_dir() and not online()
     try:
         return kind.from_pretrained(name, local_files_only=away, **kwargs)
     except (OSError, ValueError) as error:
         why = "the hub does not answer, and it is not on this disk" if away else str(error).splitlines()[0]
-        raise FileNotFoundError(f"no Qwen2.5-Omni model at {folder}: {why}") from None
+        raise FileNotFoundError(f"no model at {folder}: {why}") from None
 
 
 def base_folder(folder):

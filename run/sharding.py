@@ -1,8 +1,8 @@
 """
 A policy on its device: sharded by FSDP2 when there is a GPU or more than one process.
 
-A policy is a module with `units`, classes of the modules that are gathered at one time; `towers`, modules;
-and `train_towers`.
+A policy is a module with `units`, classes of the modules that are gathered at one time, and `frozen`,
+modules in which nothing trains.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -78,8 +78,7 @@ def shard(policy, device, param_dtype):
     does not call them, and nobody waits. What is frozen has param_dtype already.
     """
     mesh = dist.init_device_mesh(device.type, (processes.world_size(),))
-    frozen = [] if policy.train_towers else policy.towers
-    ignored = {p for tower in frozen for p in tower.parameters()}
+    ignored = {p for module in policy.frozen for p in module.parameters()}
     precision = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from omni import model, qwen
+from omni import model
 from run import processes
 import update
 
@@ -272,7 +272,7 @@ def pretended_gpu():
         patch.setattr(torch.cuda, "current_stream", lambda: None)
         patch.setattr(torch.Tensor, "to", to)
         patch.setattr(torch.nn.Module, "to", module_to)
-        for place in (model, qwen, update, torch.nn.utils.rnn):
+        for place in (model, update, torch.nn.utils.rnn):
             patch.setattr(place, "pad_sequence", pad_sequence)
         patch.setattr(processes, "init", lambda device: GPU)
         torch._C._ensureCUDADeviceGuardSet()

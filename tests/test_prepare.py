@@ -64,7 +64,7 @@ def test_check_ends_in_one_line(media, tmp_path):
     path = write_jsonl(media / "one.jsonl", [make_row(video="good.mp4")])
     for flags, words in (
         ([path, "--max-frames", 1], "prepare.py: --max-frames 1: at least 2 is needed"),
-        ([path, "--model", tmp_path / "none"], "prepare.py: no Qwen2.5-Omni model at .*none: .*"),
+        ([path, "--model", tmp_path / "none"], "prepare.py: no model at .*none: .*"),
         ([tmp_path / "none.jsonl"], "prepare.py: no data file at .*none.jsonl: .*"),
         ([write_jsonl(media / "no.jsonl", [])], "0 rows, 0 would not train"),
     ):

@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     rows = toy_dir / "stage2" / "train.jsonl"
     out = ("--out", tmp_path / "x", "--steps", 1)
     model = ("--model", toy_dir / "model")
-    assert "no Qwen2.5-Omni model at no/such/model" in mistake(
+    assert "no model at no/such/model" in mistake(
         "train_rl.py", "--model", "no/such/model", "--data", rows, "--judge", "toy", *out
     )
     assert "no data file at no.jsonl" in mistake("train_rl.py", *model, "--data", "no.jsonl", *out)
