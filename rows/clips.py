@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchaudio.functional
 
-try:
+try:  # where no clip is decoded nobody needs them
     import av
-except ModuleNotFoundError:  # where no clip is decoded nobody needs it
+    import torchaudio.functional
+except ModuleNotFoundError:
     av = None
 
 AUDIO_RATE = 16000  # samples/s, what the audio tower hears
@@ -135,7 +135,7 @@ def find_media(name, folder, path, recipe):
 def open_media(path, name):
     """-> PyAV's container of a local file; BadRow if it is none, or a playlist."""
     if av is None:
-        raise ModuleNotFoundError("No module named 'av'", name="av")
+        raise ModuleNotFoundError("no clip can be read without av and torchaudio", name="av")
     try:  # "file:", or a colon in the name would be taken for a protocol
         container = av.open(f"file:{path}", metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:

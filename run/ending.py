@@ -58,7 +58,7 @@ def told(error, mendable):
     if isinstance(error, (UserError, *mendable, *paths)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == "av":
-        return f"{error}: clips are read and written by PyAV: pip install av"
+        return f"{error}: pip install -r requirements.txt"
     if isinstance(error, OSError) and error.errno in DISK:
         denied = error.errno in (errno.EACCES, errno.EROFS)
         remedy = "give another path, or the right to use it" if denied else "make room"
