@@ -6,6 +6,7 @@ Ola: its parts against the original's, its rows as prompts, whole runs with a ti
 What the original gives stands in ola_fixtures.safetensors; ola_fixtures.py says how it was made.
 """
 
+import copy
 import json
 import shutil
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import RECIPE, launch, random_completions
 from media_files import make_row
+from pretended_gpu import GPU, Graph, pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_run import same_weights, stopped_copy, without_times
@@ -293,6 +295,20 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
     flat = [c.logprobs for group in made for c in group]
     recorded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
     assert (logprobs - recorded).abs().max() < 2e-5
+
+
+def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
+    """On the pretended one: devices, and the CUDA graph of a decoded token."""
+    policy, rows = model.load(tiny / "model", 0, True), data.Rows(tiny / "stage2" / "train.jsonl")
+    build = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+    given = [build(rows[0]), build(rows[1])], [3, 2], 1.0, 20, build.eos_ids, [1, 2]
+    expected = model.rollout(policy, *given)
+    with pretended_gpu():
+        rolled = model.rollout(copy.deepcopy(policy).to(GPU), *given)
+    assert Graph.replays > 4
+    for one, two in zip(sum(rolled, []), sum(expected, []), strict=True):
+        assert one.ids.tolist() == two.ids.tolist()
+        torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
 
 
 def test_a_shared_clip_is_encoded_and_read_once(tiny):
