@@ -6,6 +6,7 @@ Ola: its parts against the original's, its rows as prompts, whole runs with a ti
 What the original gives stands in ola_fixtures.safetensors; ola_fixtures.py says how it was made.
 """
 
+import copy
 import json
 import shutil
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import RECIPE, launch, random_completions
 from media_files import make_row
+from pretended_gpu import GPU, Graph, pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_run import same_weights, stopped_copy, without_times
@@ -295,6 +297,20 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
     assert (logprobs - recorded).abs().max() < 2e-5
 
 
+def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
+    """On the pretended one: devices, and the CUDA graph of a decoded token."""
+    policy, rows = model.load(tiny / "model", 0, True), data.Rows(tiny / "stage2" / "train.jsonl")
+    build = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+    given = [build(rows[0]), build(rows[1])], [3, 2], 1.0, 20, build.eos_ids, [1, 2]
+    expected = model.rollout(policy, *given)
+    with pretended_gpu():
+        rolled = model.rollout(copy.deepcopy(policy).to(GPU), *given)
+    assert Graph.replays > 4
+    for one, two in zip(sum(rolled, []), sum(expected, []), strict=True):
+        assert one.ids.tolist() == two.ids.tolist()
+        torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
+
+
 def test_a_shared_clip_is_encoded_and_read_once(tiny):
     policy, rows = model.load(tiny / "model", 0, False), data.Rows(tiny / "stage2" / "train.jsonl")
     build, calls = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False), []
@@ -329,7 +345,7 @@ def test_what_trains(tiny):
 
 def flags(tiny, stage, out, *more):
     rows = tiny / f"stage{stage}"
-    words = "--judge toy --steps 3 --max-new-tokens 16 --prompts-per-step 4 --eval-every 0 --lr 0.0005"
+    words = "--judge toy --steps 3 --max-new-tokens 16 --prompts-per-step 2 --eval-every 0 --lr 0.0005"
     where = "--model", tiny / "model", "--data", rows / "train.jsonl", "--out", out
     return "train_rl.py", "--stage", stage, *where, *words.split(), *more
 
@@ -352,14 +368,15 @@ def test_stage_0_towers_and_all_killed_and_resumed(tiny, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_with_replay_killed_and_resumed(tiny, tmp_path, stage):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    launch(*flags(tiny, stage, straight, "--save-every", 1, "--keep", 9))
+    more = "--save-every", 1, "--keep", 9, "--prompts-per-step", 4 if stage == 3 else 2
+    launch(*flags(tiny, stage, straight, *more))
     metrics = read_metrics(straight)
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert all(m["logprob_gap"] < 2e-5 for m in metrics)
     assert metrics[-1]["buffer/size"] > 0 and max(m["grad_norm"] for m in metrics) > 0
     if stage == 2:
         stopped_copy(straight, resumed, 1)
-        launch(*flags(tiny, stage, resumed, "--save-every", 1, "--keep", 9, "--resume"))
+        launch(*flags(tiny, stage, resumed, *more, "--resume"))
         assert same_weights(straight, resumed)
         assert without_times(metrics) == without_times(read_metrics(resumed))
 
