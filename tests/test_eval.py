@@ -501,7 +501,7 @@ def test_sound_on_the_page_is_the_clips(tmp_path):
     import av
 
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000).astype(np.float32)
-    (tmp_path / "x.ogg").write_bytes(page.ogg(tone))
+    (tmp_path / "x.ogg").write_bytes(page.ogg(tone, 24000))
     with av.open(str(tmp_path / "x.ogg")) as container:
         heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     assert abs(len(heard) / 48000 - 1) < 0.05
