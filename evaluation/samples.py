@@ -1,12 +1,15 @@
 """
-What a run keeps of its completions, to be looked at: at a step in ten, a few prompts with all they earned.
+What a run keeps of its completions, to be looked at: at one step in ten a few prompts with all they earned.
 
     OUT/samples.jsonl   a line a completion: its tokens, rewards, advantage, ratio to the policy that sampled it
     OUT/clips.jsonl     a line a prompt of these: frames and sound, small
 
-Of a sampled step: its first prompt; the first one that carried a hint; and of what is replayed a prompt that was
-sampled before, so that the same completions are met when they are fresh and later, else the first one. Every
-number is the step's own: nothing is computed again. G completions of a prompt.
+Of a sampled step: its first prompt whose rewards differ; and of what is replayed a prompt that was sampled before,
+so that completions are met fresh and again later. Where there is none, the first. Beside that, of any step, a prompt
+that carries its hint for the first time. Chosen to be looked at: no fair sample. Every number is the step's own:
+nothing is computed again.
+
+G completions of a prompt.
 """
 
 import json
@@ -17,7 +20,7 @@ from run import files, processes  # before torch
 from evaluation import page
 from rows import data
 
-EVERY, MOST = 10, 100  # steps between sampled ones, at least; sampled steps of a run, at most
+EVERY, MOST = 10, 100  # steps between sampled ones, at least; of a run, at most: sampled steps, prompts with hints
 SOUND_BYTES = 48000  # of a clip's sound: a page holds dozens
 
 
@@ -31,9 +34,12 @@ class Samples:
 
     def __init__(self, out, rows, build, count):
         self.out, self.rows, self.build = out, rows, build
-        self.every, path = max(EVERY, -(-count // MOST)), out / "clips.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.kept = {json.loads(line)["prompt_id"] for line in lines}  # prompts whose clip is in it
+        self.every = max(EVERY, -(-count // MOST))
+        logged = [path.read_text().splitlines() if path.exists() else []
+                  for path in (out / "clips.jsonl", out / "samples.jsonl")]  # fmt: skip
+        clips, samples = (map(json.loads, lines) for lines in logged)
+        self.kept = {clip["prompt_id"] for clip in clips}  # prompts whose clip is in the file
+        self.hinted = {s["prompt_id"] for s in samples if s["hinted"] and s["age"] == 0}  # shown with it
 
     def write(self, step, replay, info, made, advantages, drawn, off_advantages):
         """
@@ -43,20 +49,24 @@ class Samples:
         made, drawn            list of lists of Entry, a prompt each: fresh, replayed
         advantages             of these: lists of (G,) tensors
         """
-        if processes.rank() or step % self.every != 1:
+        if processes.rank():
             return
         fresh = [i for i, group in enumerate(made) if group]
-        hinted = [i for i in fresh if made[i][0].hinted]
+        differ = [i for i in fresh if advantages[i].any()]
+        hinted = [i for i in fresh if made[i][0].hinted and made[i][0].prompt_id not in self.hinted]
         old = [i for i, group in enumerate(drawn) if group]
         known = [i for i in old if drawn[i][0].prompt_id in self.kept]
-        for i in dict.fromkeys(fresh[:1] + hinted[:1]):
+        is_sampled = step % self.every == 1
+        chosen = (differ or fresh)[:is_sampled] + hinted[: len(self.hinted) < MOST]
+        for i in dict.fromkeys(chosen):
             self.write_group(step, replay, info, "fresh", made[i], advantages[i])
-        for i in (known or old)[:1]:
+        for i in (known or old)[:is_sampled]:
             self.write_group(step, replay, info, "replayed", drawn[i], off_advantages[i])
 
     def write_group(self, step, replay, info, kind, group, advantages):
         q = group[0].prompt_id
         row = self.rows[self.rows.index(q)]
+        self.hinted |= {q} if group[0].hinted and kind == "fresh" else set()
         if q not in self.kept:
             self.kept.add(q)
             files.log(self.out / "clips.jsonl", dict(step=step, prompt_id=q) | self.clip(row))

@@ -47,7 +47,7 @@ function ticks(low, high, count, log) {
     return found;
   }
   const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-  const unit = [1, 2, 5, 10].find(u => u * power >= raw) * power;
+  const unit = [1, 2, 2.5, 5, 10].find(u => u * power >= raw) * power;
   for (let i = Math.ceil(low / unit - 1e-9); i * unit <= high + unit * 1e-9; i++) found.push(+(i * unit).toPrecision(12));
   return found;
 }
@@ -112,7 +112,7 @@ function draw(chart) {
   const X = x => left + (width - left - right) * (end > begin ? (x - begin) / (end - begin) : 0.5);
   const Y = y => height - bottom - (height - top - bottom) * (scale(Math.max(y, low)) - scale(low)) / (scale(high) - scale(low));
   const picture = svg('svg', {viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: 'img'});
-  for (const y of ticks(low, high, 4, chart.log)) {
+  for (const y of ticks(low, high, 5, chart.log)) {
     picture.append(svg('line', {class: 'grid', x1: left, x2: width - right, y1: Y(y), y2: Y(y)}));
     picture.append(svg('text', {x: left - 5, y: Y(y) + 3.5, 'text-anchor': 'end'}, short(y)));
   }
@@ -185,9 +185,8 @@ for (const chart of charts) {
 const drawAll = () => { charts.forEach(draw); point(); };
 document.querySelectorAll('input[name=axis]').forEach(input => input.addEventListener('change', drawAll));
 let wide = 0;
-new ResizeObserver(() => {  // also at the beginning
-  if ($('charts').clientWidth !== wide) { wide = $('charts').clientWidth; drawAll(); }
-}).observe($('charts'));
+const fit = () => { if ($('charts').clientWidth !== wide) { wide = $('charts').clientWidth; drawAll(); } };
+addEventListener('resize', () => requestAnimationFrame(fit));
 
 data.runs.forEach((run, which) => {
   const name = data.runs.length > 1 ? el('b', {class: which ? 'dash' : 'full'}, run.name) : null;
@@ -273,7 +272,7 @@ function groupOf(group) {
     media.append(el('div', {class: 'clip'}, ...clip.frames.map((src, i) => el('img', {src, alt: `frame ${i + 1} of the clip`}))));
     for (const src of clip.sounds) media.append(el('audio', {src, controls: '', preload: 'metadata'}));
   }
-  if (!clip || !clip.frames.length + clip.sounds.length) media.append(el('p', {class: 'soft'}, 'its clip was not kept'));
+  if (!clip || clip.frames.length + clip.sounds.length === 0) media.append(el('p', {class: 'soft'}, 'its clip was not kept'));
   const badge = text => el('span', {class: 'badge'}, text);
   const mean = isFinite_(c.mean_reward) ? badge(`R\u0304(q) ${short(c.mean_reward)}`) : null;
   return el('article', {class: kind === 'replayed' ? 'replayed' : 'fresh'},
@@ -314,3 +313,4 @@ $('more').addEventListener('click', () => { limit += FEW; render(); });
 $('filter').hidden = $('key').parentNode.hidden = !every.length;
 tellKey();
 render();
+fit();
