@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RECIPE, launch
+from conftest import RECIPE, in_browser, launch, needs_browser
 
 import eval as evaluation
 from evaluation import page
@@ -465,18 +465,10 @@ def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
     assert "half: ?" in (tmp_path / "items.html").read_text()
 
 
-def in_browser(path, expression):
-    """What a JavaScript expression is worth in the page, opened in a real headless browser."""
-    command = [sys.executable, Path(__file__).with_name("browser.py"), path, expression]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 SHOWN = "[...document.querySelectorAll('article')].map(a => getComputedStyle(a).display)"
 
 
-@pytest.mark.skipif(not find_spec("PySide6"), reason="needs a browser: pip install PySide6")
+@needs_browser
 def test_page_in_a_browser(toy_dir, tmp_path):
     path = write_page(toy_dir, tmp_path)
     seen = in_browser(
