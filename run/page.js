@@ -26,7 +26,8 @@ function short(x) {  // a number in few letters
 
 // ---- curves: a chart of every panel, all with one cursor
 
-const WIDE = {left: 44, right: 10, top: 8, bottom: 20, height: 170};
+const SIZE = {left: 44, right: 10, top: 8, bottom: 20, height: 170};
+let width = 0;  // of a chart; all are equal
 const reference = data.runs.reduce((a, b) => (b.axes.step || []).length > (a.axes.step || []).length ? b : a);
 let cursor = null;  // a row of the reference run
 const charts = data.panels.map(panel => ({panel, log: panel.log}));
@@ -85,7 +86,7 @@ function curvesOf(chart) {  // what a chart has to draw, of both runs
 }
 
 function draw(chart) {
-  const {panel, box} = chart, curves = chart.curves = curvesOf(chart), body = chart.body;
+  const {panel, body} = chart, curves = chart.curves = curvesOf(chart);
   body.replaceChildren();
   chart.legend.replaceChildren();
   const names = Object.keys(panel.names);
@@ -98,7 +99,7 @@ function draw(chart) {
     chart.place = null;
     return;
   }
-  const width = Math.max(box.clientWidth - 20, 120), {left, right, top, bottom, height} = WIDE;
+  const {left, right, top, bottom, height} = SIZE;
   const used = chart.log ? all.filter(y => y > 0).sort((a, b) => a - b) : all;
   let low = used.reduce((a, b) => Math.min(a, b)), high = used.reduce((a, b) => Math.max(a, b));
   if (chart.log) low = Math.max(low, used[Math.floor(used.length / 20)] / 2);  // a first step of almost nothing
@@ -182,7 +183,11 @@ for (const chart of charts) {
   chart.button.addEventListener('click', () => { chart.log = !chart.log; draw(chart); point(); });
   $('charts').append(chart.box);
 }
-const drawAll = () => { charts.forEach(draw); point(); };
+function drawAll() {
+  width = Math.max(charts[0].box.clientWidth - 20, 120);  // once: asking makes the browser lay out all there is
+  charts.forEach(draw);
+  point();
+}
 document.querySelectorAll('input[name=axis]').forEach(input => input.addEventListener('change', drawAll));
 let wide = 0;
 const fit = () => { if ($('charts').clientWidth !== wide) { wide = $('charts').clientWidth; drawAll(); } };
@@ -205,8 +210,7 @@ const weights = every.flatMap(c => c.tas_weights || []);
 const lightest = -spread(weights.map(w => -w), -Infinity), heaviest = spread(weights, -Infinity);
 const DEEP = 0.62, FAR = Math.log(3);  // the deepest shade; the ratio of it
 
-function shade(c, i) {  // -> class, depth in 0..1
-  const mode = $('shade').value;
+function shade(c, i, mode) {  // -> class, depth in 0..1
   if (mode === 'weight') return ['heavy', heaviest > lightest ? (c.tas_weights[i] - lightest) / (heaviest - lightest) : 0];
   const value = mode === 'ratio' ? Math.log(c.ratios[i]) / FAR : c.tas_weights[i] * c.advantage / most;
   return [value < 0 ? 'down' : 'up', Math.min(1, Math.abs(value))];
@@ -227,6 +231,7 @@ function tokensOf(c) {
   if (!Array.isArray(c.tokens)) return el('div', {class: 'tokens'}, String(c.completion ?? ''));
   const box = el('div', {class: 'tokens', tabindex: 0, role: 'group', 'aria-label': 'tokens, by arrow keys'});
   const readout = el('p', {class: 'readout'});
+  const mode = $('shade').value;
   let here = -1;
   const show = i => {
     if (box.children[here]) box.children[here].classList.remove('here');
@@ -237,10 +242,9 @@ function tokensOf(c) {
       `${short(c.tas_weights[i])} = ${short(c.advantage * c.tas_weights[i])}, ratio ${short(c.ratios[i])}`;
   };
   c.tokens.forEach((token, i) => {
-    const text = token === '' ? '\u00b7' : token.replace(/\n/g, '\u21b5\n'), span = el('span', {}, text);
-    const [kind, depth] = shade(c, i);
-    span.className = kind;
-    span.style.setProperty('--a', (DEEP * depth).toFixed(3));
+    const span = document.createElement('span'), [kind, depth] = shade(c, i, mode);
+    span.textContent = token === '' ? '\u00b7' : token.replace(/\n/g, '\u21b5\n');
+    if (depth > 0) { span.className = kind; span.style.setProperty('--a', (DEEP * depth).toFixed(3)); }
     box.append(span);
   });
   box.addEventListener('pointerover', event => show([...box.children].indexOf(event.target)));
@@ -284,7 +288,7 @@ function groupOf(group) {
     ...group.map(sample => el('div', {class: 'completion'}, factsOf(sample), tokensOf(sample))));
 }
 
-const FEW = 3;  // steps shown at first
+const FEW = 2;  // steps shown at first
 let limit = FEW;
 
 function render() {
@@ -311,6 +315,6 @@ $('filter').addEventListener('input', () => { limit = FEW; tellKey(); render(); 
 $('filter').addEventListener('submit', event => event.preventDefault());
 $('more').addEventListener('click', () => { limit += FEW; render(); });
 $('filter').hidden = $('key').parentNode.hidden = !every.length;
+fit();  // while nothing else is there to be laid out
 tellKey();
 render();
-fit();

@@ -7,11 +7,7 @@ Evaluation: how an answer becomes a score, intervals, resuming, several processe
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
