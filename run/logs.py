@@ -7,8 +7,12 @@ Both get every finite number of metrics.jsonl under the same name, and on resumi
 import contextlib
 import json
 import math
+import time
+import uuid
 
 from run import UserError, files, page, processes
+
+PAGE_FRAC = 0.01  # of a run's time that its page may take: that of a very long run is written less often
 
 
 def begin(out, args, step):
@@ -24,14 +28,18 @@ def begin(out, args, step):
     openers = dict(tensorboard=open_tensorboard, wandb=open_wandb)
     trackers = [openers[name](out, args, step) for name in dict.fromkeys(args.log)]
 
+    due = 0.0
+
     def log(report, show=False):
+        nonlocal due
         files.log(out / "metrics.jsonl", report)
         numbers = {k: v for k, v in report.items() if isinstance(v, (int, float)) and k != "step"}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for tracker in trackers:
             tracker(finite, report["step"])
-        if show:
+        if show and (began := time.monotonic()) >= due:
             page.write(out)
+            due = time.monotonic() + (time.monotonic() - began) / PAGE_FRAC
 
     return log
 
@@ -60,7 +68,7 @@ def open_wandb(out, args, step):
     import wandb
 
     path = out / "wandb.json"
-    sent = json.loads(path.read_text()) if path.exists() else dict(id=wandb.util.generate_id(), step=0)
+    sent = json.loads(path.read_text()) if path.exists() else dict(id=uuid.uuid4().hex[:12], step=0)
     place = dict(project="avatar", name=out.name, id=sent["id"], dir=out, resume="allow")
     try:
         run = wandb.init(config=vars(args), **place)
