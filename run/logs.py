@@ -73,8 +73,8 @@ def open_wandb(out, args, step):
     try:
         run = wandb.init(config=vars(args), **place)
     except wandb.errors.Error as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--log wandb: {why}: log in by `wandb login`, or set WANDB_MODE=offline") from None
+        why = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--log wandb: {why}; without its server: WANDB_MODE=offline") from None
     files.at_end.callback(run.finish)
 
     def log(scalars, step):
