@@ -128,7 +128,7 @@ function draw(chart) {
     }));
     add(curve.points, curve.mean.length ? ' raw' : '');
     if (curve.mean.length) add(curve.mean, '');
-    if (curve.points.length <= 40) for (const [x, y] of curve.points)
+    if (curve.points.length <= 20) for (const [x, y] of curve.points)
       picture.append(svg('circle', {class: kind, cx: X(x), cy: Y(y), r: 2.3}));
     const last = curve.points[curve.points.length - 1][1];
     picture.setAttribute('aria-label', `${panel.title}, by ${axisOf(chart)}; ${curve.label} ends at ${short(last)}`);
@@ -168,7 +168,8 @@ function point() {  // the values under the cursor, in every chart
     if (inside) { chart.line.setAttribute('x1', X(x)); chart.line.setAttribute('x2', X(x)); }
     for (const curve of chart.curves) curve.value.textContent = '';
     if (typeof x === 'number') for (const curve of chart.curves) {
-      const y = curve.points[nearest(curve.xs, x)][1];
+      const known = x >= curve.xs[0] && x <= curve.xs[curve.xs.length - 1];
+      const y = known ? curve.points[nearest(curve.xs, x)][1] : null;
       curve.value.textContent += (curve.value.textContent ? ' / ' : '') + short(y);
     }
     chart.at.textContent = typeof x === 'number' ? `${axisOf(chart).replace(/s$/, '')} ${short(x)}` : '';
