@@ -137,7 +137,8 @@ def jpeg(picture):
 def ogg(samples, bit_rate):
     """(S,) float32 at 16 kHz -> Opus, bytes"""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="ogg") as container:
+    # bitexact: the same bytes twice, with no random number of the stream
+    with av.open(buffer, "w", format="ogg", options=dict(fflags="bitexact")) as container:
         stream = container.add_stream("libopus", rate=48000, layout="mono", bit_rate=bit_rate)
         frame = av.AudioFrame.from_ndarray(np.asarray(samples, np.float32)[None], "flt", "mono")
         frame.sample_rate = clips.AUDIO_RATE
