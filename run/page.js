@@ -189,7 +189,10 @@ function drawAll() {
   charts.forEach(draw);
   point();
 }
-document.querySelectorAll('input[name=axis]').forEach(input => input.addEventListener('change', drawAll));
+for (const input of document.querySelectorAll('input[name=axis]')) {
+  input.disabled = !data.runs.some(run => (run.axes[input.value] || []).some(x => x !== null));  // stage 0 makes none
+  input.addEventListener('change', drawAll);
+}
 let wide = 0;
 const fit = () => { if ($('charts').clientWidth !== wide) { wide = $('charts').clientWidth; drawAll(); } };
 addEventListener('resize', () => requestAnimationFrame(fit));

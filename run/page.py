@@ -106,8 +106,7 @@ def read_lines(path, told):
 
 def read_run(folder, told):
     """-> name, what run.json says, metrics of every step"""
-    name, told_here = folder.resolve().name, []
-    about = {}
+    name, told_here, about = folder.resolve().name, [], {}
     with contextlib.suppress(ValueError):
         about = read_about(folder)
     given = about.get("arguments") or {}
