@@ -21,7 +21,7 @@ function short(x) {  // a number in few letters
   if (typeof x !== 'number') return '\u2013';
   const size = Math.abs(x);
   if (size && (size < 1e-3 || size >= 1e6)) return x.toExponential(size < 1e-3 ? 1 : 2).replace('e+', 'e');
-  return String(+x.toPrecision(size >= 1000 ? 7 : 4));
+  return String(size >= 1000 ? Math.round(x) : +x.toPrecision(4));
 }
 
 // ---- curves: a chart of every panel, all with one cursor
@@ -134,17 +134,16 @@ function draw(chart) {
     picture.setAttribute('aria-label', `${panel.title}, by ${axisOf(chart)}; ${curve.label} ends at ${short(last)}`);
   }
   chart.line = svg('line', {class: 'cursor', y1: top, y2: height - bottom, visibility: 'hidden'});
-  picture.append(chart.line);
+  chart.at = svg('text', {y: top + 3});
+  picture.append(chart.line, chart.at);
   chart.place = {X, begin, end, left, width: width - left - right};
   body.append(picture);
   names.forEach((name, color) => {
     if (!curves.some(c => c.name === name)) return;
-    const value = el('b');
+    const value = el('b', {style: `min-width: ${3.4 * data.runs.length}em`});  // its place is kept: nothing moves
     chart.legend.append(el('span', {class: `s${color}`}, el('i'), panel.names[name], ' ', value));
     curves.filter(c => c.name === name).forEach(c => { c.value = value; });
   });
-  chart.at = el('span', {class: 'soft'});
-  chart.legend.append(chart.at);
   const rows = reference.axes[axisOf(chart)] || [];
   const move = row => { cursor = row === null ? null : Math.min(Math.max(row, 0), rows.length - 1); point(); };
   picture.addEventListener('pointermove', event => {
@@ -172,7 +171,10 @@ function point() {  // the values under the cursor, in every chart
       const y = known ? curve.points[nearest(curve.xs, x)][1] : null;
       curve.value.textContent += (curve.value.textContent ? ' / ' : '') + short(y);
     }
-    chart.at.textContent = typeof x === 'number' ? `${axisOf(chart).replace(/s$/, '')} ${short(x)}` : '';
+    const unit = {step: `step ${short(x)}`, completions: `${short(x)} completions`, seconds: `${short(x)} s`};
+    chart.at.textContent = inside ? unit[axisOf(chart)] : '';
+    if (inside) chart.at.setAttribute('x', X(x) + (X(x) > width / 2 ? -4 : 4));
+    chart.at.setAttribute('text-anchor', inside && X(x) > width / 2 ? 'end' : 'start');
   }
 }
 
@@ -209,7 +211,8 @@ const isFinite_ = Number.isFinite;
 const every = data.samples.flatMap(([step, groups]) => groups.flat());
 const spread = (values, start) => values.reduce((a, b) => Math.max(a, b), start);
 const creditOf = c => (c.tas_weights || []).map(w => w * c.advantage);
-const most = spread(every.flatMap(creditOf).map(Math.abs).filter(isFinite_), 0) || 1;
+const credits = every.flatMap(creditOf).map(Math.abs).filter(isFinite_).sort((a, b) => a - b);
+const most = credits[Math.floor(credits.length * 0.95)] || credits[credits.length - 1] || 1;  // a few may go farther
 const weights = every.flatMap(c => c.tas_weights || []);
 const lightest = -spread(weights.map(w => -w), -Infinity), heaviest = spread(weights, -Infinity);
 const DEEP = 0.62, FAR = Math.log(3);  // the deepest shade; the ratio of it
@@ -223,9 +226,9 @@ function shade(c, i, mode) {  // -> class, depth in 0..1
 function tellKey() {
   const mode = $('shade').value, of = name => `rgb(var(--${name}) / ${DEEP})`;
   const [left, right, text] = {
-    credit: [of('down'), of('up'), `orange: made less likely, blue: made more likely; deepest at ${short(-most)} and ${short(most)}`],
+    credit: [of('down'), of('up'), `orange: made less likely, blue: made more likely; deepest from ${short(-most)} and ${short(most)} on`],
     weight: ['transparent', of('weight'), `from ${short(lightest)} to ${short(heaviest)}: how much a token counts of its completion's advantage`],
-    ratio: [of('down'), of('up'), 'now / when it was sampled; orange: less likely by now, blue: more; deepest at 1/3 and 3'],
+    ratio: [of('down'), of('up'), 'now / when it was sampled; orange: less likely by now, blue: more; deepest from 1/3 and 3 on'],
   }[mode];
   $('swatch').style.background = `linear-gradient(to right, ${left}, ${mode === 'weight' ? '' : 'transparent, '}${right})`;
   $('key').textContent = text;
@@ -292,6 +295,7 @@ function groupOf(group) {
     ...group.map(sample => el('div', {class: 'completion'}, factsOf(sample), tokensOf(sample))));
 }
 
+const plural = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const FEW = 2;  // steps shown at first
 let limit = FEW;
 
@@ -303,7 +307,7 @@ function render() {
   const found = data.samples.filter(([s]) => !step || String(s) === step)
     .map(([s, groups]) => [s, groups.filter(fits)]).filter(([, groups]) => groups.length).reverse();
   const number = found.reduce((sum, [, groups]) => sum + groups.length, 0);
-  $('count').textContent = data.samples.length ? `${number} groups of ${found.length} steps, the newest first`
+  $('count').textContent = data.samples.length ? `${plural(number, 'group')} of ${plural(found.length, 'step')}, the newest first`
     : 'no samples: stage 0 keeps none, and other stages keep the first after a step';
   $('steps').replaceChildren(...found.slice(0, limit).map(([s, groups]) =>
     el('section', {}, el('h3', {}, `step ${s}`), el('div', {class: 'groups'}, ...groups.map(groupOf)))));

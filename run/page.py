@@ -28,7 +28,7 @@ SMOOTH = 50  # a noisy curve has its mean over a stretch of 1 / SMOOTH of it dra
 DECADES = 50  # largest / small value, from which on a panel begins on a log scale
 RL = [  # title, {metric: its name in the legend}, x axis if it is always the same, what to say if all is 0
     ("held-out accuracy, by completions", {"eval/acc": "held-out"}, "completions", ""),
-    ("held-out accuracy, by seconds of training", {"eval/acc": "held-out"}, "seconds", ""),
+    ("held-out accuracy, by seconds", {"eval/acc": "held-out"}, "seconds", ""),
     ("reward", {"reward": "whole", "rewards/format": "format", "rewards/acc": "accuracy",
                 "rewards/self": "self-consistency", "rewards/judge": "judge"}, "", ""),
     ("KL to the reference, nats", {"kl": "KL"}, "", ""),
