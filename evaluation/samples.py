@@ -35,11 +35,9 @@ class Samples:
     def __init__(self, out, rows, build, count):
         self.out, self.rows, self.build = out, rows, build
         self.every = max(EVERY, -(-count // MOST))
-        logged = [path.read_text().splitlines() if path.exists() else []
-                  for path in (out / "clips.jsonl", out / "samples.jsonl")]  # fmt: skip
-        clips, samples = (map(json.loads, lines) for lines in logged)
+        clips, samples = (read(out / name) for name in ("clips.jsonl", "samples.jsonl"))
         self.kept = {clip["prompt_id"] for clip in clips}  # prompts whose clip is in the file
-        self.hinted = {s["prompt_id"] for s in samples if s["hinted"] and s["age"] == 0}  # shown with it
+        self.hinted = {s["prompt_id"] for s in samples if s["hinted"] and s.get("age") == 0}  # shown with it
 
     def write(self, step, replay, info, made, advantages, drawn, off_advantages):
         """
@@ -103,6 +101,12 @@ class Samples:
         except data.BadRow:
             frames, sounds = [], []
         return dict(frames=frames[:8], sounds=sounds)
+
+
+def read(path):
+    """What a run that goes on has written so far; only rank 0 writes."""
+    is_there = path.exists() and not processes.rank()
+    return [json.loads(line) for line in path.read_text().splitlines()] if is_there else []
 
 
 def rounded(values):

@@ -89,7 +89,7 @@ def encoded(data):
 
 
 def read_lines(path, told):
-    """-> objects with a `step`, and the length of each line; those that a kill has cut are told and left out."""
+    """-> objects with a `step`, and the most bytes of each in a page; lines that a kill has cut are told, left out."""
     if not path.is_file():
         told.append(f"{path.name} is missing")
         return []
@@ -98,7 +98,7 @@ def read_lines(path, told):
         with contextlib.suppress(ValueError):
             item = json.loads(line, parse_constant=lambda name: None)
             if isinstance(item, dict) and isinstance(item.get("step"), int):
-                found.append((item, len(line)))
+                found.append((item, len(line) + 5 * line.count(b"<")))
     if len(found) < len(lines):
         told.append(f"{path.name}: {len(lines) - len(found)} damaged lines are left out")
     return found
@@ -133,7 +133,7 @@ def samples_of(folder, room, told):
         groups = by_step.setdefault(item["step"], {})
         key = (item.get("kind", "fresh"), str(item.get("prompt_id")))
         groups.setdefault(key, []).append(item)
-        size[item["step"]] = size.get(item["step"], 0) + 1.1 * length
+        size[item["step"]] = size.get(item["step"], 0) + length
     clips, length_of = {}, {}
     if by_step:
         for item, length in read_lines(folder / "clips.jsonl", told_here):
@@ -147,7 +147,7 @@ def samples_of(folder, room, told):
             break
         every *= 2
     if every > 1:
-        told_here.append(f"of {len(steps)} sampled steps every {every}th is shown: the page has its bound")
+        told_here.append(f"of {len(steps)} sampled steps one in {every} is shown: the page has its bound")
     if any("tokens" not in item for step in chosen for g in by_step[step].values() for item in g):
         told_here.append("samples of an older version: without tokens, their weights and ratios")
     told += told_here

@@ -140,6 +140,8 @@ def test_a_cut_off_an_old_and_an_empty_run_say_what_is_missing(a_run, tmp_path):
     write(old / "metrics.jsonl", [dict(step=s, reward=math.nan, kl=None, grad_norm="x") for s in (1, 2)])
     write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", reward=1.0)])
     assert "of an older version" in told(old) and "clips.jsonl is missing" in told(old)
+    write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", hinted=True)])
+    assert samples.Samples(old, None, None, 5).every == 10  # it can be gone on with
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "run.json").write_text("{}")
