@@ -18,7 +18,7 @@ import argparse
 import functools
 
 from run import UserError, arguments, checkpoint, ending, files  # before torch
-from run import folders, health, metrics, optim, processes
+from run import folders, health, logs, metrics, optim, processes
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import tas
 import toy
 import update
 from buffer import Entry, ReplayBuffer
-from evaluation import held_out
+from evaluation import held_out, samples
 from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
 from omni import model
 from rows import data, limits
@@ -39,7 +39,6 @@ from rows.stream import MAX_BAD_FRAC, Stream
 from teachers import judge
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
-SAMPLE_EVERY = 10  # steps between samples.jsonl
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
@@ -176,8 +175,8 @@ def main():
     if args.resume and (found := checkpoint.load(out, policy, optimizer)):
         start, num_generated = found["step"], found["num_generated"]
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
-    files.begin(out, args, start)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
+    log, shown = logs.begin(out, args, start), samples.Samples(out, rows, build, count)
     told = f"{len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
     processes.print0(f"  {told}")
 
@@ -255,7 +254,7 @@ def main():
             grad_norm = optim.clip_grad_norm(policy)
             if not again:
                 watch.tell_spike(info, grad_norm, steps.tell)
-                first = (info, advantages, off_advantages, grad_norm)  # what the step reports
+                first = (info, made, advantages, drawn, off_advantages, grad_norm)  # is reported
             loss = info["loss"].sum().item()
             problem = watch.bad_step(loss, grad_norm, health.worst_ratio(info), again)
             seen = {*ids, *(e.prompt_id for group in drawn for e in group)}
@@ -266,7 +265,8 @@ def main():
             optim.step(optimizer, args.lr, step, count, cosine=False)
         clock.lap("update")
 
-        # ---- remember
+        # ---- show some, remember all
+        shown.write(step, replay, *first[:-1])
         for group in filter(None, made):
             if not group[0].hinted:  # R̄(q) is what the policy earns by itself     [R.mean] [U8]
                 replay.observe(group[0].prompt_id, [e.reward for e in group])
@@ -275,7 +275,7 @@ def main():
         num_generated += sum(num_fresh)
 
         # ---- report
-        info, advantages, off_advantages, grad_norm = first
+        info, _, advantages, _, off_advantages, grad_norm = first
         step_s = clock.total()
         evaluated = args.eval_every and (step % args.eval_every == 0 or step == count)
         accuracy = evaluate() if evaluated else accuracy
@@ -291,12 +291,7 @@ def main():
         }  # fmt: skip
         if evaluated and accuracy is not None:
             report["eval/acc"] = accuracy
-        files.log(out / "metrics.jsonl", report)
-        if step % SAMPLE_EVERY == 1:
-            own = group_advantages(torch.tensor([e.reward for e in made[0]]))
-            given = (step, made[0], own, replay, build.tokenizer, step_rows[0])
-            for sample in metrics.samples(*given):
-                files.log(out / "samples.jsonl", sample)
+        log(report, show=evaluated)
         steps.tell(metrics.step_line(report))
         watch.stop_if_collapsed(report)
         ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))

@@ -12,7 +12,7 @@ import argparse
 import functools
 
 from run import arguments, checkpoint, ending, files  # before torch
-from run import folders, health, metrics, optim, processes
+from run import folders, health, logs, metrics, optim, processes
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ def main():
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
     stream.read_ahead()
-    files.begin(out, args, start)
+    log = logs.begin(out, args, start)
     ending.watch_signals()
     steps = processes.Steps(start, count, "stage 0")
     for step in steps:
@@ -131,7 +131,7 @@ def main():
             "time/data_s": clock.seconds["data"],
             "time/step_s": step_s,
         }
-        files.log(out / "metrics.jsonl", report)
+        log(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
         small_state = functools.partial(checkpoint.states, health=watch, rows=stream)
         ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))

@@ -65,7 +65,8 @@ def gradient(policy, reference, groups, filler, step, args):
 
     groups   list of (Prompt, list of G Entry, advantages (G,), weight of each in J), this rank's
     filler   (Prompt, [Entry]): what a rank reads that has less to do than others, with weight 0
-    returns  list, of all ranks, of dicts of tensors, a number a completion, and their prompt_ids
+    returns  list, of all ranks, of dicts of tensors, a number a completion; of lists: the prompt_ids, and
+             of each completion its tokens' tas_weights and log_ratios
     """
     pieces = []  # a group larger than --micro-tokens is read in parts
     for prompt, entries, advantages, weight in groups:
@@ -108,20 +109,23 @@ def gradient(policy, reference, groups, filler, step, args):
         # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
         (loss * processes.world_size()).backward()
         if counts:
-            lengths = mask.sum(1)
+            lengths, tas_weights = mask.sum(1), tas.tas_weights(*shape)
             info["entropy"] = (entropy * mask).sum(1) / lengths
-            info["tas_weight"] = tas.tas_weights(*shape).sum(1) / lengths
+            info["tas_weight"] = tas_weights.sum(1) / lengths
             info["age"] = torch.tensor([step - e.born_step for e in entries])
             info["fresh"] = info["age"] == 0
             infos.append({name: value.cpu() for name, value in info.items()})
             infos[-1]["prompt_id"] = [e.prompt_id for e in entries]
+            tokens = dict(tas_weights=tas_weights, log_ratios=logprobs.detach() - old_logprobs)
+            for name, rows in tokens.items():  # for those who look at single tokens: evaluation/samples.py
+                infos[-1][name] = [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]
     return [info for part in processes.gather(infos) for info in part]
 
 
 def joined(infos):
-    """infos of `gradient` -> one dict of (N,) tensors, and of the N prompt_ids."""
-    tensors = {k: torch.cat([i[k] for i in infos]) for k in infos[0] if k != "prompt_id"}
-    return tensors | dict(prompt_id=[q for info in infos for q in info["prompt_id"]])
+    """infos of `gradient` -> one dict of (N,) tensors and of lists of N."""
+    parts = {name: [info[name] for info in infos] for name in infos[0]}
+    return {k: torch.cat(v) if torch.is_tensor(v[0]) else sum(v, []) for k, v in parts.items()}
 
 
 def share_reference(groups):

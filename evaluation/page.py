@@ -6,6 +6,7 @@ holds all it shows; it runs no script, and every text in it is escaped: completi
 import base64
 import html
 import io
+import math
 
 import numpy as np
 from torchvision.io import encode_jpeg
@@ -14,6 +15,7 @@ from rows import clips
 import rewards
 
 PICTURES = dict(fps=2.0, max_frames=6, max_pixels=112 * 112)  # six small frames
+SOUND_RATE, SPEECH_RATE = 24000, 6000  # bits a second
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 article { border-top: 1px solid #bbb; padding: 1em 0 } pre { white-space: pre-wrap; margin: .4em 0 }
@@ -101,20 +103,29 @@ def media(record, root, recipe):
         clip = clips.decode_clip(record, root, recipe)
     except (ValueError, TypeError, AttributeError) as problem:  # what breaks the format holds these
         return f"<p><small>{text(problem)}</small></p>"
-    pictures = [*clip.images, *(clip.frames if clip.frames is not None else ())]
-    shown = "".join(
-        f'<img alt="" src="data:image/jpeg;base64,{encoded(jpeg(picture))}">'
-        for picture in pictures
-    )
-    shown += "".join(
-        f'<audio controls src="data:audio/ogg;base64,{encoded(ogg(sound))}"></audio>'
-        for sound in clip.sounds
-    )
+    pictures, sounds = encoded_clip(clip)
+    shown = "".join(f'<img alt="" src="{picture}">' for picture in pictures)
+    shown += "".join(f'<audio controls src="{sound}"></audio>' for sound in sounds)
     return f"<div>{shown}</div>"
 
 
-def encoded(content):
-    return base64.b64encode(content).decode()
+def encoded_clip(clip, sound_bytes=math.inf):
+    """
+    What is in a Clip, as data URIs: pictures (JPEG), sounds (Opus).
+
+    sound_bytes   of a sound: a long one gets fewer bits a second for it, down to what speech needs
+    """
+    pictures = [*clip.images, *(clip.frames if clip.frames is not None else ())]
+    rates = [8 * sound_bytes * clips.AUDIO_RATE / max(len(sound), 1) for sound in clip.sounds]
+    rates = [int(min(max(rate, SPEECH_RATE), SOUND_RATE)) for rate in rates]
+    return (
+        [data_uri("image/jpeg", jpeg(picture)) for picture in pictures],
+        [data_uri("audio/ogg", ogg(*sound)) for sound in zip(clip.sounds, rates)],
+    )
+
+
+def data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def jpeg(picture):
@@ -122,13 +133,14 @@ def jpeg(picture):
     return encode_jpeg(picture.contiguous(), quality=70).numpy().tobytes()
 
 
-def ogg(samples):
-    """(S,) float32 at 16 kHz -> Opus at 24 kbit/s, bytes"""
+def ogg(samples, bit_rate):
+    """(S,) float32 at 16 kHz -> Opus, bytes"""
     import av  # only here
 
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="ogg") as container:
-        stream = container.add_stream("libopus", rate=48000, layout="mono", bit_rate=24000)
+    # bitexact: the same bytes twice, with no random number of the stream
+    with av.open(buffer, "w", format="ogg", options=dict(fflags="bitexact")) as container:
+        stream = container.add_stream("libopus", rate=48000, layout="mono", bit_rate=bit_rate)
         frame = av.AudioFrame.from_ndarray(np.asarray(samples, np.float32)[None], "flt", "mono")
         frame.sample_rate = clips.AUDIO_RATE
         resampler = av.AudioResampler("flt", "mono", 48000, stream.codec_context.frame_size or 960)

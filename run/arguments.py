@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from run import UserError
@@ -19,9 +20,11 @@ PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 
 # what may change when a run is resumed: where and how fast it computes, and what it tolerates
 FREE = """
-    out resume save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
+    out resume log save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
     on_bad_step max_ratio attn
 """.split()
+
+TRACKERS = ("tensorboard", "wandb")  # packages that --log may name: run/logs.py
 
 
 def add_flags(parser):
@@ -44,6 +47,8 @@ the toy's. Tags in [] are explained in README.md and docs/method.md.
     flag("--keep", type=int, default=2, help="checkpoints kept; one may be cut off by a dying machine")
     choices = ["stop", "skip"]
     flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
+    told = f"metrics also to {' or '.join(TRACKERS)}; may be given twice"
+    flag("--log", action="append", choices=TRACKERS, default=[], help=told)
     flag = parser.add_argument_group("model and data").add_argument
     flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
     flag("--data", help="JSONL of rows (default: the toy's for this stage)")
@@ -71,6 +76,9 @@ def parse(parser, argv, overrides):
     if broken := [k for k, v in vars(args).items() if isinstance(v, str) and not encodable(v)]:
         told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
         raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
+    for name in vars(args).get("log", ()):
+        if not getattr(find_spec(name), "origin", None):  # a mere folder of that name has none
+            raise UserError(f"--log {name}: it is not installed: pip install {name}")
     return args, {
         key: source.get(key) if value == parser.get_default(key) else "typed"
         for key, value in vars(args).items()

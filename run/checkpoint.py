@@ -47,7 +47,7 @@ def save(out, step, policy, optimizer, state, keep):
         part = files.empty_part(folder)
         save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
         torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
-        logs = [out / name for name in ("metrics.jsonl", "samples.jsonl")]
+        logs = [out / name for name in files.LOGS]
         for path in (*filter(os.path.exists, logs), *part.iterdir(), part):
             sync(path)
     except Exception as error:  # safetensors and torch have classes of their own for a full disk

@@ -101,11 +101,10 @@ def main_guard(main, *mendable):
             traceback.print_exc()
             line = f"rank {rank()} has ended by the error above; go on with: {how_to_go_on()}"
     finally:
+        files.at_end.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout, sys.stderr = streams
-        while files._locks:
-            files._locks.pop().close()
     if line:
         line = f"{Path(sys.argv[0]).name}: {line}"
         if world_size() == 1 and code == 1:

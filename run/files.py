@@ -4,6 +4,8 @@ The folder of a run.
     OUT/run.json          arguments, versions, commit
     OUT/metrics.jsonl     one object a step
     OUT/samples.jsonl     a few completions, now and then (RL)
+    OUT/clips.jsonl       the clips that these are about, small
+    OUT/index.html        a page of all that
     OUT/checkpoints/      checkpoint.py
     OUT/final/            a standard Hugging Face folder
     OUT/lock              held while the run goes on
@@ -27,6 +29,8 @@ from pathlib import Path
 from run import HERE, Stopped, UserError
 from run.arguments import FREE, read_about
 from run.processes import gather, print0, rank, world_size
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "clips.jsonl")  # with the `step` of every line
 
 
 def open_folder(args, source):
@@ -73,10 +77,10 @@ def tell_choices(out, args, source):
         told = [f"{k} {getattr(args, k)}" for k, origin in source.items() if origin == name]
         line = f"{name}: " + ", ".join(told or ["nothing"])
         print0(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    "))
-    print0(f"  {out}: run.json holds every argument, metrics.jsonl a line for every step")
+    print0(f"  {out}: run.json holds every argument, index.html shows how it goes")
 
 
-_locks = []  # open files
+at_end = contextlib.ExitStack()  # what is to be closed when the run ends, however it ends
 
 
 def lock(out):
@@ -101,7 +105,7 @@ def lock(out):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
-    _locks.append(file)  # closing it would end the lock
+    at_end.push(file)  # closing it ends the lock
 
 
 @contextlib.contextmanager
@@ -128,7 +132,7 @@ def begin(out, args, step):
         about |= dict(versions={p: installed(p) for p in packages}, python=platform.python_version())
         about |= dict(world_size=world_size())
     write_text(out / "run.json", json.dumps(about, indent=1, default=str))
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+    for path in (out / name for name in LOGS):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if step_of(line) <= step))

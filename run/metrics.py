@@ -1,5 +1,5 @@
 """
-What a step of RL reports: every metric with its formula, the printed line, the samples.
+What a step of RL reports: every metric with its formula, and the printed line.
 
 Names follow TRL where TRL has the quantity. Each number is computed once, over all completions of
 the step on all ranks: no mean of means.
@@ -143,19 +143,3 @@ def step_line(m):
         f"made {m['completions_generated']}  {seconds:.1f} s"
     )
     return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
-
-
-def samples(step, group, advantages, replay, tokenizer, row):
-    """One group for samples.jsonl: what was asked and written, what it earned, and why."""
-    for e, advantage in zip(group, advantages.tolist()):
-        yield dict(
-            step=step,
-            prompt_id=e.prompt_id,
-            prompt=row["question"],
-            completion=tokenizer.decode(e.completion_ids),
-            reward=e.reward,
-            reward_parts=e.reward_parts,
-            advantage=advantage,
-            tier=replay.tier(e.prompt_id),
-            hinted=e.hinted,
-        )

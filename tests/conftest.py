@@ -3,10 +3,12 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,22 @@ def launch(script, *flags, code=0, processes=1):
             printed, status = printed + status + "\n", 1
     assert bool(status) == bool(code), printed
     return printed
+
+
+needs_browser = pytest.mark.skipif(
+    not find_spec("PySide6"), reason="needs a browser: pip install PySide6"
+)
+
+
+def in_browser(path, expression):
+    """
+    What a JavaScript expression is worth in the page, opened in a real headless browser, in whose console no
+    error may stand.
+    """
+    command = [sys.executable, Path(__file__).with_name("browser.py"), path, expression]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 class Numbers:

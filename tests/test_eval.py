@@ -7,15 +7,11 @@ Evaluation: how an answer becomes a score, intervals, resuming, several processe
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RECIPE, launch
+from conftest import RECIPE, in_browser, launch, needs_browser
 
 import eval as evaluation
 from evaluation import page
@@ -465,18 +461,10 @@ def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
     assert "half: ?" in (tmp_path / "items.html").read_text()
 
 
-def in_browser(path, expression):
-    """What a JavaScript expression is worth in the page, opened in a real headless browser."""
-    command = [sys.executable, Path(__file__).with_name("browser.py"), path, expression]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 SHOWN = "[...document.querySelectorAll('article')].map(a => getComputedStyle(a).display)"
 
 
-@pytest.mark.skipif(not find_spec("PySide6"), reason="needs a browser: pip install PySide6")
+@needs_browser
 def test_page_in_a_browser(toy_dir, tmp_path):
     path = write_page(toy_dir, tmp_path)
     seen = in_browser(
@@ -501,7 +489,7 @@ def test_sound_on_the_page_is_the_clips(tmp_path):
     import av
 
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000).astype(np.float32)
-    (tmp_path / "x.ogg").write_bytes(page.ogg(tone))
+    (tmp_path / "x.ogg").write_bytes(page.ogg(tone, 24000))
     with av.open(str(tmp_path / "x.ogg")) as container:
         heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     assert abs(len(heard) / 48000 - 1) < 0.05

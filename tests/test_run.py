@@ -131,6 +131,10 @@ def test_two_processes_are_one(toy_dir, tmp_path):
             [a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5
         )
     assert one[1]["eval/acc"] == two[1]["eval/acc"]
+    lines = [(tmp_path / n / "samples.jsonl").read_text().splitlines() for n in ("one", "two")]
+    first = [[s for s in map(json.loads, part) if s["step"] == 1] for part in lines]
+    assert len(first[0]) == 8 and [s["tokens"] for s in first[0]] == [s["tokens"] for s in first[1]]
+    np.testing.assert_allclose([s["ratios"] for s in first[1]][0], 1, atol=1e-3)
 
 
 def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
