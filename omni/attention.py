@@ -267,3 +267,12 @@ class DecodeAttention:
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):
     """What the text layers call: `shared` is a PackedAttention or a DecodeAttention."""
     return shared.attend(module.layer_idx, query, key, value, scaling), None
+
+
+def window_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
+):
+    """What towers call on a GPU: all windows of a clip at once. (1, H, L, E) -> (1, L, H, E)"""
+    qkv, ends = (x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q.int()
+    given = ends, ends, int(max_length_q), int(max_length_q), 0.0, False, False
+    return aten._flash_attention_forward(*qkv, *given, scale=scaling)[0][None], None

@@ -22,12 +22,13 @@ from transformers.utils.logging import disable_progress_bar
 from run import UserError, processes  # before torch
 from run.folders import from_pretrained, is_adapter
 from run.sharding import on_host, opened
-from omni.attention import PackedAttention, choose, shared_prefix_attention
+from omni.attention import PackedAttention, choose, shared_prefix_attention, window_attention
 from omni.inputs import BACKBONES, InputBuilder, Prompt, config_of  # noqa: F401
 from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionInterface.register("flash_windows", window_attention)  # for this name it is told the windows
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 SMALL = 10**8  # weights, above which activations are computed again: less memory for more time
 

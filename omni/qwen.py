@@ -76,6 +76,9 @@ def encode(core, prompts, device, train_towers):
     """
     if not train_towers and len(prompts) > 1:
         return [encode(core, [prompt], device, False)[0] for prompt in prompts]
+    if device.type == "cuda" and core.dtype != torch.float32:  # else a call for every window
+        for tower in (core.visual, core.audio_tower):
+            tower.config._attn_implementation_internal = "flash_windows"
     out = [dict(p.media) for p in prompts]
     if train_towers and dist.is_initialized():
         # sharded towers: a rank that skips one leaves the others waiting in its collectives

@@ -99,6 +99,20 @@ def test_encoded_clips_come_and_go_without_a_wait(setup):
     torch.testing.assert_close(logprobs.cpu(), expected, atol=2e-5, rtol=0)
 
 
+def test_windows_of_a_clip_at_once_are_those_one_by_one(setup):
+    policy, prompts, _ = setup
+    with torch.no_grad():
+        expected = policy.encode(prompts)
+        with pretended_gpu():
+            there = copy.deepcopy(policy).to(GPU)
+            for tower in there.towers:  # as qwen.encode does where the dtype has a kernel
+                tower.config._attn_implementation_internal = "flash_windows"
+            made = there.encode(prompts)
+            for one, two in zip(made, expected, strict=True):
+                for name in two:
+                    torch.testing.assert_close(one[name].cpu(), two[name], atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
     policy, prompts, _ = setup
     completions = random_completions([[5, 9], [1, 12, 4], [7]])
