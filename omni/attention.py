@@ -171,6 +171,17 @@ class PackedAttention:
 # ---- decoding: a token of every completion -----------------------------------------------------
 
 
+def flash_token(counts, q, k, v, ends, longest, scale, used=None):
+    """
+    A token a sequence, q (n, K, x, E), k and v packed, `used` of each -> out as q, lse (n, K, x). With
+    more heads than keys and one token flash takes the heads for tokens, and its kernel that splits the keys.
+    """
+    given = counts[: len(q) + 1], ends, 1, longest, 0.0, False, False
+    kwargs = dict(scale=scale, seqused_k=used)
+    out, lse, *_ = aten._flash_attention_forward(q.flatten(1, 2), k, v, *given, **kwargs)
+    return out.view(q.shape), lse.T.reshape(q.shape[:3])
+
+
 class DecodeAttention:
     """
     Attention of one new token for G completions of each of B prompts: (a) and (b) again. In (b) the G
@@ -193,9 +204,8 @@ class DecodeAttention:
         device, self.group_size, self.new = self.used.device, group_size, True
         self.prompts, self.room = Spans(sizes, device), next(iter(self.own_kv.values()))[0].shape[1]
         self.rows = torch.arange(len(self.used), device=device)
-        self.one_each = [torch.arange(n + 1, dtype=torch.int32, device=device)
-                         for n in (len(sizes), len(self.used))]  # fmt: skip
-        self.own_ends = self.one_each[1] * self.room
+        self.counts = torch.arange(len(self.used) + 1, dtype=torch.int32, device=device)
+        self.own_ends = self.counts * self.room
         unused = torch.arange(self.room, device=device) >= self.used[:, None]
         self.bias = torch.zeros(unused.shape, device=device).masked_fill_(unused, -torch.inf)
         self.bias = self.bias[:, None, None]  # (B G, 1, 1, room), for kernels that read all the room
@@ -225,31 +235,20 @@ class DecodeAttention:
         own_v.index_put_(at, v[:, :, 0])
         num_kv, width = k.shape[1], k.shape[3]
         q = q.reshape(-1, self.group_size, num_kv, q.shape[1] // num_kv, width)  # (B, G, K, H/K, E)
-        own, own_lse = self.of_own(q.flatten(0, 1), own_k, own_v, scaling)  # (B G, K, H/K, E or none)
-        part, lse = self.of_prompt(layer, q.transpose(1, 2).flatten(2, 3), scaling)
+        of_own, of_prompt = q.flatten(0, 1), q.transpose(1, 2).flatten(2, 3)  # (B, K, G H/K, E)
+        if q.is_cuda and KERNEL == "flash":
+            kv = own_k.flatten(0, 1), own_v.flatten(0, 1), self.own_ends, self.room, scaling
+            own, own_lse = flash_token(self.counts, of_own, *kv, self.used)
+            kv = *self.prompt_kv[layer], self.prompts.ends, self.prompts.longest, scaling
+            part, lse = flash_token(self.counts, of_prompt, *kv)
+        else:
+            kv, bias = (x.transpose(1, 2) for x in (own_k, own_v)), self.bias.to(q)
+            own, own_lse = of_one(of_own, *kv, scaling, bias=bias)
+            pairs = zip(of_prompt.split(1), self.views[layer])
+            part, lse = map(torch.cat, zip(*(of_one(x, *kv, scaling) for x, kv in pairs)))
         part, lse = (x.unflatten(2, (self.group_size, -1)).transpose(1, 2) for x in (part, lse))
         share = (own_lse.view(lse.shape) - lse).sigmoid()[..., None].to(own)
         return part.lerp(own.view(part.shape), share).reshape(len(own_k), 1, -1, width)
-
-    def of_prompt(self, layer, q, scale):
-        """q (B, K, G H/K, E) -> out of that shape, lse (B, K, G H/K)"""
-        if q.is_cuda and KERNEL == "flash":
-            given = self.one_each[0], self.prompts.ends, 1, self.prompts.longest, 0.0, False, False
-            qkv = q.flatten(1, 2), *self.prompt_kv[layer]
-            out, lse, *_ = aten._flash_attention_forward(*qkv, *given, scale=scale)
-            return out.view(q.shape), lse.T.reshape(q.shape[:3])
-        parts = [of_one(x, *kv, scale) for x, kv in zip(q.split(1), self.views[layer])]
-        return tuple(map(torch.cat, zip(*parts)))
-
-    def of_own(self, q, k, v, scale):
-        """q (B G, K, H/K, E), k and v (B G, room, K, E) -> out of q's shape, lse (B G, K, H/K)"""
-        if q.is_cuda and KERNEL == "flash":
-            given = self.one_each[1], self.own_ends, 1, self.room, 0.0, False, False
-            qkv = q.flatten(1, 2), k.flatten(0, 1), v.flatten(0, 1)
-            kwargs = dict(scale=scale, seqused_k=self.used)
-            out, lse, *_ = aten._flash_attention_forward(*qkv, *given, **kwargs)
-            return out.view(q.shape), lse.T.reshape(q.shape[:3])
-        return of_one(q, k.transpose(1, 2), v.transpose(1, 2), scale, bias=self.bias.to(q))
 
     def keep(self, prompts, rows, group_size):
         """Only these prompts (indices, ascending) and rows (indices, group_size a prompt) go on."""
