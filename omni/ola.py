@@ -299,6 +299,9 @@ def convert(ola_folder, encoders_folder, out):
         state |= {f"{prefix}.{name}": value for name, value in encoder.items()}
     state = renamed(state)
     tokenizer = AutoTokenizer.from_pretrained(ola)
+    unknown = None, tokenizer.unk_token_id
+    if lost := [token for token in PLACES.values() if tokenizer.convert_tokens_to_ids(token) in unknown]:
+        raise UserError(f"{ola}: its tokenizer lacks {', '.join(lost)}, as no Qwen2.5's does")
     with torch.device("meta"):
         num_blocks = sum(name.endswith("layer_norm1.bias") for name in state)
         model = OlaForConditionalGeneration(config_of(published, dims, cfg, tokenizer, num_blocks))

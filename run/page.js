@@ -210,11 +210,19 @@ for (const line of data.told) $('told').append(el('li', {}, line));
 const isFinite_ = Number.isFinite;
 const every = data.samples.flatMap(([step, groups]) => groups.flat());
 const spread = (values, start) => values.reduce((a, b) => Math.max(a, b), start);
-const creditOf = c => (c.tas_weights || []).map(w => w * c.advantage);
-const credits = every.flatMap(creditOf).map(Math.abs).filter(isFinite_).sort((a, b) => a - b);
+let lightest = Infinity, heaviest = -Infinity;
+const credits = [];  // the greatest of each completion
+for (const c of every) {
+  let own = 0;
+  for (const w of c.tas_weights || []) {
+    lightest = Math.min(lightest, w);
+    heaviest = Math.max(heaviest, w);
+    own = Math.max(own, Math.abs(w * c.advantage));
+  }
+  if (isFinite_(own)) credits.push(own);
+}
+credits.sort((a, b) => a - b);
 const most = credits[Math.floor(credits.length * 0.95)] || credits[credits.length - 1] || 1;  // a few may go farther
-const weights = every.flatMap(c => c.tas_weights || []);
-const lightest = -spread(weights.map(w => -w), -Infinity), heaviest = spread(weights, -Infinity);
 const DEEP = 0.62, FAR = Math.log(3);  // the deepest shade; the ratio of it
 
 function shade(c, i, mode) {  // -> class, depth in 0..1

@@ -46,6 +46,8 @@ def published(known, tmp_path_factory):
     """A folder as the hub has it, and one with the sound encoders, tiny."""
     root = tmp_path_factory.mktemp("published")
     whole, whisper, beats = map(original.weights, known[1])
+    # the published ones hold the sound encoders too; as in the original, their own files count
+    whole["model.speech_encoder.whisper_model.conv1.bias"] = torch.zeros(32)
     for folder in ("ola", "encoders"):
         (root / folder).mkdir()
     save_file(whole, root / "ola" / "model.safetensors")
@@ -451,6 +453,11 @@ def test_bad_encoders_are_one_line(published, tmp_path):
     less = dict(whisper, model_state_dict=dict(list(whisper["model_state_dict"].items())[1:]))
     assert "weights are not as Ola's, such as model.audio_tower.speech.embed_" in told(WHISPER, less)
     assert "no Ola as published" in told(None, None, published / "converted")
+    shutil.copytree(published / "ola", tmp_path / "ola")
+    text = (published / "ola" / "tokenizer.json").read_text().replace("<|vision_pad|>", "<|other|>")
+    (tmp_path / "ola" / "tokenizer.json").write_text(text)
+    (tmp_path / "ola" / "tokenizer_config.json").unlink()
+    assert "its tokenizer lacks <|vision_pad|>" in told(None, None, tmp_path / "ola")
     assert not (tmp_path / "out").exists()
 
 
