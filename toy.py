@@ -56,7 +56,7 @@ OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
         lr=5e-5, steps=180, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=60, audio_captions=False,
+        eval_every=60,
     ),
     "media": dict(max_frames=16, max_pixels=64 * 64, max_audio_seconds=8.0),  # 64: Ola's multiples of 32
 }  # fmt: skip
@@ -148,7 +148,8 @@ def make_row(rng, stage, name, split):
     row["video"] = f"clips/{split}-{name}.mp4"
     row["use_audio"] = family > 1
     tones = [f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds)]
-    row["audio_caption"] = ", ".join(tones)
+    if stage != 2:  # there it would stand in the prompt, and tell everything             [U16]
+        row["audio_caption"] = ", ".join(tones)
     row["events"] = [describe(*second, WORDS[3]) for second in seconds]  # what the toy judge knows
     if stage == 0:
         hinted = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for

@@ -42,7 +42,7 @@ WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
-    2: dict(reward_weights="format=.2,acc=.4,self=.4", audio_captions=True),  # paper: audio-visual
+    2: dict(reward_weights="format=.2,acc=.4,self=.4"),  # paper: audio-visual
     3: dict(reward_weights="format=.5,judge=.5"),  # paper: format + judge; the weights are [U14]
 }
 GRPO = dict(num_on=8, num_off=0, tas_shape="uniform", hints=False)  # paper: 8 fresh, nothing else
@@ -52,7 +52,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     boolean = argparse.BooleanOptionalAction
     flag = arguments.add_flags(parser)
-    flag("--audio-captions", action=boolean, default=False, help="captions in prompts [U16]")
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
     limits.add_flags(parser)
@@ -154,7 +153,7 @@ def main():
     rows = data.Rows(args.data or toy_train)
     folder = folders.start_folder(args.model or toy_model, args.lora_rank, out, model.write_merged)
     recipe, root = limits.recipe_from(args), rows.path.parent
-    build = model.InputBuilder(folder, recipe, root, args.audio_captions)
+    build = model.InputBuilder(folder, recipe, root, audio_captions=args.stage == 2)  # [U16]
     judged = None
     if "judge" in reward_weights:
         judged = judge.open_judge(args, root, recipe, out, device, toy.judge)

@@ -51,9 +51,6 @@ def choose(name, device, dtype):
     return KERNEL
 
 
-# ---- the two kernels ---------------------------------------------------------------------------
-
-
 class Spans:
     """Lengths of the sequences in a packed tensor, and where they end, as flash wants it."""
 
@@ -104,9 +101,6 @@ def of_one(q, k, v, scale, causal=False, bias=None):
 def rows(*packed):
     """Packed tensors (L, H, E) with their Spans -> a tuple a sequence, of (1, H, length, E)."""
     return zip(*([x[None].transpose(1, 2) for x in t.split(of.sizes)] for t, of in packed))
-
-
-# ---- log-probs: a packed row -------------------------------------------------------------------
 
 
 def shared_prefix(q, k, v, own, prompts, answers, scale):
@@ -166,9 +160,6 @@ class PackedAttention:
         if KERNEL == "sdpa":
             return shared_prefix(q, k, v, *self.spans, scaling)[0][None]
         return SharedPrefix.apply(q, k, v, *self.spans, scaling)[None]
-
-
-# ---- decoding: a token of every completion -----------------------------------------------------
 
 
 def flash_token(counts, q, k, v, ends, longest, scale, used=None):

@@ -33,9 +33,6 @@ HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 SMALL = 10**8  # weights, above which activations are computed again: less memory for more time
 
 
-# ---- policy ------------------------------------------------------------------------------------
-
-
 class Policy(nn.Module):
     """
     The thinker behind one forward, so that FSDP's hooks see every use of it.

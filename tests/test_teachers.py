@@ -50,7 +50,7 @@ def rows(toy_dir, tmp_path):
     for i, line in enumerate(lines):
         row = json.loads(line)
         shutil.copy(toy_dir / "stage2" / row["video"], tmp_path / row["video"])
-        del row["audio_caption"], row["hint"]
+        del row["hint"]
         lines[i] = json.dumps(row)
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path

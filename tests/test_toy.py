@@ -78,7 +78,7 @@ def test_rows_are_complete_and_scorable(toy_dir, stage):
     for row in rows_of(toy_dir, stage):
         truth = (row["answer"], row["answer_type"], row.get("options"))
         assert rewards.accuracy_reward(row["answer"], *truth) == 1
-        assert row["audio_caption"] and row["use_audio"] == (stage > 1 or row["use_audio"])
+        assert ("audio_caption" in row) == (stage != 2) and row["use_audio"] == (stage > 1 or row["use_audio"])
         if stage == 0:
             text = data.completion_text(row)
             assert rewards.format_reward(text) == 1 and rewards.parse_answer(text) == row["answer"]
