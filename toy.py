@@ -145,8 +145,7 @@ def make_row(rng, stage, name, split):
         asked = ask(rng, kind, seconds)
     fields, look = asked
     row = dict(prompt_id=f"toy-{stage}-{split}-{name}", **fields)
-    row["video"] = f"clips/{split}-{name}.mp4"
-    row["use_audio"] = family > 1
+    row |= dict(video=f"clips/{split}-{name}.mp4", use_audio=family > 1)
     tones = [f"{t or 'no'} tone in the {ORDINALS[i]} second" for i, (_, t) in enumerate(seconds)]
     if stage != 2:  # there it would stand in the prompt, and tell everything             [U16]
         row["audio_caption"] = ", ".join(tones)

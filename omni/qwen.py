@@ -21,9 +21,6 @@ FROZEN = ()  # parts of the towers that never train
 SIDE = 28  # pixels; of a frame both sides are multiples
 
 
-# ---- a row as a prompt -------------------------------------------------------------------------
-
-
 def media_ends(tokenizer, config):
     """The tokens that media end with in a prompt, a sound's last."""
     return [tokenizer.vision_eos_token, tokenizer.audio_eos_token]
@@ -62,9 +59,6 @@ def inputs(processor, config, text, clip, name):
         second_per_grids=None if seconds is None else torch.as_tensor(seconds),
     )
     return input_ids[0], position_ids[:, 0].clone(), media
-
-
-# ---- towers ------------------------------------------------------------------------------------
 
 
 def encode(core, prompts, device, train_towers):
