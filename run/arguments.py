@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from run import UserError
@@ -76,9 +75,6 @@ def parse(parser, argv, overrides):
     if broken := [k for k, v in vars(args).items() if isinstance(v, str) and not encodable(v)]:
         told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
         raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
-    for name in vars(args).get("log", ()):
-        if not getattr(find_spec(name), "origin", None):  # a mere folder of that name has none
-            raise UserError(f"--log {name}: it is not installed: pip install {name}")
     return args, {
         key: source.get(key) if value == parser.get_default(key) else "typed"
         for key, value in vars(args).items()

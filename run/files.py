@@ -24,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from run import HERE, Stopped, UserError
@@ -35,6 +36,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "clips.jsonl")  # with the `step` of e
 
 def open_folder(args, source):
     """Locks the run's folder, checks it, and prints what will run; `begin` writes to it."""
+    for name in args.log:
+        if not getattr(find_spec(name), "origin", None):  # a mere folder of that name has none
+            raise UserError(f"--log {name}: it is not installed: pip install {name}")
     out = Path(args.out)
     lock(out)
     about = read_about(out)

@@ -21,7 +21,7 @@ from test_train_rl import read_metrics, rl_flags
 import tas
 from evaluation import samples
 from grpo import group_advantages
-from run import arguments, metrics, page
+from run import files, metrics, page
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 HINTS = ("--steps", 4, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10, "--eval-every", 2)
@@ -309,7 +309,7 @@ def test_a_long_run_opens_soon(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_told(monkeypatch, toy_dir, tmp_path):
-    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     said = launch(*rl_flags(toy_dir, 2, tmp_path / "x", "--log", "wandb"), code=1)
     assert "--log wandb: it is not installed: pip install wandb" in said and said.count("\n") == 1
     assert not (tmp_path / "x").exists()
