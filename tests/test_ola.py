@@ -401,24 +401,27 @@ def test_lora_with_towers_then_evaluation(tiny, tmp_path):
 
 
 def test_two_processes_are_one(tiny, tmp_path):
-    """Towers too, sharded; and one of them hears nothing, and leaves the other waiting for no tower."""
-    known = [json.loads(x) for x in (tiny / "stage0" / "few.jsonl").read_text().splitlines()]
+    """Towers too, sharded; in stage 0 one of them hears nothing, and leaves the other waiting for no tower."""
     rows = [json.loads(x) for x in (tiny / "stage0" / "train.jsonl").read_text().splitlines()]
-    silent = [row for row in rows if not row["use_audio"] and row["prompt_id"] != known[1]["prompt_id"]]
-    file = tiny / "stage0" / "mixed.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*known, *silent[:2]]))
-    assert [row["use_audio"] for row in known] == [True, False]
+    file, silent = tiny / "stage0" / "mixed.jsonl", [row for row in rows if not row["use_audio"]]
+    heard = next(row for row in rows if row["use_audio"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*silent[:3], heard]))
     for name, processes in (("one", 1), ("two", 2)):
-        more = "--train-towers", "--steps", 2, "--data", file
+        where = "--model", tiny / "model", "--data", file, "--out", tmp_path / f"sft-{name}"
+        words = "--steps 2 --batch-size 4 --save-every 0".split()
+        launch("train_sft.py", *where, *words, processes=processes)
+        more = "--train-towers", "--steps", 2
         launch(*flags(tiny, 2, tmp_path / name, *more), processes=processes)
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    for name in ("reward", "loss", "kl", "grad_norm", "off/ess_frac"):
-        a, b = ([m[name] for m in metrics] for metrics in (one, two))
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
-    assert max(m["grad_norm"] for m in one) > 0 and max(m["logprob_gap"] for m in two) < 2e-5
-    first, second = (model.load(tmp_path / name / "final", 0, True) for name in ("one", "two"))
-    for (name, a), b in zip(first.named_parameters(), second.parameters()):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=name)
+    for kind, names in (("sft-", ("loss", "grad_norm")), ("", ("reward", "loss", "kl", "grad_norm", "off/ess_frac"))):
+        one, two = (read_metrics(tmp_path / f"{kind}{name}") for name in ("one", "two"))
+        for name in names:
+            a, b = ([m[name] for m in metrics] for metrics in (one, two))
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+        assert max(m["grad_norm"] for m in one) > 0
+        first, second = (model.load(tmp_path / f"{kind}{name}" / "final", 0, True) for name in ("one", "two"))
+        for (name, a), b in zip(first.named_parameters(), second.parameters()):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=name)
+    assert max(m["logprob_gap"] for m in two) < 2e-5
 
 
 # ---- bad input ---------------------------------------------------------------------------------
