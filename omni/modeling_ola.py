@@ -13,7 +13,6 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchaudio.compliance import kaldi
 from transformers import (
     AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Model,
     SiglipVisionConfig, WhisperConfig,
@@ -127,6 +126,8 @@ class VisionProjector(nn.Module):
 
 def fbank(wave):
     """(S,) at 16 kHz -> (frames of 10 ms, 128 bands), as the encoder takes it"""
+    from torchaudio.compliance import kaldi  # only here: all but sound works without
+
     x = kaldi.fbank(wave[None] * 2**15, num_mel_bins=128, sample_frequency=16000)
     return (x - 15.41663) / (2 * 6.55582)
 

@@ -89,7 +89,7 @@ def check_resuming(policy, plain, open_policies, out):
 
 
 def check(folder, lora_rank, out, device):
-    args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32")
+    args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32", attn="auto")
     load = partial(model.load, folder, lora_rank, False)
     open_policies = partial(model.open_policies, folder, args, device, with_reference=False)
     policy, plain, found = check_loading(load, open_policies)
