@@ -4,6 +4,7 @@ to the rows that it makes. What a record is, is told by its keys. The wording of
 ours; their answers are the labels, and nothing that the labels do not tell is asked for.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -170,14 +171,20 @@ def avsbench_semantic(record, context):
     frames = sorted((context.media / inside / "frames").glob("*.jpg"))
     if not masks or not frames:
         raise Dropped("masks or frames that are not there", str(inside))
-    names = json.loads((context.media / "label2idx.json").read_text())
-    seen = []
+    colours, seen = class_colours(context.media / "label2idx.json"), []
     for path in masks:
         r, g, b = torchvision.io.decode_image(str(path), "RGB").int().numpy()
-        colours = (r << 16) + (g << 8) + b
-        of = {name.replace("_", " "): colours == colour(i) for name, i in names.items() if i}
-        seen.append({name: mask for name, mask in of.items() if mask.any()})
+        mask = (r << 16) + (g << 8) + b
+        shown = set(np.unique(mask).tolist())
+        seen.append({name: mask == of for name, of in colours.items() if of in shown})
     yield where_row(f"avss-{record['uid']}", seen, frames, str(inside / "audio.wav"), context)
+
+
+@functools.cache
+def class_colours(path):
+    """-> {name: colour} of the classes but the background, once for all clips."""
+    indices = json.loads(path.read_text())
+    return {name.replace("_", " "): colour(i) for name, i in indices.items() if i}
 
 
 def colour(index):
