@@ -77,8 +77,13 @@ class Policy(nn.Module):
         return self.model.disable_adapter() if lora else nullcontext()
 
     def encode(self, prompts):
-        """The towers' outputs: a list, a prompt each, of modality -> (n, D)."""
-        return self.backbone.encode(self.thinker.model, prompts, self.device, self.train_towers)
+        """
+        The towers' outputs: a list, a prompt each, of modality -> (n, D). Of all prompts at once if the
+        towers train, else a prompt at a time: the clips of a batch at once can be 100 GB.
+        """
+        batches = [prompts] if self.train_towers else [[prompt] for prompt in prompts]
+        encode, given = self.backbone.encode, (self.device, self.train_towers)
+        return [media for b in batches for media in encode(self.thinker.model, b, *given)]
 
     @torch.no_grad()
     def encoded(self, prompt):

@@ -146,13 +146,10 @@ def heard(sounds, extractor, name):
 
 def encode(core, prompts, device, train_towers):
     """
-    The towers' outputs; the vision tower is run once for all prompts if it trains, else a prompt at
-    a time.
+    The towers' outputs; the vision tower is run once for all prompts.
 
     returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
     """
-    if not train_towers and len(prompts) > 1:
-        return [encode(core, [prompt], device, False)[0] for prompt in prompts]
     out = [dict(p.media) for p in prompts]
     sound = core.audio_tower
     if train_towers and dist.is_initialized():

@@ -63,13 +63,10 @@ def inputs(processor, config, text, clip, name):
 
 def encode(core, prompts, device, train_towers):
     """
-    The towers' outputs; each tower is run once for all prompts if it trains, else a prompt at
-    a time: the clips of a batch at once can be 100 GB.
+    The towers' outputs; each tower is run once for all prompts.
 
     returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
     """
-    if not train_towers and len(prompts) > 1:
-        return [encode(core, [prompt], device, False)[0] for prompt in prompts]
     if device.type == "cuda" and core.dtype != torch.float32:  # else a call for every window
         for tower in (core.visual, core.audio_tower):
             tower.config._attn_implementation_internal = "flash_windows"
