@@ -9,6 +9,7 @@ such file is not drawn, and is said to be not run.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from run import HERE, UserError, arguments, ending  # before torch
@@ -28,14 +29,20 @@ HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
 COLOR = {"AVATAR": BLUE, "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
 
-# name of the results file -> title, what the paper finds (None: no claim), reference label
+LENGTH_EDGES = [0, 130, 150, 170]  # tokens; the paper's 1, 201, 401, 601
+
+# name of the results file -> title
+EFFICIENCY = {
+    "dense": "Completions and seconds, short reasonings",
+    "sparse": "Completions and seconds, rewards sparse",
+    "long": "Completions and seconds, long reasonings",
+}
+# name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
-    "components": ("Components", "GRPO lowest, full highest, one part alone between", "GRPO"),
-    "method": ("What our choices are worth", "silent", "full"),
-    "shaping": ("Shape of the weights", "parabolic is best, inverse worst", "uniform"),
-    "splits": ("Fresh / replayed completions a prompt", "4/4", "8/0"),
-    "alpha": ("Weight of the replayed half, alpha", "0.6", "0.6"),
-    "lambda": ("Extra weight at the ends, lambda", "0.3", "0.3"),
+    "hints": ("Hints for prompts that are never solved", "they unlock the hardest 20 %", "no hints"),
+    "plan": ("Shapes, decided at both ends", "parabolic is best, inverse worst", "uniform"),
+    "middle": ("Shapes, decided in the middle", "silent", "uniform"),
+    "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
 }  # fmt: skip
 
 
@@ -136,26 +143,29 @@ def plot_efficiency(result, path):
 
 
 def efficiency_table(result):
-    """The ratio at each target, and the vanishing advantage, as Markdown lines."""
+    """The ratios to AVATAR at each target, in completions and in seconds, as Markdown lines."""
     runs = by_label(result)
-    curves = {label: curves_of(found) for label, found in runs.items()}
-    start, best, targets = targets_of(*curves.values())
-    fast = curves.pop("AVATAR")
-    yield f"Start {start:.3f}, best {best:.3f}, {len(fast)} seeds."
+    start, best, targets = targets_of(*map(curves_of, runs.values()))
+    yield f"Start {start:.3f}, best {best:.3f}, {len(runs['AVATAR'])} seeds; ratio: to AVATAR."
     yield ""
-    yield "| target | | completions | AVATAR | ratio | 95 % interval |\n|---|---|---|---|---|---|"
-    for label, slow in curves.items():
-        for fraction, target in zip(FRACTIONS, targets):
-            need = [number(completions_to(mean_curve(c), target), 0, "never") for c in (slow, fast)]
-            ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
-            told = f"{fraction:.0%}: {target:.3f} | {label} | {need[0]} | {need[1]}"
-            yield f"| {told} | {ratio} | {low} – {high} |"
+    yield "| target | | completions | ratio | 95 % interval | seconds | ratio | 95 % interval |"
+    yield "|---" * 8 + "|"
+    for fraction, target in zip(FRACTIONS, targets):
+        for label, found in runs.items():
+            cells = [f"{fraction:.0%}: {target:.3f}", label]
+            for kind in ("accuracy", "clock"):
+                slow, fast = ([one[kind] for one in r] for r in (found, runs["AVATAR"]))
+                cells.append(number(completions_to(mean_curve(slow), target), 0, "never"))
+                ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
+                cells += ["–", "–"] if label == "AVATAR" else [ratio, f"{low} – {high}"]
+            yield f"| {' | '.join(cells)} |"
     yield ""
-    yield "| | std of advantages | exact zeros |"
-    yield "|---|---|---|"
+    yield "| | seeds | end | std of advantages | exact zeros |"
+    yield "|---|---|---|---|---|"
     for label, found in runs.items():
         zero, std = share(found, "advantage_zero_frac"), share(found, "advantage_std")
-        yield f"| {label} | {std:.3f} | {zero:.1%} |"
+        last = np.mean([one["accuracy"][-1][1] for one in found])
+        yield f"| {label} | {len(found)} | {last:.3f} | {std:.3f} | {zero:.1%} |"
 
 
 def ablation_table(result, reference):
@@ -180,21 +190,6 @@ def ablation_table(result, reference):
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
 
 
-def curriculum_table(result):
-    """Accuracy on every stage's held-out rows after each stage."""
-    runs = by_label(result)
-    names = list(next(iter(runs.values()))[0]["scores"])
-    yield "| | seeds | " + " | ".join(names) + " |"
-    yield "|---" * (len(names) + 2) + "|"
-    for label, found in runs.items():
-        cells = []
-        for name in names:
-            values = np.array([one["scores"][name] for one in found])
-            low, high = bootstrap(len(values), lambda pick: values[pick].mean())  # noqa: B023
-            cells.append(f"{values.mean():.3f} ({number(low, 3, '')} – {number(high, 3, '')})")
-        yield f"| {label} | {len(found)} | " + " | ".join(cells) + " |"
-
-
 def length_gains(result, edges):
     """
     Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
@@ -208,10 +203,10 @@ def length_gains(result, edges):
     for low, high in zip(edges, [*edges[1:], np.inf]):
         gains = []
         for plain, shaped in pairs:
-            _, lengths, scores = map(np.array, zip(*plain["items"]))
+            lengths, scores = map(np.array, zip(*plain["items"]))
             picked = (lengths > low) & (lengths <= high)
             gains.append(
-                (np.array([s for _, _, s in shaped["items"]])[picked] - scores[picked]).tolist()
+                (np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist()
             )
         total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
         name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
@@ -255,41 +250,34 @@ def write_all(folder):
         lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
         lines.extend(["", *write(result), ""])
 
-    def efficiency(name):
-        def write(result):
-            yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
-            yield ""
-            yield f"![advantages]({plot_advantages(result, folder / f'{name}-advantages.png')})"
-            yield ""
-            yield from efficiency_table(result)
-
-        return write
-
-    def ablation(name, paper, reference):
-        def write(result):
-            yield f"Paper: {paper}."
-            yield ""
-            yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
-            yield ""
-            yield from ablation_table(result, reference)
-
-        return write
-
-    def lengths(result):
-        rows = length_gains(result, result["edges"])
-        yield f"![lengths]({plot_lengths(rows, folder / 'lengths.png')})"
+    def efficiency(name, result):
+        yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
         yield ""
-        yield "| tokens without TAS | items | gain | 95 % interval |"
-        yield "|---|---|---|---|"
-        for name, items, gain, low, high in rows:
-            yield f"| {name} | {items} | {gain:+.3f} | {low:+.3f} – {high:+.3f} |"
+        yield f"![advantages]({plot_advantages(result, folder / f'{name}-advantages.png')})"
+        yield ""
+        yield from efficiency_table(result)
 
-    section("efficiency", "Fig. 4 and 5: AVATAR against GRPO", efficiency("efficiency"))
-    section("sparse", "Fig. 4 and 5 where rewards are sparse", efficiency("sparse"))
-    section("lengths", "Fig. 6: TAS by length of the reasoning", lengths)
-    section("curriculum", "Curriculum", curriculum_table)
+    def ablation(name, paper, reference, result):
+        yield f"Paper: {paper}."
+        yield ""
+        yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
+        yield ""
+        yield from ablation_table(result, reference)
+        if "items" not in result["runs"][0]:
+            return
+        rows = length_gains(result, LENGTH_EDGES)
+        yield ""
+        yield f"![by length]({plot_lengths(rows, folder / f'{name}-lengths.png')})"
+        yield ""
+        yield "| tokens without TAS | items | gain of parabolic | 95 % interval |"
+        yield "|---|---|---|---|"
+        for bin_name, items, gain, low, high in rows:
+            yield f"| {bin_name} | {items} | {gain:+.3f} | {low:+.3f} – {high:+.3f} |"
+
+    for name, title in EFFICIENCY.items():
+        section(name, title, partial(efficiency, name))
     for name, (title, paper, reference) in TABLES.items():
-        section(name, title, ablation(name, paper, reference))
+        section(name, title, partial(ablation, name, paper, reference))
     (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
     return missing
 

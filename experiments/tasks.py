@@ -1,0 +1,201 @@
+"""
+Rows and starting weights that the experiments take beside the toy's own; each is made once, in
+runs/experiments, by the first run that names it.
+
+    hasty    a model that answers without looking: nearly all its groups are all wrong
+    hard     64 rows of stage 3. A fifth of them that model never solves: 0 of 256 completions; with
+             their hint it does. hard/never.jsonl holds only these
+    long     a model for clips of 12 to 16 seconds, whose reasonings have 130 to 200 tokens
+    plan     its rows whose reasoning is decided in its first line and in its last
+    middle   its rows whose reasoning is decided in its middle
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import run  # before torch: it sets how torch's threads wait
+from run import files, processes
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rows.synthetic import COLORS, describe, random_seconds, write_clip
+
+RUNS = run.HERE / "runs" / "experiments"
+SECONDS = (12, 16)  # of a long clip, at least and at most
+NEVER, ROWS = 13, 64  # hard rows that are never solved, and all
+SAMPLES = 256  # completions in which a row that is never solved is not solved
+
+
+def python(*words, log):
+    """Runs a script of ours; its output goes to a file, whose tail explains a failure."""
+    command = [sys.executable, *map(str, words)]
+    with open(log, "a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE)
+    if done.returncode:
+        tail = log.read_text()[-600:]
+        raise run.UserError(f"{words[0]} ended with {done.returncode}, see {log}:\n{tail}")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, rows):
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(name):
+    """Makes a task, if it is not there."""
+    with files.alone(RUNS / "locks" / "start"):  # another experiment may need the same
+        make_alone(name)
+
+
+def make_alone(name):
+    write, made = MAKE[name]
+    if not made.exists():
+        write()
+
+
+# ---- a start that hardly ever looks ------------------------------------------------------------
+
+
+def hasty():
+    """Stage-0 rows whose reasoning is hasty, and every twentieth of the others: 40 steps of SFT."""
+    log, out = RUNS / "hasty.log", RUNS / "hasty"
+    shutil.rmtree(out, ignore_errors=True)
+    python("toy.py", "--stages", 0, log=log)
+    rows = read_lines(run.HERE / "toy/stage0/train.jsonl")
+    is_hasty = lambda row: row["reasoning"].startswith("it seems")
+    kinds = [
+        [row for row in rows if is_hasty(row)],
+        [row for row in rows if row["reasoning"].startswith("1:") and "hint" not in row][::20],
+        [row for row in rows if "hint" in row][::20],
+    ]
+    data = run.HERE / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
+    write_lines(data, [row for kind in kinds for row in kind])
+    flags = "--steps 40 --lr 2e-4 --save-every 0".split()
+    python("train_sft.py", "--data", data, "--out", out, *flags, log=log)
+
+
+# ---- rows that are never solved without a hint -------------------------------------------------
+
+
+def hard():
+    """Stage-3 rows, sampled from the hasty start: NEVER that it solves only with a hint, and others."""
+    make_alone("hasty")
+    python("toy.py", "--stages", 3, log=RUNS / "hard.log")
+    folder = run.HERE / "toy/stage3"
+    rows = read_lines(folder / "train.jsonl") + read_lines(folder / "test.jsonl")
+    solved = solved_counts(RUNS / "hasty/final", folder, rows, SAMPLES)
+    candidates = [row for row, count in zip(rows, solved) if count == 0]
+    helped = solved_counts(RUNS / "hasty/final", folder, candidates, SAMPLES, with_hint=True)
+    never = [row for row, count in zip(candidates, helped) if count][:NEVER]
+    if len(never) < NEVER:
+        raise run.UserError(f"only {len(never)} rows are never solved without a hint, {NEVER} wanted")
+    others = [row for row, count in zip(rows, solved) if count][: ROWS - NEVER]
+    mixed = [(never + others)[i] for i in np.random.default_rng(0).permutation(ROWS)]
+    write_lines(folder / "never.jsonl", never)
+    write_lines(folder / "hard.jsonl", mixed)
+    told = dict(candidates=len(candidates), of=len(rows), with_hint=sorted(helped), plain=sorted(solved))
+    files.write_text(RUNS / "hard.json", json.dumps(told))
+
+
+def solved_counts(start, folder, rows, samples, with_hint=False):
+    """-> of each row, how many of `samples` completions at temperature 1 are right."""
+    import rewards
+    import toy
+    from omni import model
+    from rows import data, limits
+    from train_rl import parse_args
+
+    args, _, _ = parse_args(["--stage", "3", "--model", str(start)])
+    build = model.InputBuilder(str(start), limits.recipe_from(args), folder, audio_captions=False)
+    policy, _ = model.open_policies(str(start), args, torch.device("cpu"), with_reference=False)
+    counts = []
+    for i, row in enumerate(tqdm(rows, desc="rows sampled", disable=None)):
+        prompt = build(data.normalize_row(row), row["hint"] if with_hint else None)
+        sampling = (1.0, toy.OVERRIDES["rl"]["max_new_tokens"], build.eos_ids)
+        (group,) = model.rollout(policy, [prompt], [samples], *sampling, [processes.seed(7, 0, i)])
+        truth = (row["answer"], row["answer_type"])
+        right = [rewards.accuracy_reward(rewards.parse_answer(t), *truth) == 1 for t in build.texts(group)]
+        counts.append(sum(right))
+    return counts
+
+
+# ---- long reasonings ---------------------------------------------------------------------------
+
+
+def long_row(rng, kind, name, with_reasoning):
+    """
+    "How many red shapes are shown?": a line for each second, with the count so far.
+
+    kind     "plan": the first line says what is counted, the last line gives the sum; in the cold
+             start each is wrong about half of the time, the lines between follow from the clip
+             "middle": only the second half is counted, and a line in the middle says what; the end
+             follows from it
+    returns  the row, the clip's seconds
+    """
+    seconds = random_seconds(rng, int(rng.integers(SECONDS[0], SECONDS[1] + 1)), max_shapes=1)
+    first = 0 if kind == "plan" else len(seconds) // 2
+    asked = str(rng.choice(list(COLORS)))
+    is_counted = lambda shapes, color: bool(shapes) and shapes[0][1] == color
+    answer = sum(is_counted(shapes, asked) for shapes, _ in seconds[first:])
+    question = f"How many {asked} shapes are shown" + " in the second half" * (kind == "middle") + "?"
+    row = dict(prompt_id=f"{kind}-{name}", question=question, answer=str(answer), answer_type="text")
+    row |= dict(video=f"clips/{kind}-{name}.mp4", use_audio=False)
+    if not with_reasoning:
+        return row, seconds
+    decided = rng.random() < (0.5 if kind == "plan" else 0.3)
+    counted = asked if decided else str(rng.choice([c for c in COLORS if c != asked]))
+    lines, count = [f"plan: count {counted}" if kind == "plan" else "plan: look first"], 0
+    for k, second in enumerate(seconds):
+        if kind == "middle" and k == first:
+            lines.append(f"now count {counted}")
+        count += k >= first and is_counted(second[0], counted)
+        so_far = f"{counted} {count}" if k >= first else "count later"
+        lines.append(f"{k + 1}: {describe(*second, ('place', 'color', 'shape'))}, {so_far}")
+    if kind == "plan" and rng.random() < 0.4:
+        count = int(rng.integers(0, len(seconds) // 2))
+    row |= dict(reasoning="\n".join([*lines, f"so {count}"]), answer=str(count))
+    return row, seconds
+
+
+def long_rows(kind, split, count, seed):
+    """Writes the rows of a kind and their clips, without reasonings but for the split "sft"."""
+    folder, rng, rows = RUNS / "long", np.random.default_rng([seed, len(kind)]), []
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    for i in tqdm(range(count), desc=f"{kind} {split} clips", disable=None, leave=False):
+        row, seconds = long_row(rng, kind, f"{split}-{i:04d}", split == "sft")
+        write_clip(folder / row["video"], seconds, rng)
+        rows.append(row)
+    return rows
+
+
+def long():
+    """The cold start of both kinds, from the toy's."""
+    rows = [row for kind in ("plan", "middle") for row in long_rows(kind, "sft", 512, 0)]
+    data, log = RUNS / "long/sft.jsonl", RUNS / "long.log"
+    write_lines(data, rows)
+    shutil.rmtree(RUNS / "long/sft", ignore_errors=True)
+    flags = "--max-frames 32 --steps 500 --batch-size 16 --lr 5e-4 --save-every 0".split()
+    python("train_sft.py", "--data", data, "--out", RUNS / "long/sft", *flags, log=log)
+
+
+def long_kind(kind):
+    make_alone("long")
+    write_lines(RUNS / f"long/{kind}-test.jsonl", long_rows(kind, "test", 64, 2))
+    write_lines(RUNS / f"long/{kind}.jsonl", long_rows(kind, "train", 64, 1))
+
+
+STAGE3, LONG = run.HERE / "toy/stage3", RUNS / "long"
+MAKE = {  # name -> what makes it, and its last file
+    "hasty": (hasty, RUNS / "hasty/final"),
+    "hard": (hard, STAGE3 / "hard.jsonl"),
+    "long": (long, LONG / "sft/final"),
+    "plan": (lambda: long_kind("plan"), LONG / "plan.jsonl"),
+    "middle": (lambda: long_kind("middle"), LONG / "middle.jsonl"),
+}
