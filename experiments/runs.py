@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import run  # before torch: it sets how torch's threads wait
@@ -180,18 +181,22 @@ def lengths(folder, kind, seed):
     return [[len(tokenizer(r["completion"] or "").input_ids), r["score"]] for r in records]
 
 
-def experiment(name, seeds, is_quick):
-    """Makes every run of an experiment that is not there yet -> its JSON."""
-    runs, commands = [], EXPERIMENTS[name]
+def experiment(name, seeds, is_quick, jobs=1):
+    """Makes every run of an experiment that is not there yet, `jobs` at once -> its JSON."""
+    commands = EXPERIMENTS[name]
     commands = {k: quick(flags) if is_quick else flags for k, flags in commands.items()}
-    for seed in seeds:
-        for label, flags in commands.items():
-            folder = train(flags, seed)
-            one = read_run(folder)
-            if name in ("plan", "middle"):
-                one["items"] = lengths(folder, name, seed)
-            runs.append(dict(label=label, seed=seed, **one))
-            print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
+
+    def one_run(label, seed):
+        folder = train(commands[label], seed)
+        one = dict(label=label, seed=seed, **read_run(folder))
+        if name in ("plan", "middle"):
+            one["items"] = lengths(folder, name, seed)
+        print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
+        return one
+
+    pairs = [(label, seed) for seed in seeds for label in commands]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(one_run, *zip(*pairs)))
     commits = sorted({one["commit"] for one in runs if one.get("commit")})
     told = {label: command(flags) for label, flags in commands.items()}
     return dict(name=name, commit=" ".join(commits), quick=is_quick, commands=told, runs=runs)
@@ -201,6 +206,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
     parser.add_argument("--seeds", type=int, default=0, help="how many of those listed; 0: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
     parser.add_argument("--out", default=run.HERE / "experiments/results", help="folder for NAME.json")
     return parser.parse_args(argv)
@@ -208,7 +214,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    arguments.check_bounds(args, seeds=0)
+    arguments.check_bounds(args, seeds=0, jobs=1)
     if not args.name:
         for name, commands in EXPERIMENTS.items():
             print(f"{name}: seeds {SEEDS[name][0]} to {SEEDS[name][-1]}")
@@ -217,7 +223,7 @@ def main():
         print("runs/experiments/{hasty,long} and their rows are made by the first run that needs them")
         return
     seeds = SEEDS[args.name][: args.seeds or (1 if args.quick else None)]
-    result = experiment(args.name, seeds, args.quick)
+    result = experiment(args.name, seeds, args.quick, args.jobs)
     out = Path(args.out) / ("quick" if args.quick else "")
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / f"{args.name}.json", json.dumps(result))

@@ -11,6 +11,7 @@ runs/experiments, by the first run that names it.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,10 +32,10 @@ SAMPLES = 256  # completions in which a row that is never solved is not solved
 
 
 def python(*words, log):
-    """Runs a script of ours; its output goes to a file, whose tail explains a failure."""
-    command = [sys.executable, *map(str, words)]
+    """Runs a script of ours on one core; its output goes to a file, whose tail explains a failure."""
+    command, env = [sys.executable, *map(str, words)], os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE, env=env)
     if done.returncode:
         tail = log.read_text()[-600:]
         raise run.UserError(f"{words[0]} ended with {done.returncode}, see {log}:\n{tail}")
@@ -50,14 +51,10 @@ def write_lines(path, rows):
 
 def make(name):
     """Makes a task, if it is not there."""
-    with files.alone(RUNS / "locks" / "start"):  # another experiment may need the same
-        make_alone(name)
-
-
-def make_alone(name):
     write, made = MAKE[name]
-    if not made.exists():
-        write()
+    with files.alone(RUNS / "locks" / name):  # another experiment may need the same
+        if not made.exists():
+            write()
 
 
 # ---- a start that hardly ever looks ------------------------------------------------------------
@@ -86,7 +83,7 @@ def hasty():
 
 def hard():
     """Stage-3 rows, sampled from the hasty start: NEVER that it solves only with a hint, and others."""
-    make_alone("hasty")
+    make("hasty")
     python("toy.py", "--stages", 3, log=RUNS / "hard.log")
     folder = run.HERE / "toy/stage3"
     rows = read_lines(folder / "train.jsonl") + read_lines(folder / "test.jsonl")
@@ -186,7 +183,7 @@ def long():
 
 
 def long_kind(kind):
-    make_alone("long")
+    make("long")
     write_lines(RUNS / f"long/{kind}-test.jsonl", long_rows(kind, "test", 64, 2))
     write_lines(RUNS / f"long/{kind}.jsonl", long_rows(kind, "train", 64, 1))
 
