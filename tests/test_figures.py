@@ -6,14 +6,18 @@ The figures: completions to a target, the bootstrap, tables, and pictures of tru
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import launch
 
-from experiments import curves, figures, runs
+from experiments import curves, figures, runs, tasks, variants
 from run import metrics  # before torch
+
+import hints
+import train_rl
 
 # ---- numbers by hand
 
@@ -84,7 +88,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_gain_by_length_is_binned_by_the_run_without_tas():
-    items = lambda *pairs: [["stage2", n, s] for n, s in pairs]
+    items = lambda *pairs: [list(pair) for pair in pairs]
     runs = [
         dict(label="uniform", seed=0, items=items((10, 0), (20, 1), (30, 0))),
         dict(label="parabolic", seed=0, items=items((90, 1), (20, 1), (10, 0))),
@@ -106,7 +110,8 @@ def test_histogram_of_advantages():
 def a_run(label, seed, end, accuracy):
     series = dict.fromkeys(runs.SERIES, [0.5, 0.5])
     curve = [[0, 0.2], [end / 2, (0.2 + accuracy) / 2], [end, accuracy]]
-    return dict(label=label, seed=seed, accuracy=curve, series=series | dict(
+    clock = [[n / 8, acc] for n, acc in curve]
+    return dict(label=label, seed=seed, accuracy=curve, clock=clock, series=series | dict(
         completions_generated=[end / 2, end]), advantage_hist=[1] * 60)  # fmt: skip
 
 
@@ -114,17 +119,21 @@ def test_everything_is_redrawn_from_the_json(tmp_path):
     runs = [a_run("GRPO", s, 800, 0.6 - s / 50) for s in (0, 1)]
     runs += [a_run("AVATAR", s, 400, 0.6 - s / 50) for s in (0, 1)]
     result = dict(commands=dict(GRPO="g", AVATAR="a"), commit="abc", runs=runs)
-    (tmp_path / "efficiency.json").write_text(json.dumps(result))
-    result["commands"] = {"8/0": "", "4/4": ""}
-    result["runs"] = [a | dict(label={"GRPO": "8/0", "AVATAR": "4/4"}[a["label"]]) for a in runs]
-    (tmp_path / "splits.json").write_text(json.dumps(result))
+    (tmp_path / "dense.json").write_text(json.dumps(result))
+    result["commands"] = {"uniform": "", "parabolic": ""}
+    names = {"GRPO": "uniform", "AVATAR": "parabolic"}
+    items = [[100, 0], [140, 1]]
+    result["runs"] = [a | dict(label=names[a["label"]], items=items) for a in runs]
+    (tmp_path / "plan.json").write_text(json.dumps(result))
     printed = launch("experiments/figures.py", "--results", tmp_path)
-    for name in ("tas.png", "efficiency.png", "efficiency-advantages.png", "splits.png"):
+    for name in ("tas.png", "dense.png", "dense-advantages.png", "plan.png", "plan-lengths.png"):
         assert (tmp_path / name).stat().st_size > 5000
-    assert not (tmp_path / "shaping.png").exists() and "not run: sparse" in printed
+    assert not (tmp_path / "middle.png").exists() and "not run: sparse" in printed
     text = (tmp_path / "tables.md").read_text()
-    assert text.count("| 2.0 | 2.0 – 2.0 |") == 3  # every target takes GRPO twice as many
-    assert "Not run: `python -m experiments.runs shaping`" in text and "commit abc, seeds 0, 1" in text
+    # every target takes GRPO twice as many completions, and seconds
+    assert len(re.findall(r"\| GRPO \| \d+ \| 2.0 \| 2.0 – 2.0 \| \d+ \| 2.0 \| 2.0 – 2.0 \|", text)) == 3
+    assert "Not run: `python -m experiments.runs middle`" in text and "commit abc, seeds 0, 1" in text
+    assert "| 1–130 | 2 | +0.000 |" in text
 
 
 def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):
@@ -135,17 +144,19 @@ def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     calls = []
 
-    def python(script, *words, log):
-        calls.append(script)
-        log.write_text(launch(script, *words))
+    def python(*words, log):
+        calls.append(words[0])
+        tasks.python(*words, log=log)
 
     monkeypatch.setattr(runs, "python", python)
-    monkeypatch.setitem(runs.EXPERIMENTS, "splits", {"8/0": flags, "same": flags})
-    result = json.loads(json.dumps(runs.experiment("splits", [0], is_quick=False)))
+    monkeypatch.setitem(runs.EXPERIMENTS, "dense", {"one": flags, "same": flags})
+    result = json.loads(json.dumps(runs.experiment("dense", [0], is_quick=False, jobs=2)))
     assert calls == ["train_rl.py"]  # one command is run once, and a finished run is not run again
     one = result["runs"][0]
     assert [n for n, _ in one["accuracy"]] == [0, 16, 24]
     assert len(one["series"]["reward"]) == 2
+    assert [acc for _, acc in one["clock"]] == [acc for _, acc in one["accuracy"]]
+    assert one["clock"][0][0] == 0 < one["clock"][1][0] < one["clock"][2][0]
     zeros = sum(z * n for z, n in zip(one["series"]["advantage_zero_frac"], (16, 16)))
     assert sum(one["advantage_hist"]) == pytest.approx(32 - zeros)
 
@@ -157,11 +168,65 @@ def test_a_quick_run_is_short_and_otherwise_the_same():
 
 
 def test_every_experiment_parses():
-    import train_rl
-
     for commands in runs.EXPERIMENTS.values():
-        for flags in filter(None, commands.values()):
-            train_rl.parse_args(flags.format(hasty="toy/model", few="toy/few.jsonl").split())
+        for flags in commands.values():
+            words = flags.split()
+            if not words[0].startswith("--"):
+                assert words.pop(0) in variants.VARIANTS
+            train_rl.parse_args(words)
+
+
+# ---- what no flag offers
+
+
+def test_variants_of_the_schedule_by_their_stories():
+    """Visits: Hard and unsolved twice, then solved while still Hard, then out of Hard."""
+    story = [("hard", False), ("hard", False), ("hard", True), ("medium", True)]
+
+    def told(kind):
+        schedule = kind(patience=2, kl_threshold=1.0)
+        return [schedule.observe("q", tier, solved, 0.0) for tier, solved in story]
+
+    assert told(hints.HintSchedule) == [None, "entered", "withdrawn", None]
+    assert told(variants.NeverWithdrawn) == [None, "entered", None, None]
+    assert told(variants.ByRank) == [None, "entered", None, "withdrawn"]
+    solved = [("hard", True), ("hard", True)]
+    schedule = variants.ByRank(patience=2, kl_threshold=1.0)
+    assert [schedule.observe("q", *visit, 0.0) for visit in solved] == [None, "entered"]
+
+
+def test_a_judge_that_is_wrong_in_a_fifth_of_the_steps():
+    row = dict(prompt_id="q", events=["red"] * 500)
+    steps = [f"{i + 1}: red" for i in range(500)]
+    scores = variants.wrong_judge(row, steps)
+    assert scores == variants.wrong_judge(row, steps)  # always the same ones
+    assert set(scores) == {0.0, 1.0} and 0.75 < sum(scores) / 500 < 0.85
+    assert sum(variants.wrong_judge(row, ["nonsense"] * 500)) == pytest.approx(100, abs=25)
+
+
+@pytest.mark.parametrize("kind", ["plan", "middle"])
+def test_a_long_reasoning_is_decided_where_it_says(kind):
+    """Of 200 rows: the lines follow from the clip, and the answer from the line that decides."""
+    rng, lengths, right = np.random.default_rng(0), set(), 0
+    for i in range(200):
+        row, seconds = tasks.long_row(rng, kind, str(i), with_reasoning=True)
+        truth, _ = tasks.long_row(np.random.default_rng(i), kind, str(i), with_reasoning=False)
+        assert "reasoning" not in truth
+        lengths.add(len(seconds))
+        first, *lines, last = row["reasoning"].split("\n")
+        counted = first.split()[-1] if kind == "plan" else lines.pop(len(seconds) // 2).split()[-1]
+        begin = 0 if kind == "plan" else len(seconds) // 2
+        count = [0] * begin
+        for shapes, _ in seconds[begin:]:
+            count.append((count or [0])[-1] + bool(shapes and shapes[0][1] == counted))
+        assert len(lines) == len(seconds)
+        for k, line in enumerate(lines):
+            assert line.endswith(f"{counted} {count[k]}" if k >= begin else "count later")
+        assert last == f"so {row['answer']}"
+        assert kind == "plan" or row["answer"] == str(count[-1])  # the end follows
+        right += counted in row["question"].split()
+    assert lengths == {12, 13, 14, 15, 16}
+    assert abs(right / 200 - (0.5 if kind == "plan" else 0.3)) < 0.1
 
 
 def test_nothing_to_draw_is_said(tmp_path):
