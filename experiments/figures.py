@@ -190,6 +190,18 @@ def ablation_table(result, reference):
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
 
 
+def hints_table(result):
+    """The held-out rows of this experiment are those that are never solved without a hint."""
+    yield "| | solved at the end | 95 % interval | hints entered | withdrawn | with a hint |"
+    yield "|---|---|---|---|---|---|"
+    for label, found in by_label(result).items():
+        ends = np.array([late(one["accuracy"], one["accuracy"][-1][0]) for one in found])
+        low, high = bootstrap(len(ends), lambda pick: ends[pick].mean())  # noqa: B023
+        last = [np.mean([one["series"][f"hints/{k}"][-1] for one in found]) for k in ("entered", "withdrawn")]
+        told = " | ".join(f"{n:.1f}" for n in last) + f" | {share(found, 'hints/frac'):.0%}"
+        yield f"| {label} | {ends.mean():.3f} | {low:.3f} – {high:.3f} | {told} |"
+
+
 def length_gains(result, edges):
     """
     Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
@@ -263,6 +275,9 @@ def write_all(folder):
         yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
         yield ""
         yield from ablation_table(result, reference)
+        if name == "hints":
+            yield ""
+            yield from hints_table(result)
         if "items" not in result["runs"][0]:
             return
         rows = length_gains(result, LENGTH_EDGES)

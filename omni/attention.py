@@ -22,6 +22,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 aten = torch.ops.aten
 # cuDNN's kernel would come first on an H100 or H200. With a mask, its backward can give NaN in torch
@@ -173,6 +174,13 @@ def flash_token(counts, q, k, v, ends, longest, scale, used=None):
     return out.view(q.shape), lse.T.reshape(q.shape[:3])
 
 
+def padded(x, sizes):
+    """(sum of sizes, ...) -> (len(sizes), longest, ...), without a copy where all are as long."""
+    if min(sizes) == max(sizes):
+        return x.unflatten(0, (len(sizes), -1))
+    return pad_sequence(x.split(sizes), True)
+
+
 class DecodeAttention:
     """
     Attention of one new token for G completions of each of B prompts: (a) and (b) again. In (b) the G
@@ -188,22 +196,34 @@ class DecodeAttention:
 
     def __init__(self, prompt_kv, sizes, own_kv, used, longest):
         self.prompt_kv, self.own_kv, self.used, self.longest = prompt_kv, own_kv, used, longest
-        self.place(sizes, len(used) // len(sizes))
+        self.place_prompts(sizes)
+        self.place_own()
 
-    def place(self, sizes, group_size):
-        """What attend needs to know of shapes, made once for many tokens."""
-        device, self.group_size, self.new = self.used.device, group_size, True
-        self.prompts, self.room = Spans(sizes, device), next(iter(self.own_kv.values()))[0].shape[1]
+    def place_prompts(self, sizes):
+        """What attend needs to know of prompts, made once for many tokens."""
+        self.prompts = Spans(sizes, self.used.device)
+        if self.used.is_cuda and KERNEL == "flash":
+            return
+        lengths = self.prompts.ends.diff()[:, None]
+        unused = torch.arange(self.prompts.longest, device=lengths.device) >= lengths
+        self.prompt_bias = torch.zeros(unused.shape, device=unused.device)
+        self.prompt_bias = self.prompt_bias.masked_fill_(unused, -torch.inf)[:, None, None]
+        self.padded = {  # layer -> k, v (B, K, longest P, E): one call for all is worth the padding
+            layer: [padded(x, sizes).transpose(1, 2) for x in kv]
+            for layer, kv in self.prompt_kv.items()
+        }
+
+    def place_own(self):
+        """The same of what completions have; again when the room grows."""
+        device, self.new = self.used.device, True
+        self.room = next(iter(self.own_kv.values()))[0].shape[1]
+        self.group_size = len(self.used) // len(self.prompts.sizes)
         self.rows = torch.arange(len(self.used), device=device)
         self.counts = torch.arange(len(self.used) + 1, dtype=torch.int32, device=device)
         self.own_ends = self.counts * self.room
         unused = torch.arange(self.room, device=device) >= self.used[:, None]
         self.bias = torch.zeros(unused.shape, device=device).masked_fill_(unused, -torch.inf)
         self.bias = self.bias[:, None, None]  # (B G, 1, 1, room), for kernels that read all the room
-        self.views = {  # layer -> a prompt each (k, v), (1, K, P, E)
-            layer: [[x[None].transpose(1, 2) for x in kv] for kv in zip(k.split(sizes), v.split(sizes))]
-            for layer, (k, v) in self.prompt_kv.items()
-        }
 
     def next_token(self):
         """To be called before each token. -> True if the tensors are not those of the last one."""
@@ -211,7 +231,7 @@ class DecodeAttention:
             more = max(self.room, GPU_ROOM) if self.used.is_cuda else ROOM  # a GPU records slowly
             for layer, pair in self.own_kv.items():  # one at a time: twice all may not fit
                 self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, 0, 0, more)) for x in pair)
-            self.place(self.prompts.sizes, self.group_size)
+            self.place_own()
         self.longest += 1
         self.used += 1
         self.bias[self.rows, 0, 0, self.used.long() - 1] = 0
@@ -233,25 +253,26 @@ class DecodeAttention:
             kv = *self.prompt_kv[layer], self.prompts.ends, self.prompts.longest, scaling
             part, lse = flash_token(self.counts, of_prompt, *kv)
         else:
-            kv, bias = (x.transpose(1, 2) for x in (own_k, own_v)), self.bias.to(q)
-            own, own_lse = of_one(of_own, *kv, scaling, bias=bias)
-            pairs = zip(of_prompt.split(1), self.views[layer])
-            part, lse = map(torch.cat, zip(*(of_one(x, *kv, scaling) for x, kv in pairs)))
+            kv = (x.transpose(1, 2) for x in (own_k, own_v))
+            own, own_lse = of_one(of_own, *kv, scaling, bias=self.bias.to(q))
+            part, lse = of_one(of_prompt, *self.padded[layer], scaling, bias=self.prompt_bias.to(q))
         part, lse = (x.unflatten(2, (self.group_size, -1)).transpose(1, 2) for x in (part, lse))
         share = (own_lse.view(lse.shape) - lse).sigmoid()[..., None].to(own)
         return part.lerp(own.view(part.shape), share).reshape(len(own_k), 1, -1, width)
 
-    def keep(self, prompts, rows, group_size):
-        """Only these prompts (indices, ascending) and rows (indices, group_size a prompt) go on."""
-        chosen, sizes, self.views = prompts.tolist(), self.prompts.sizes, None
+    def keep(self, prompts, rows):
+        """Only these prompts (indices, ascending) and rows (indices, as many of each prompt) go on."""
+        chosen, sizes = prompts.tolist(), self.prompts.sizes
         if len(chosen) < len(sizes):
+            self.padded = None
             for layer, pair in self.prompt_kv.items():  # one at a time: twice all may not fit
                 pieces = [x.split(sizes) for x in pair]
                 self.prompt_kv[layer] = tuple(torch.cat([p[b] for b in chosen]) for p in pieces)
+            self.place_prompts([sizes[b] for b in chosen])
         for layer, pair in self.own_kv.items():
             self.own_kv[layer] = tuple(x[rows] for x in pair)
         self.used = self.used[rows]
-        self.place([sizes[b] for b in chosen], group_size)
+        self.place_own()
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):

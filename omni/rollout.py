@@ -103,9 +103,9 @@ def _rollout(
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
             if num_alive < num_before and num_alive <= crowded * len(slot):
-                families_left, rows, size = compact(slot.view(-1, attention.group_size) >= 0)
+                families_left, rows = compact(slot.view(-1, attention.group_size) >= 0)
                 if 0 < len(rows) < len(slot):  # finished rows leave
-                    attention.keep(families_left, rows, size)
+                    attention.keep(families_left, rows)
                     slot, token, after = slot[rows], token[rows], after[rows]
             inputs = token, after + step
             if attention.next_token():
@@ -182,11 +182,11 @@ def prefill(policy, prompts, families, owner, micro_tokens):
 
 
 def compact(alive):
-    """alive (F, rows) bool -> families with a row left, the rows to keep, rows a family then."""
+    """alive (F, rows) bool -> families with a row left, the rows to keep, as many of each."""
     families_left = alive.any(1).nonzero()[:, 0]
     size = int(alive.sum(1).max())  # 0: all have ended meanwhile
     first = alive[families_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
-    return families_left, (families_left[:, None] * alive.shape[1] + first).flatten(), size
+    return families_left, (families_left[:, None] * alive.shape[1] + first).flatten()
 
 
 def sample(logits, temperature, noise):

@@ -117,7 +117,7 @@ def test_what_is_chosen(monkeypatch):
 def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
     """
     The outputs (B G, new, H, E) of decoding token by token what stands behind prompts and tails;
-    `leave`: {token: (prompts, rows, group size) that go on from it}.
+    `leave`: {token: (prompts, rows) that go on from it}.
     """
     q, k, v = (x.detach() for x in qkv)
     n, rows = sum(prompts), len(prompts) * group_size
@@ -132,8 +132,8 @@ def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
     outs, alive = torch.full((rows, new, *q.shape[1:]), torch.nan, dtype=q.dtype), torch.arange(rows)
     for t in range(new):
         if t in leave:
-            left, kept, size = leave[t]
-            decode.keep(torch.tensor(left), torch.tensor(kept), size)
+            left, kept = leave[t]
+            decode.keep(torch.tensor(left), torch.tensor(kept))
             alive = alive[kept]
         fresh = decode.next_token()
         assert fresh == (t in (0, *leave) or decode.longest == decode.room - attention.ROOM + 1)
@@ -152,7 +152,7 @@ def test_decoding_equals_the_packed_row(kernel, monkeypatch):
     CASES["decode"] = prompts, [[13, 13]] * 3, H, K, E
     qkv, _ = inputs("decode", torch.float64)
     expected = oracle(*qkv, *CASES.pop("decode")[:2])[sum(prompts) :].view(6, 13, H, E).detach()
-    outs = decoded(qkv, prompts, tails, new, 2, E, leave={6: ([0, 2], [0, 1, 4, 5], 2), 8: ([1], [3], 1)})
+    outs = decoded(qkv, prompts, tails, new, 2, E, leave={6: ([0, 2], [0, 1, 4, 5]), 8: ([1], [3])})
     for row, (tail, last) in enumerate(zip(tails, [8, 8, 6, 6, 8, 10])):
         assert error(outs[row, :last], expected[row, tail : tail + last]) < 1e-6
         assert outs[row, last:].isnan().all()
