@@ -2,8 +2,8 @@
 The experiments behind figures.py: each name is a list of runs; what they measured is kept as JSON.
 
     python -m experiments.runs                       # the names and their commands
-    python -m experiments.runs efficiency            # all its seeds, then results/efficiency.json
-    python -m experiments.runs efficiency --quick    # one seed, short, into results/quick/
+    python -m experiments.runs hints                 # all its seeds, then results/hints.json
+    python -m experiments.runs hints --quick         # one seed, short, into results/quick/
 
 A run is a command of train_rl.py with a seed, in runs/experiments/; experiments that hold the same
 command share it. A finished run is skipped and an interrupted one begins anew, so the same command

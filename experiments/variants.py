@@ -10,8 +10,13 @@ import zlib
 import train_rl
 from run import UserError, ending
 
+import torch
+
+import buffer
+import grpo
 import hints
 import toy
+import update
 from rows.clips import BadRow
 
 
@@ -41,10 +46,39 @@ def wrong_judge(row, steps, share=0.2, judge=toy.judge):
     return [1 - s if key % 1000 < 1000 * share else s for s, key in zip(scores, keys)]
 
 
+def newest(items, mean_reward, num_off):
+    """Of a stored prompt its latest completions, whatever they earned (RePO's recency)."""
+    return [item.entry for item in sorted(items, reverse=True)[:num_off]]
+
+
+def best(items, mean_reward, num_off):
+    """Of a stored prompt its best completions, the newest of equals (as ExGRPO's are right ones)."""
+    ranked = sorted(sorted(items, reverse=True), key=lambda item: -item.entry.reward)
+    return [item.entry for item in ranked[:num_off]]
+
+
+def learnability(items, mean_reward):
+    """A prompt's weight in the draw: p (1 - p), p the share of its stored completions that are right."""
+    right = [item.entry.reward_parts["acc"] == 1 for item in items]
+    p = sum(right) / len(right)
+    return p * (1 - p)
+
+
+def sequence_ratio(logprobs, old_logprobs, ref_logprobs, token_advantages, mask, *given):
+    """One ratio a completion, the geometric mean of its tokens' (GSPO-token): each token keeps its gradient."""
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).detach()
+    mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return grpo.grpo_loss(logprobs, logprobs.detach() - mean, ref_logprobs, token_advantages, mask, *given)
+
+
 VARIANTS = {
     "never-withdrawn": (hints, "HintSchedule", NeverWithdrawn),
     "by-rank": (hints, "HintSchedule", ByRank),
     "wrong-judge": (toy, "judge", wrong_judge),
+    "newest": (buffer, "_farthest", newest),
+    "best": (buffer, "_farthest", best),
+    "learnability": (buffer, "_usefulness", learnability),
+    "sequence-ratio": (update, "grpo_loss", sequence_ratio),
 }
 
 

@@ -16,6 +16,7 @@ from conftest import launch
 from experiments import curves, figures, runs, tasks, variants
 from run import metrics  # before torch
 
+import buffer
 import hints
 import train_rl
 
@@ -202,6 +203,32 @@ def test_a_judge_that_is_wrong_in_a_fifth_of_the_steps():
     assert scores == variants.wrong_judge(row, steps)  # always the same ones
     assert set(scores) == {0.0, 1.0} and 0.75 < sum(scores) / 500 < 0.85
     assert sum(variants.wrong_judge(row, ["nonsense"] * 500)) == pytest.approx(100, abs=25)
+
+
+def test_what_is_replayed_in_other_ways():
+    entry = lambda reward, step: buffer.Entry(  # noqa: E731
+        "q", torch.tensor([1]), torch.zeros(1), reward, {"acc": float(reward == 1)}, step, False
+    )
+    items = [buffer.Item(i, i, entry(reward, i)) for i, reward in enumerate([1, 0.2, 1, 0, 0])]
+    rewards_of = lambda entries: [e.reward for e in entries]  # noqa: E731
+    assert rewards_of(variants.newest(items, 0.5, 3)) == [0, 0, 1]
+    found = variants.best(items, 0.5, 3)
+    assert rewards_of(found) == [1, 1, pytest.approx(0.2)] and found[0].born_step == 2
+    assert variants.learnability(items, 0.5) == pytest.approx(0.4 * 0.6)
+    assert variants.learnability(items[3:], 0.5) == 0
+
+
+def test_a_ratio_of_the_whole_completion():
+    """Log-ratios .3 and -.1: each token's ratio is exp(.1); a pad takes no part."""
+    old = torch.tensor([[-1.0, -2.0, 7.0]])
+    logprobs = (old + torch.tensor([[0.3, -0.1, 5.0]])).requires_grad_()
+    mask, given = torch.tensor([[True, True, False]]), (torch.ones(1), 10.0, 0.0)
+    loss, info = variants.sequence_ratio(logprobs, old, None, torch.ones(1, 3), mask, *given)
+    ratio = math.exp(0.1)
+    assert loss.item() == pytest.approx(-ratio)
+    assert info["ratio_max"].item() == pytest.approx(ratio)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(grad, torch.tensor([[-ratio / 2, -ratio / 2, 0.0]]))
 
 
 @pytest.mark.parametrize("kind", ["plan", "middle"])
