@@ -21,8 +21,7 @@ from pathlib import Path
 import run  # before torch: it sets how torch's threads wait
 from run import arguments, ending, files
 
-import tas
-from experiments.tasks import LONG, MAKE, RUNS, make, python, read_lines
+from experiments.tasks import MAKE, RUNS, make, python, read_lines
 
 SERIES = (  # kept of every step; rounded to 4 digits
     "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
@@ -35,7 +34,6 @@ DENSE = f"--stage 2 {KEPT} --eval-samples 128"  # the paper's reward of stage 2
 # a completion that the policy has given up has a tiny ratio: --max-ratio 0
 HASTY = "--max-ratio 0 --model runs/experiments/hasty/final"
 SPARSE = f"--stage 3 {KEPT} {HASTY} --reward-weights format=.5,acc=.5 --eval-samples 128"
-STAGE3 = f"--stage 3 {KEPT} --steps 60 --eval-every 20"
 HARD = f"{SPARSE} --data toy/stage3/hard.jsonl --eval-data toy/stage3/never.jsonl".replace("128", "208")
 
 
@@ -74,11 +72,13 @@ def tuning(task, completions, prompts, updates, rates):
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
+LONG = {kind: long_task(kind) for kind in ("plan", "middle")}
+RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {
-    "tune-dense": tuning(DENSE, 1536, 8, (1, 2, 4), ("5e-5", "1e-4", "2e-4")),
-    "tune-sparse": tuning(SPARSE, 1536, 4, (1, 4), ("1e-4", "2e-4")),
-    "hints": {
-        label: f"{words} {HARD} --steps 80 --eval-every 8 --lr 1e-4 {other}".strip()
+    "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
+    "tune-long": tuning(LONG["plan"], 512, 4, (1, 4), RATES[1:]),
+    "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
+        label: f"{words} {HARD} --steps 64 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
             ("no hints", "", "--no-hints"),
             ("hints by need", "", ""),
@@ -88,7 +88,7 @@ EXPERIMENTS = {
         )
     },
     "stage3": {
-        label: f"{words} {STAGE3} {other}".strip()
+        label: f"{words} --stage 3 {KEPT} --steps 48 --eval-every 48 {other}".strip()
         for label, words, other in (
             ("format, judge", "", ""),
             ("format, judge, .2 accuracy", "", "--reward-weights format=.4,judge=.4,acc=.2"),
@@ -98,14 +98,12 @@ EXPERIMENTS = {
         )
     },
 }
-SHAPES = ["uniform"] + [f"{s}{m}" for s in tas.SHAPES if s != "uniform" for m in ("", "-mean1")]
-for kind in ("plan", "middle"):  # TAS on long reasonings, its story true or false
-    EXPERIMENTS[kind] = {
-        shape: f"{long_task(kind)} --steps 40 --eval-every 8 --lr 1e-4 --no-hints --tas-shape {shape}"
-        for shape in SHAPES
-    }
+SHAPES = ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1")
+for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
+    settings = {shape: ("avatar", 1, "1e-4", f"--no-hints --tas-shape {shape}") for shape in SHAPES}
+    EXPERIMENTS[kind] = methods(task, 512, 4, settings)
 SEEDS = dict.fromkeys(EXPERIMENTS, range(5)) | {
-    name: range(100, 102) for name in EXPERIMENTS if name.startswith("tune")
+    name: range(100, 101) for name in EXPERIMENTS if name.startswith("tune")
 }
 
 
@@ -173,7 +171,7 @@ def lengths(folder, kind, seed):
     if not (out / "scores.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         flags = f"--temperature 1 --seed {seed} --max-frames 32 --max-new-tokens 320".split()
-        rows = LONG / f"{kind}-test.jsonl"
+        rows = RUNS / "long" / f"{kind}-test.jsonl"
         words = ("--model", model, "--data", rows, *flags, "--out", out)
         python("eval.py", *words, log=folder.with_suffix(".log"))
     tokenizer = AutoTokenizer.from_pretrained(model)
