@@ -76,7 +76,7 @@ LONG = {kind: long_task(kind) for kind in ("plan", "middle")}
 RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
-    "tune-long": tuning(LONG["plan"], 512, 4, (1, 4), RATES[1:]),
+    "tune-long": tuning(LONG["plan"], 512, 4, (1, 4), RATES[:2]),
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
