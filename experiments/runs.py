@@ -41,22 +41,22 @@ def long_task(kind):
     rows = f"--data runs/experiments/long/{kind}.jsonl --eval-data runs/experiments/long/{kind}-test.jsonl"
     return (
         f"--stage 1 {KEPT} --model runs/experiments/long/sft/final {rows} --max-frames 32 "
-        "--max-new-tokens 320 --prompts-per-step 4 --eval-samples 128"
+        "--max-new-tokens 320 --eval-samples 128"
     )
 
 
-def budget(completions, num_on, prompts, evaluations=8):
+def budget(completions, num_on, prompts, evaluations):
     """Steps, and steps between evaluations, for about so many completions."""
     first = prompts * (8 - num_on)  # the first step has nothing to replay
     every = max(1, round((completions - first) / (num_on * prompts) / evaluations))
     return f"--steps {every * evaluations} --eval-every {every}"
 
 
-def methods(task, completions, prompts, settings):
+def methods(task, completions, prompts, settings, evaluations=8):
     """label -> flags; settings: label -> (algorithm, updates a rollout, learning rate, other flags)."""
     made = {}
     for label, (algo, updates, lr, other) in settings.items():
-        words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts)}"
+        words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts, evaluations)}"
         words += f" --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}" * (prompts != 8)
         made[label] = f"{words} --lr {lr} --updates-per-rollout {updates} {other}".strip()
     return made
@@ -94,14 +94,13 @@ EXPERIMENTS = {
             ("format, judge, .2 accuracy", "", "--reward-weights format=.4,judge=.4,acc=.2"),
             ("judge wrong in 20 %", "wrong-judge", ""),
             ("the same, .2 accuracy", "wrong-judge", "--reward-weights format=.4,judge=.4,acc=.2"),
-            ("format, accuracy", "", "--reward-weights format=.5,acc=.5"),
         )
     },
 }
 SHAPES = ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1")
 for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
-    settings = {shape: ("avatar", 1, "1e-4", f"--no-hints --tas-shape {shape}") for shape in SHAPES}
-    EXPERIMENTS[kind] = methods(task, 512, 4, settings)
+    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES}
+    EXPERIMENTS[kind] = methods(task.replace("128", "256"), 512, 4, settings, evaluations=4)
 SEEDS = dict.fromkeys(EXPERIMENTS, range(5)) | {
     name: range(100, 101) for name in EXPERIMENTS if name.startswith("tune")
 }
