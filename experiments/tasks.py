@@ -4,7 +4,7 @@ runs/experiments, by the first run that names it.
 
     hasty    a model that answers without looking: nearly all its groups are all wrong
     hard     64 rows of stage 3. A fifth of them that model never solves: 0 of 256 completions; with
-             their hint it does. hard/never.jsonl holds only these
+             their hint it does best. never.jsonl holds only these
     long     a model for clips of 12 to 16 seconds, whose reasonings have 130 to 200 tokens
     plan     its rows whose reasoning is decided in its first line and in its last
     middle   its rows whose reasoning is decided in its middle
@@ -82,7 +82,10 @@ def hasty():
 
 
 def hard():
-    """Stage-3 rows, sampled from the hasty start: NEVER that it solves only with a hint, and others."""
+    """
+    Stage-3 rows, sampled from the hasty start: of those that it never solves the NEVER that a hint helps
+    most, and others. Where the hint does not help either, no schedule of hints could be told from another.
+    """
     make("hasty")
     python("toy.py", "--stages", 3, log=RUNS / "hard.log")
     folder = run.HERE / "toy/stage3"
@@ -90,9 +93,10 @@ def hard():
     solved = solved_counts(RUNS / "hasty/final", folder, rows, SAMPLES)
     candidates = [row for row, count in zip(rows, solved) if count == 0]
     helped = solved_counts(RUNS / "hasty/final", folder, candidates, SAMPLES, with_hint=True)
-    never = [row for row, count in zip(candidates, helped) if count][:NEVER]
-    if len(never) < NEVER:
-        raise run.UserError(f"only {len(never)} rows are never solved without a hint, {NEVER} wanted")
+    best = sorted(range(len(candidates)), key=lambda i: -helped[i])[:NEVER]
+    if len(best) < NEVER or not helped[best[-1]]:
+        raise run.UserError(f"fewer than {NEVER} rows are solved with a hint and never without")
+    never = [candidates[i] for i in best]
     others = [row for row, count in zip(rows, solved) if count][: ROWS - NEVER]
     mixed = [(never + others)[i] for i in np.random.default_rng(0).permutation(ROWS)]
     write_lines(folder / "never.jsonl", never)
