@@ -74,9 +74,22 @@ def tuning(task, completions, prompts, updates, rates):
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
 LONG = {kind: long_task(kind) for kind in ("plan", "middle")}
 RATES = ("5e-5", "1e-4", "2e-4")
-EXPERIMENTS = {
+EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(LONG["plan"], 512, 4, (1, 4), RATES[:2]),
+    "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
+        "GRPO": ("grpo", 1, "2e-4", ""),
+        "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
+        "AVATAR": ("avatar", 1, "1e-4", ""),
+        "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
+        "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
+    }),
+    "long": methods(LONG["plan"], 512, 4, {  # the same of tune-long
+        "GRPO": ("grpo", 1, "5e-5", ""),
+        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+        "AVATAR": ("avatar", 1, "5e-5", "--no-hints"),
+        "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints"),
+    }),
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
