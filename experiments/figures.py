@@ -27,15 +27,18 @@ matplotlib.use("Agg")
 
 HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
-COLOR = {"AVATAR": BLUE, "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
+COLOR = {"AVATAR": BLUE, "AVATAR, 4 updates": "#0b2f5a", "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
 
 LENGTH_EDGES = [0, 130, 150, 170]  # tokens; the paper's 1, 201, 401, 601
 
 # name of the results file -> title
 EFFICIENCY = {
     "dense": "Completions and seconds, short reasonings",
-    "sparse": "Completions and seconds, rewards sparse",
     "long": "Completions and seconds, long reasonings",
+}
+TUNING = {
+    "tune-dense": "What was tried, short reasonings",
+    "tune-long": "What was tried, long reasonings",
 }
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
@@ -133,7 +136,7 @@ def plot_efficiency(result, path):
         width = min(9, len(y))
         smooth = np.convolve(y, np.ones(width) / width, "valid")
         right.plot(x[width - 1 :], smooth, color=line.get_color(), label=label)
-    if {"GRPO", "AVATAR"} <= set(runs):
+    if {"GRPO", "AVATAR"} <= set(runs):  # an experiment that is read by targets
         for target in targets_of(*map(curves_of, runs.values()))[2]:
             left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
     left.set(xlabel="completions generated", ylabel="held-out accuracy")
@@ -146,7 +149,8 @@ def efficiency_table(result):
     """The ratios to AVATAR at each target, in completions and in seconds, as Markdown lines."""
     runs = by_label(result)
     start, best, targets = targets_of(*map(curves_of, runs.values()))
-    yield f"Start {start:.3f}, best {best:.3f}, {len(runs['AVATAR'])} seeds; ratio: to AVATAR."
+    base = [label for label in runs if label.startswith("AVATAR")][-1]
+    yield f"Start {start:.3f}, best {best:.3f}, {len(runs[base])} seeds; ratio: to {base}."
     yield ""
     yield "| target | | completions | ratio | 95 % interval | seconds | ratio | 95 % interval |"
     yield "|---" * 8 + "|"
@@ -154,10 +158,10 @@ def efficiency_table(result):
         for label, found in runs.items():
             cells = [f"{fraction:.0%}: {target:.3f}", label]
             for kind in ("accuracy", "clock"):
-                slow, fast = ([one[kind] for one in r] for r in (found, runs["AVATAR"]))
+                slow, fast = ([one[kind] for one in r] for r in (found, runs[base]))
                 cells.append(number(completions_to(mean_curve(slow), target), 0, "never"))
                 ratio, low, high = (number(v, 1, "∞") for v in ratio_at(slow, fast, target))
-                cells += ["–", "–"] if label == "AVATAR" else [ratio, f"{low} – {high}"]
+                cells += ["–", "–"] if label == base else [ratio, f"{low} – {high}"]
             yield f"| {' | '.join(cells)} |"
     yield ""
     yield "| | seeds | end | std of advantages | exact zeros |"
@@ -188,6 +192,17 @@ def ablation_table(result, reference):
         zero = share(found, "advantage_zero_frac")
         mean = np.mean(list(areas.values()))
         yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
+
+
+def tuning_table(result):
+    """Every setting that was tried, one seed each: a direction, no measurement."""
+    runs = by_label(result)
+    end = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
+    yield "| | area | end |"
+    yield "|---|---|---|"
+    for label, found in runs.items():
+        areas, ends = ([f(one["accuracy"], end) for one in found] for f in (area, late))
+        yield f"| {label} | {np.mean(areas):.3f} | {np.mean(ends):.3f} |"
 
 
 def hints_table(result):
@@ -291,6 +306,8 @@ def write_all(folder):
 
     for name, title in EFFICIENCY.items():
         section(name, title, partial(efficiency, name))
+    for name, title in TUNING.items():
+        section(name, title, tuning_table)
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
     (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -33,8 +33,10 @@ KEPT = "--save-every 0"
 DENSE = f"--stage 2 {KEPT} --eval-samples 128"  # the paper's reward of stage 2
 # a completion that the policy has given up has a tiny ratio: --max-ratio 0
 HASTY = "--max-ratio 0 --model runs/experiments/hasty/final"
-SPARSE = f"--stage 3 {KEPT} {HASTY} --reward-weights format=.5,acc=.5 --eval-samples 128"
-HARD = f"{SPARSE} --data toy/stage3/hard.jsonl --eval-data toy/stage3/never.jsonl".replace("128", "208")
+HARD = (
+    f"--stage 3 {KEPT} {HASTY} --reward-weights format=.5,acc=.5 --eval-samples 208 "
+    "--data toy/stage3/hard.jsonl --eval-data toy/stage3/never.jsonl"
+)
 
 
 def long_task(kind):
@@ -80,7 +82,7 @@ EXPERIMENTS = {  # tuned on seed 100
     "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
         "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
-        "AVATAR": ("avatar", 1, "1e-4", ""),
+        "AVATAR": ("avatar", 1, "2e-4", ""),
         "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
         "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
     }),
