@@ -34,13 +34,9 @@ KERNEL = "flash"
 
 def choose(name, device, dtype):
     """
-    -> which kernel is used from here on, "flash" or "sdpa"
-
-    auto      flash; on a GPU in float32, for which it has no kernel there, sdpa
-    flash     torch's own: FlashAttention-2 on a GPU
-    fa3, fa4  a newer one in its place, where its package is installed and the GPU can run it
-    sdpa      plain products, on any device in any dtype: slow, for comparison
-    raises    ImportError, RuntimeError    it cannot be had
+    -> which kernel is used from here on: "flash", torch's own (FlashAttention-2 on a GPU) or with fa3 or
+    fa4 a newer one in its place; or "sdpa", slow plain products on any device in any dtype. auto: flash,
+    but sdpa on a GPU in float32, for which flash has no kernel there.  raises: ImportError, RuntimeError
     """
     global KERNEL
     no_kernel = device.type == "cuda" and dtype == torch.float32
@@ -174,11 +170,10 @@ def flash_token(counts, q, k, v, ends, longest, scale, used=None):
     return out.view(q.shape), lse.T.reshape(q.shape[:3])
 
 
-def padded(x, sizes):
-    """(sum of sizes, ...) -> (len(sizes), longest, ...), without a copy where all are as long."""
-    if min(sizes) == max(sizes):
-        return x.unflatten(0, (len(sizes), -1))
-    return pad_sequence(x.split(sizes), True)
+def beyond(lengths, room):
+    """A bias (n, 1, 1, room) of -inf beyond each of the lengths (n,), for kernels that read all the room."""
+    unused = torch.arange(room, device=lengths.device) >= lengths[:, None]
+    return torch.where(unused, -torch.inf, 0.0)[:, None, None]
 
 
 class DecodeAttention:
@@ -196,34 +191,21 @@ class DecodeAttention:
 
     def __init__(self, prompt_kv, sizes, own_kv, used, longest):
         self.prompt_kv, self.own_kv, self.used, self.longest = prompt_kv, own_kv, used, longest
-        self.place_prompts(sizes)
-        self.place_own()
+        self.packed = used.is_cuda and KERNEL == "flash"  # else padded: one call for all prompts
+        if not self.packed:
+            for layer, pair in prompt_kv.items():
+                prompt_kv[layer] = tuple(pad_sequence(x.split(sizes), True) for x in pair)
+        self.place(sizes)
 
-    def place_prompts(self, sizes):
-        """What attend needs to know of prompts, made once for many tokens."""
-        self.prompts = Spans(sizes, self.used.device)
-        if self.used.is_cuda and KERNEL == "flash":
-            return
-        lengths = self.prompts.ends.diff()[:, None]
-        unused = torch.arange(self.prompts.longest, device=lengths.device) >= lengths
-        self.prompt_bias = torch.zeros(unused.shape, device=unused.device)
-        self.prompt_bias = self.prompt_bias.masked_fill_(unused, -torch.inf)[:, None, None]
-        self.padded = {  # layer -> k, v (B, K, longest P, E): one call for all is worth the padding
-            layer: [padded(x, sizes).transpose(1, 2) for x in kv]
-            for layer, kv in self.prompt_kv.items()
-        }
-
-    def place_own(self):
-        """The same of what completions have; again when the room grows."""
-        device, self.new = self.used.device, True
-        self.room = next(iter(self.own_kv.values()))[0].shape[1]
-        self.group_size = len(self.used) // len(self.prompts.sizes)
+    def place(self, sizes):
+        """What attend needs to know of shapes, made once for many tokens."""
+        device, self.group_size, self.new = self.used.device, len(self.used) // len(sizes), True
+        self.prompts, self.room = Spans(sizes, device), next(iter(self.own_kv.values()))[0].shape[1]
         self.rows = torch.arange(len(self.used), device=device)
         self.counts = torch.arange(len(self.used) + 1, dtype=torch.int32, device=device)
         self.own_ends = self.counts * self.room
-        unused = torch.arange(self.room, device=device) >= self.used[:, None]
-        self.bias = torch.zeros(unused.shape, device=device).masked_fill_(unused, -torch.inf)
-        self.bias = self.bias[:, None, None]  # (B G, 1, 1, room), for kernels that read all the room
+        self.bias = beyond(self.used, self.room)
+        self.prompt_bias = beyond(self.prompts.ends.diff(), self.prompts.longest)
 
     def next_token(self):
         """To be called before each token. -> True if the tensors are not those of the last one."""
@@ -231,7 +213,7 @@ class DecodeAttention:
             more = max(self.room, GPU_ROOM) if self.used.is_cuda else ROOM  # a GPU records slowly
             for layer, pair in self.own_kv.items():  # one at a time: twice all may not fit
                 self.own_kv[layer] = tuple(F.pad(x, (0, 0, 0, 0, 0, more)) for x in pair)
-            self.place_own()
+            self.place(self.prompts.sizes)
         self.longest += 1
         self.used += 1
         self.bias[self.rows, 0, 0, self.used.long() - 1] = 0
@@ -255,24 +237,25 @@ class DecodeAttention:
         else:
             kv = (x.transpose(1, 2) for x in (own_k, own_v))
             own, own_lse = of_one(of_own, *kv, scaling, bias=self.bias.to(q))
-            part, lse = of_one(of_prompt, *self.padded[layer], scaling, bias=self.prompt_bias.to(q))
+            kv = (x.transpose(1, 2) for x in self.prompt_kv[layer])
+            part, lse = of_one(of_prompt, *kv, scaling, bias=self.prompt_bias.to(q))
         part, lse = (x.unflatten(2, (self.group_size, -1)).transpose(1, 2) for x in (part, lse))
         share = (own_lse.view(lse.shape) - lse).sigmoid()[..., None].to(own)
         return part.lerp(own.view(part.shape), share).reshape(len(own_k), 1, -1, width)
 
     def keep(self, prompts, rows):
         """Only these prompts (indices, ascending) and rows (indices, as many of each prompt) go on."""
-        chosen, sizes = prompts.tolist(), self.prompts.sizes
-        if len(chosen) < len(sizes):
-            self.padded = None
+        chosen, old = prompts.tolist(), self.prompts.sizes
+        sizes = [old[b] for b in chosen]
+        if len(sizes) < len(old):
+            join = lambda x: torch.cat([x.split(old)[b] for b in chosen])  # noqa: E731
+            take = join if self.packed else lambda x: x[prompts, : max(sizes)]
             for layer, pair in self.prompt_kv.items():  # one at a time: twice all may not fit
-                pieces = [x.split(sizes) for x in pair]
-                self.prompt_kv[layer] = tuple(torch.cat([p[b] for b in chosen]) for p in pieces)
-            self.place_prompts([sizes[b] for b in chosen])
+                self.prompt_kv[layer] = tuple(map(take, pair))
         for layer, pair in self.own_kv.items():
             self.own_kv[layer] = tuple(x[rows] for x in pair)
         self.used = self.used[rows]
-        self.place_own()
+        self.place(sizes)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):

@@ -105,9 +105,7 @@ class Policy(nn.Module):
                 where = ids == getattr(self.thinker.config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds, non_blocking=True) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
-                num_places = int(where.sum())
-                told = f"{modality}: {num_places} placeholders, {len(found)} features"
-                assert num_places == len(found), told
+                assert (n := int(where.sum())) == len(found), f"{modality}: {n} placeholders of {len(found)}"
                 embeds = embeds.masked_scatter(where[:, None], found)
         return embeds.split([len(p.input_ids) for p in prompts])
 

@@ -53,11 +53,10 @@ def inputs(processor, config, text, clip, name):
     position_ids, _ = index.get_rope_index(
         input_ids,
         **{key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")},
-        attention_mask=torch.ones_like(input_ids),
-        use_audio_in_video=clip.use_audio,
-        audio_seqlens=mel_lengths,
+        attention_mask=torch.ones_like(input_ids), audio_seqlens=mel_lengths,
         second_per_grids=None if seconds is None else torch.as_tensor(seconds),
-    )
+        use_audio_in_video=clip.use_audio,
+    )  # fmt: skip
     return input_ids[0], position_ids[:, 0].clone(), media
 
 
@@ -88,8 +87,7 @@ def encode(core, prompts, device, train_towers):
         lengths = torch.cat([o["audio"]["lengths"] for o in heard])
         mels = torch.cat([o["audio"]["mel"] for o in heard], dim=1).to(device)
         after_conv, sizes = core.audio_tower._get_feat_extract_output_lengths(lengths)
-        given = dict(feature_lens=lengths.to(device), aftercnn_lens=after_conv.to(device))
-        sound = core.audio_tower(mels, **given)
+        sound = core.audio_tower(mels, lengths.to(device), after_conv.to(device))
         pieces = list(sound.last_hidden_state.split(sizes.tolist()))
         for o in heard:
             o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])

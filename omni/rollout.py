@@ -191,22 +191,17 @@ def compact(alive):
 
 def sample(logits, temperature, noise):
     """logits (n, V), noise (n,) in [0, 1) -> token (n,), its log-prob (n,); inverse of the CDF."""
-    logits = logits if temperature in (0, 1) else logits / temperature
-    logprobs = logits.log_softmax(-1)
+    logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
         # in two levels: only the sums of pieces need float64, where float32 would lose the tail
-        weights = logprobs.exp()
-        if missing := -weights.shape[1] % PIECE:
-            weights = F.pad(weights, (0, missing))
-        pieces = weights.unflatten(1, (-1, PIECE))
+        pieces = F.pad(logprobs.exp(), (0, -logits.shape[1] % PIECE)).unflatten(1, (-1, PIECE))
         cdf = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, V / PIECE)
         aim = noise[:, None] * cdf[:, -1:]
         piece = torch.searchsorted(cdf, aim, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
         aim = aim - F.pad(cdf, (1, 0)).gather(1, piece)
-        rows = torch.arange(len(pieces), device=pieces.device)
-        cdf = pieces[rows, piece[:, 0]].double().cumsum(-1)
+        cdf = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0].double().cumsum(-1)
         # at most the last token that is not impossible: sums of other orders differ by rounding
         within = torch.searchsorted(cdf, aim.clamp(max=cdf[:, -1:] * (1 - 1e-12)), right=True)
         token = (piece * PIECE + within)[:, 0]
