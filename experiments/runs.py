@@ -85,13 +85,7 @@ EXPERIMENTS = {  # tuned on seed 100
         "AVATAR": ("avatar", 1, "2e-4", ""),
         "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
         "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
-    }),
-    "long": methods(LONG["plan"], 512, 4, {  # the same of tune-long
-        "GRPO": ("grpo", 1, "5e-5", ""),
-        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-        "AVATAR": ("avatar", 1, "5e-5", "--no-hints"),
-        "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints"),
-    }),
+    }),  # fmt: skip
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
@@ -116,6 +110,12 @@ SHAPES = ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1")
 for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES}
     EXPERIMENTS[kind] = methods(task.replace("128", "256"), 512, 4, settings, evaluations=4)
+LARGE = LONG["plan"].replace("128", "256")
+EXPERIMENTS["long"] = methods(LARGE, 512, 4, {  # each at its best rate of tune-long
+    "GRPO": ("grpo", 1, "5e-5", ""),
+    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+    "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of "plan"
+}, evaluations=4)  # fmt: skip
 SEEDS = dict.fromkeys(EXPERIMENTS, range(5)) | {
     name: range(100, 101) for name in EXPERIMENTS if name.startswith("tune")
 }
