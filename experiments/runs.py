@@ -106,9 +106,12 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
 }
-SHAPES = ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1")
+SHAPES = {
+    "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
+    "middle": ("uniform", "parabolic", "inverse-mean1"),
+}
 for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
-    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES}
+    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES[kind]}
     EXPERIMENTS[kind] = methods(task.replace("128", "256"), 512, 4, settings, evaluations=4)
 LARGE = LONG["plan"].replace("128", "256")
 EXPERIMENTS["long"] = methods(LARGE, 512, 4, {  # each at its best rate of tune-long
