@@ -102,13 +102,12 @@ EXPERIMENTS = {  # tuned on seed 100
             ("format, judge", "", ""),
             ("format, judge, .2 accuracy", "", "--reward-weights format=.4,judge=.4,acc=.2"),
             ("judge wrong in 20 %", "wrong-judge", ""),
-            ("the same, .2 accuracy", "wrong-judge", "--reward-weights format=.4,judge=.4,acc=.2"),
         )
     },
 }
 SHAPES = {
     "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
-    "middle": ("uniform", "parabolic", "inverse-mean1"),
+    "middle": ("uniform", "parabolic"),
 }
 for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES[kind]}
