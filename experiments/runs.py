@@ -107,7 +107,7 @@ EXPERIMENTS = {  # tuned on seed 100
 }
 SHAPES = {
     "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
-    "middle": ("uniform", "parabolic"),
+    "middle": ("uniform", "parabolic", "inverse-mean1"),
 }
 for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES[kind]}
