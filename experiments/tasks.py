@@ -5,7 +5,7 @@ runs/experiments, by the first run that names it.
     hasty    a model that answers without looking: nearly all its groups are all wrong
     hard     64 rows of stage 3. A fifth of them that model never solves: 0 of 256 completions; with
              their hint it does best. never.jsonl holds only these
-    long     a model for clips of 12 to 16 seconds, whose reasonings have 130 to 200 tokens
+    long     a model for clips of 12 to 16 seconds, whose reasonings have about 150 tokens
     plan     its rows whose reasoning is decided in its first line and in its last
     middle   its rows whose reasoning is decided in its middle
 """
