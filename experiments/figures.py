@@ -173,25 +173,28 @@ def efficiency_table(result):
 
 
 def ablation_table(result, reference):
-    """Accuracy of each label at equal completions, and the paired difference to the reference."""
+    """Of each label the last evaluation and the area at equal completions, and paired differences."""
     runs = by_label(result)
-    end = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
-    yield f"At {end:.0f} completions; area: mean accuracy on the way there."
+    stop = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
+    values = {
+        label: {one["seed"]: (one["accuracy"][-1][1], area(one["accuracy"], stop)) for one in found}
+        for label, found in runs.items()
+    }
+    yield f"To {stop:.0f} completions; end: the last evaluation, area: mean accuracy on the way there."
     yield ""
-    yield f"| | seeds | accuracy | area | area minus {reference} | 95 % interval | exact zeros |"
-    yield "|---|---|---|---|---|---|---|"
-    base = {one["seed"]: area(one["accuracy"], end) for one in runs.get(reference, [])}
-    for label, found in runs.items():
-        last = np.mean([late(one["accuracy"], end) for one in found])
-        areas = {one["seed"]: area(one["accuracy"], end) for one in found}
-        gain = np.array([areas[seed] - base[seed] for seed in areas if seed in base])
-        told = "– | –"
-        if label != reference and len(gain):
+    heads = [f"{name} | minus {reference} | 95 % interval" for name in ("end", "area")]
+    yield f"| | seeds | {' | '.join(heads)} | exact zeros |"
+    yield "|---" * 9 + "|"
+    base = values.get(reference, {})
+    for label, of_seed in values.items():
+        cells = [label, str(len(of_seed))]
+        for i in (0, 1):
+            cells.append(f"{np.mean([v[i] for v in of_seed.values()]):.3f}")
+            gain = np.array([of_seed[seed][i] - base[seed][i] for seed in of_seed if seed in base])
             low, high = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
-            told = f"{gain.mean():+.3f} | " + f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")
-        zero = share(found, "advantage_zero_frac")
-        mean = np.mean(list(areas.values()))
-        yield f"| {label} | {len(found)} | {last:.3f} | {mean:.3f} | {told} | {zero:.1%} |"
+            told = [f"{gain.mean():+.3f}", f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")]
+            cells += told if label != reference and len(gain) else ["–", "–"]
+        yield f"| {' | '.join(cells)} | {share(runs[label], 'advantage_zero_frac'):.1%} |"
 
 
 def tuning_table(result):
@@ -210,7 +213,7 @@ def hints_table(result):
     yield "| | solved at the end | 95 % interval | hints entered | withdrawn | with a hint |"
     yield "|---|---|---|---|---|---|"
     for label, found in by_label(result).items():
-        ends = np.array([late(one["accuracy"], one["accuracy"][-1][0]) for one in found])
+        ends = np.array([one["accuracy"][-1][1] for one in found])
         low, high = bootstrap(len(ends), lambda pick: ends[pick].mean())  # noqa: B023
         last = [np.mean([one["series"][f"hints/{k}"][-1] for one in found]) for k in ("entered", "withdrawn")]
         told = " | ".join(f"{n:.1f}" for n in last) + f" | {share(found, 'hints/frac'):.0%}"
