@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
         "train_rl.py --buffer-size 9", "train_rl.py --max-frames 3", "train_rl.py --max-audio-seconds -1",
         "toy.py --num-train -3",
         "eval.py --max-new-tokens 0", "eval.py --temperature -1", "eval.py --batch-size 0",
-        "experiments/runs.py efficiency --seeds -1", "experiments/figures.py --results README.md",
+        "experiments/runs.py hints --seeds -1", "experiments/figures.py --results README.md",
     ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_one_line(command, tmp_path):
