@@ -39,11 +39,11 @@ HARD = (
 )
 
 
-def long_task(kind):
+def long_task(kind, samples):
     rows = f"--data runs/experiments/long/{kind}.jsonl --eval-data runs/experiments/long/{kind}-test.jsonl"
     return (
         f"--stage 1 {KEPT} --model runs/experiments/long/sft/final {rows} --max-frames 32 "
-        "--max-new-tokens 320 --eval-samples 128"
+        f"--max-new-tokens 320 --eval-samples {samples}"
     )
 
 
@@ -59,7 +59,7 @@ def methods(task, completions, prompts, settings, evaluations=8):
     made = {}
     for label, (algo, updates, lr, other) in settings.items():
         words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts, evaluations)}"
-        words += f" --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}" * (prompts != 8)
+        words += " --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}" * (prompts != 8)
         made[label] = f"{words} --lr {lr} --updates-per-rollout {updates} {other}".strip()
     return made
 
@@ -74,11 +74,10 @@ def tuning(task, completions, prompts, updates, rates):
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
-LONG = {kind: long_task(kind) for kind in ("plan", "middle")}
 RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
-    "tune-long": tuning(LONG["plan"], 512, 4, (1, 4), RATES[:2]),
+    "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
     "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
         "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
@@ -109,11 +108,10 @@ SHAPES = {
     "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
     "middle": ("uniform", "parabolic", "inverse-mean1"),
 }
-for kind, task in LONG.items():  # TAS on long reasonings, its story true or false
-    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES[kind]}
-    EXPERIMENTS[kind] = methods(task.replace("128", "256"), 512, 4, settings, evaluations=4)
-LARGE = LONG["plan"].replace("128", "256")
-EXPERIMENTS["long"] = methods(LARGE, 512, 4, {  # each at its best rate of tune-long
+for kind, shapes in SHAPES.items():  # TAS on long reasonings, its story true or false
+    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
+    EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
+EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
     "GRPO": ("grpo", 1, "5e-5", ""),
     "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
     "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of "plan"
