@@ -201,7 +201,7 @@ def tuning_table(result):
     """Every setting that was tried, one seed each: a direction, no measurement."""
     runs = by_label(result)
     end = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
-    yield "| | area | end |"
+    yield "| | area | last quarter |"
     yield "|---|---|---|"
     for label, found in runs.items():
         areas, ends = ([f(one["accuracy"], end) for one in found] for f in (area, late))

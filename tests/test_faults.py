@@ -125,16 +125,17 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, moment
     assert same_end(whole, out)
 
 
-def test_a_killed_stage_0_ends_as_if_nothing_had_happened(toy_dir, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_stage_0_ends_as_if_nothing_had_happened(toy_dir, tmp_path, processes):
     whole, out = tmp_path / "whole", tmp_path / "run"
     flags = lambda out: sft_flags(toy_dir, out, "--save-every", 1, "--keep", 9)  # noqa: E731
-    assert start(*flags(whole), processes=2).wait() == 0
-    process = start(*flags(out), processes=2)
+    assert start(*flags(whole), processes=processes).wait() == 0
+    process = start(*flags(out), processes=processes)
     wait_for(process, lambda: (out / "checkpoints" / "step-000001").exists())
     for pid in (process.pid, *children(process)):
         os.kill(pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (out / "final").exists()
-    assert start(*flags(out), "--resume", processes=2).wait() == 0
+    assert start(*flags(out), "--resume", processes=processes).wait() == 0
     # not `same_end`: torch makes an empty optimizer state on loading for a weight that nobody uses
     assert same_weights(whole, out)
     assert without_times(read_metrics(whole)) == without_times(read_metrics(out))
