@@ -21,7 +21,7 @@ from pathlib import Path
 import run  # before torch: it sets how torch's threads wait
 from run import arguments, ending, files
 
-from experiments.tasks import MAKE, RUNS, make, python, read_lines
+from experiments.tasks import LONG, MAKE, RUNS, make, python, read_lines
 
 SERIES = (  # kept of every step; rounded to 4 digits
     "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
@@ -185,7 +185,7 @@ def lengths(folder, kind, seed):
     if not (out / "scores.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         flags = f"--temperature 1 --seed {seed} --max-frames 32 --max-new-tokens 320".split()
-        rows = RUNS / "long" / f"{kind}-test.jsonl"
+        rows = LONG / f"{kind}-test.jsonl"
         words = ("--model", model, "--data", rows, *flags, "--out", out)
         python("eval.py", *words, log=folder.with_suffix(".log"))
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from rows.synthetic import COLORS, describe, random_seconds, write_clip
 
 RUNS = run.HERE / "runs" / "experiments"
+STAGE3, LONG = run.HERE / "toy/stage3", RUNS / "long"  # where rows lie beside their clips
 SECONDS = (12, 16)  # of a long clip, at least and at most
 NEVER, ROWS = 13, 64  # hard rows that are never solved, and all
 SAMPLES = 256  # completions in which a row that is never solved is not solved
@@ -88,19 +89,18 @@ def hard():
     """
     make("hasty")
     python("toy.py", "--stages", 3, log=RUNS / "hard.log")
-    folder = run.HERE / "toy/stage3"
-    rows = read_lines(folder / "train.jsonl") + read_lines(folder / "test.jsonl")
-    solved = solved_counts(RUNS / "hasty/final", folder, rows, SAMPLES)
+    rows = read_lines(STAGE3 / "train.jsonl") + read_lines(STAGE3 / "test.jsonl")
+    solved = solved_counts(RUNS / "hasty/final", STAGE3, rows, SAMPLES)
     candidates = [row for row, count in zip(rows, solved) if count == 0]
-    helped = solved_counts(RUNS / "hasty/final", folder, candidates, SAMPLES, with_hint=True)
+    helped = solved_counts(RUNS / "hasty/final", STAGE3, candidates, SAMPLES, with_hint=True)
     best = sorted(range(len(candidates)), key=lambda i: -helped[i])[:NEVER]
     if len(best) < NEVER or not helped[best[-1]]:
         raise run.UserError(f"fewer than {NEVER} rows are solved with a hint and never without")
     never = [candidates[i] for i in best]
     others = [row for row, count in zip(rows, solved) if count][: ROWS - NEVER]
     mixed = [(never + others)[i] for i in np.random.default_rng(0).permutation(ROWS)]
-    write_lines(folder / "never.jsonl", never)
-    write_lines(folder / "hard.jsonl", mixed)
+    write_lines(STAGE3 / "never.jsonl", never)
+    write_lines(STAGE3 / "hard.jsonl", mixed)
     told = dict(candidates=len(candidates), of=len(rows), with_hint=sorted(helped), plain=sorted(solved))
     files.write_text(RUNS / "hard.json", json.dumps(told))
 
@@ -108,7 +108,6 @@ def hard():
 def solved_counts(start, folder, rows, samples, with_hint=False):
     """-> of each row, how many of `samples` completions at temperature 1 are right."""
     import rewards
-    import toy
     from omni import model
     from rows import data, limits
     from train_rl import parse_args
@@ -118,11 +117,12 @@ def solved_counts(start, folder, rows, samples, with_hint=False):
     policy, _ = model.open_policies(str(start), args, torch.device("cpu"), with_reference=False)
     counts = []
     for i, row in enumerate(tqdm(rows, desc="rows sampled", disable=None)):
-        prompt = build(data.normalize_row(row), row["hint"] if with_hint else None)
-        sampling = (1.0, toy.OVERRIDES["rl"]["max_new_tokens"], build.eos_ids)
-        (group,) = model.rollout(policy, [prompt], [samples], *sampling, [processes.seed(7, 0, i)])
-        truth = (row["answer"], row["answer_type"])
-        right = [rewards.accuracy_reward(rewards.parse_answer(t), *truth) == 1 for t in build.texts(group)]
+        row = data.normalize_row(row)
+        prompt = build(row, row["hint"] if with_hint else None)
+        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, [processes.seed(7, 0, i)])
+        (group,) = model.rollout(policy, [prompt], [samples], *sampling)
+        answers = map(rewards.parse_answer, build.texts(group))
+        right = [rewards.accuracy_reward(answer, *data.truth(row)) == 1 for answer in answers]
         counts.append(sum(right))
     return counts
 
@@ -167,11 +167,11 @@ def long_row(rng, kind, name, with_reasoning):
 
 def long_rows(kind, split, count, seed):
     """Writes the rows of a kind and their clips, without reasonings but for the split "sft"."""
-    folder, rng, rows = RUNS / "long", np.random.default_rng([seed, len(kind)]), []
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng([seed, len(kind)]), []
+    (LONG / "clips").mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(count), desc=f"{kind} {split} clips", disable=None, leave=False):
         row, seconds = long_row(rng, kind, f"{split}-{i:04d}", split == "sft")
-        write_clip(folder / row["video"], seconds, rng)
+        write_clip(LONG / row["video"], seconds, rng)
         rows.append(row)
     return rows
 
@@ -179,20 +179,19 @@ def long_rows(kind, split, count, seed):
 def long():
     """The cold start of both kinds, from the toy's."""
     rows = [row for kind in ("plan", "middle") for row in long_rows(kind, "sft", 512, 0)]
-    data, log = RUNS / "long/sft.jsonl", RUNS / "long.log"
+    data, log = LONG / "sft.jsonl", RUNS / "long.log"
     write_lines(data, rows)
-    shutil.rmtree(RUNS / "long/sft", ignore_errors=True)
+    shutil.rmtree(LONG / "sft", ignore_errors=True)
     flags = "--max-frames 32 --steps 500 --batch-size 16 --lr 5e-4 --save-every 0".split()
-    python("train_sft.py", "--data", data, "--out", RUNS / "long/sft", *flags, log=log)
+    python("train_sft.py", "--data", data, "--out", LONG / "sft", *flags, log=log)
 
 
 def long_kind(kind):
     make("long")
-    write_lines(RUNS / f"long/{kind}-test.jsonl", long_rows(kind, "test", 64, 2))
-    write_lines(RUNS / f"long/{kind}.jsonl", long_rows(kind, "train", 64, 1))
+    write_lines(LONG / f"{kind}-test.jsonl", long_rows(kind, "test", 64, 2))
+    write_lines(LONG / f"{kind}.jsonl", long_rows(kind, "train", 64, 1))
 
 
-STAGE3, LONG = run.HERE / "toy/stage3", RUNS / "long"
 MAKE = {  # name -> what makes it, and its last file
     "hasty": (hasty, RUNS / "hasty/final"),
     "hard": (hard, STAGE3 / "hard.jsonl"),
