@@ -35,16 +35,20 @@ LENGTH_EDGES = [0, 130, 150, 170]  # tokens; the paper's 1, 201, 401, 601
 EFFICIENCY = {
     "dense": "Completions and seconds, short reasonings",
     "long": "Completions and seconds, long reasonings",
+    "sparse": "Completions and seconds, rare rewards",
 }
 TUNING = {
     "tune-dense": "What was tried, short reasonings",
     "tune-long": "What was tried, long reasonings",
+    "tune-sparse": "What was tried, rare rewards",
+    "tune-middle": "What was tried, decided in the middle",
 }
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
     "hints": ("Hints for prompts that are never solved", "they unlock the hardest 20 %", "no hints"),
     "plan": ("Shapes, decided at both ends", "parabolic is best, inverse worst", "uniform"),
     "middle": ("Shapes, decided in the middle", "silent", "uniform"),
+    "replay": ("What is replayed, and how it is weighted", "silent", "AVATAR"),
     "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
 }  # fmt: skip
 
@@ -210,12 +214,13 @@ def tuning_table(result):
 
 def hints_table(result):
     """The held-out rows of this experiment are those that are never solved without a hint."""
-    yield "| | solved at the end | 95 % interval | hints entered | withdrawn | with a hint |"
-    yield "|---|---|---|---|---|---|"
+    yield "| | solved at the end | 95 % interval | hints entered | withdrawn | again | with a hint |"
+    yield "|---|---|---|---|---|---|---|"
     for label, found in by_label(result).items():
         ends = np.array([one["accuracy"][-1][1] for one in found])
         low, high = bootstrap(len(ends), lambda pick: ends[pick].mean())  # noqa: B023
         last = [np.mean([one["series"][f"hints/{k}"][-1] for one in found]) for k in ("entered", "withdrawn")]
+        last.append(np.mean([one["hints_back"] for one in found]))
         told = " | ".join(f"{n:.1f}" for n in last) + f" | {share(found, 'hints/frac'):.0%}"
         yield f"| {label} | {ends.mean():.3f} | {low:.3f} – {high:.3f} | {told} |"
 

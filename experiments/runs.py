@@ -78,6 +78,10 @@ RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
+    "tune-sparse": tuning(HARD, 2048, 8, (1, 4), RATES),
+    "tune-middle": methods(long_task("middle", 128), 1024, 4, {
+        f"{u} updates, lr {lr}": ("avatar", u, lr, REPLAY) for u in (1, 4) for lr in RATES[1:]
+    }),  # fmt: skip
     "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
         "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
@@ -108,6 +112,7 @@ SHAPES = {
     "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
     "middle": ("uniform", "parabolic", "inverse-mean1"),
 }
+SHAPES["plan"] += ("inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1")))
 for kind, shapes in SHAPES.items():  # TAS on long reasonings, its story true or false
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
@@ -115,7 +120,17 @@ EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its b
     "GRPO": ("grpo", 1, "5e-5", ""),
     "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
     "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of "plan"
+    "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
 }, evaluations=4)  # fmt: skip
+AVATAR = EXPERIMENTS["dense"]["AVATAR"]
+EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
+    "AVATAR": AVATAR,
+    "newest completions": f"newest {AVATAR}",
+    "best completions": f"best {AVATAR}",
+    "prompts by p (1 - p)": f"learnability {AVATAR}",
+    "one ratio a completion": f"sequence-ratio {AVATAR}",
+    "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
+}
 SEEDS = dict.fromkeys(EXPERIMENTS, range(5)) | {
     name: range(100, 101) for name in EXPERIMENTS if name.startswith("tune")
 }
@@ -160,6 +175,7 @@ def read_run(folder):
     steps = read_lines(folder / "metrics.jsonl")
     about = json.loads((folder / "done.json").read_text())
     step_s = lambda m: sum(m[f"time/{part}_s"] for part in ("data", "rollout", "update"))
+    entered = re.findall(r"hint entered: (\S+)", folder.with_suffix(".log").read_text())
     curve, seconds = [], 0.0
     if about["before"] is not None:
         curve = [[0, about["before"], 0.0]]
@@ -172,6 +188,7 @@ def read_run(folder):
         clock=[[s, acc] for _, acc, s in curve],  # the same over the seconds of the steps
         series={name: [float(f"{m[name]:.4g}") for m in steps] for name in SERIES},
         advantage_hist=[sum(bins) for bins in zip(*(m["advantage_hist"] for m in steps))],
+        hints_back=len(entered) - len(set(entered)),  # entered again after they were withdrawn
         seconds=seconds,
         commit=json.loads((folder / "run.json").read_text())["commit"],
     )
