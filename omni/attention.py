@@ -204,7 +204,7 @@ class DecodeAttention:
         self.rows = torch.arange(len(self.used), device=device)
         self.counts = torch.arange(len(self.used) + 1, dtype=torch.int32, device=device)
         self.own_ends = self.counts * self.room
-        self.bias = beyond(self.used, self.room)
+        self.at, self.bias = self.used.long() - 1, beyond(self.used, self.room)
         self.prompt_bias = beyond(self.prompts.ends.diff(), self.prompts.longest)
 
     def next_token(self):
@@ -216,16 +216,15 @@ class DecodeAttention:
             self.place(self.prompts.sizes)
         self.longest += 1
         self.used += 1
-        self.bias[self.rows, 0, 0, self.used.long() - 1] = 0
+        self.at += 1
+        self.bias[self.rows, 0, 0, self.at] = 0
         new, self.new = self.new, False
         return new
 
     def attend(self, layer, q, k, v, scaling):
         """q (B G, H, 1, E), k and v (B G, K, 1, E) -> (B G, 1, H, E)"""
         own_k, own_v = self.own_kv[layer]
-        at = self.rows, self.used.long() - 1
-        own_k.index_put_(at, k[:, :, 0])
-        own_v.index_put_(at, v[:, :, 0])
+        own_k[self.rows, self.at], own_v[self.rows, self.at] = k[:, :, 0], v[:, :, 0]
         num_kv, width = k.shape[1], k.shape[3]
         q = q.reshape(-1, self.group_size, num_kv, q.shape[1] // num_kv, width)  # (B, G, K, H/K, E)
         of_own, of_prompt = q.flatten(0, 1), q.transpose(1, 2).flatten(2, 3)  # (B, K, G H/K, E)

@@ -143,11 +143,12 @@ def head_logprobs(lm_head, hidden, targets, temperature):
     """
 
     def chunk_logprobs(h, t):
-        logits = lm_head(h).float() / temperature
-        norm = logits.logsumexp(-1)
-        with torch.no_grad():
-            entropy = norm - (logits.softmax(-1) * logits).sum(-1)
-        return logits.gather(-1, t[:, None])[:, 0] - norm, entropy
+        logits = lm_head(h).float()
+        logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        chosen = logprobs.gather(-1, t[:, None])[:, 0]
+        with torch.no_grad():  # last: it is not computed again
+            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+        return chosen, entropy
 
     if len(hidden) <= HEAD_CHUNK:
         return chunk_logprobs(hidden, targets)
