@@ -300,7 +300,9 @@ def main():
     told = "  ".join(f"{name} {value:g}" for name, value in result["recipe"].items())
     told += f"  temperature {args.temperature:g}  max_new_tokens {result['max_new_tokens']}"
     print(f"{folder}  protocol {args.protocol}  commit {result['commit']}\n{told}")
-    print(f"sound heard in {result['heard']['with_sound']} of {len(videos)} videos asked about")
+    heard = result["heard"]["with_sound"]
+    why = "; the others have none, or more than --max-audio-seconds" * (heard < len(videos))
+    print(f"sound heard in {heard} of {len(videos)} videos asked about{why}")
     tables.print_scores(result)
     if others and not result["against"]:
         raise UserError(f"--against: {args.against} shares no item with {out}")
