@@ -10,6 +10,7 @@ A hint changes the text of a prompt, never its prompt_id: that stays the key of 
 
 import torch
 
+
 def behavior_kl(logprobs, old_logprobs, completion_mask):
     """
     KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(y_t) - log b(y_t)      [HINT.KL]

@@ -176,8 +176,7 @@ def main():
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
     log, shown = logs.begin(out, args, start), samples.Samples(out, rows, build, count)
-    told = f"{len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
-    processes.print0(f"  {told}")
+    processes.print0(f"  {len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}")
 
     def small_state():
         """What a step changes before it is sure to count."""

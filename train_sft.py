@@ -113,8 +113,7 @@ def main():
         stream.read_ahead()
         clock.lap("data")
 
-        given = (policy, prompts, completions, args.micro_tokens)
-        loss, num_valid_tokens = gradient(*given)
+        loss, num_valid_tokens = gradient(policy, prompts, completions, args.micro_tokens)
         grad_norm = optim.clip_grad_norm(policy)
         problem, ids = watch.bad_step(loss, grad_norm), {row["prompt_id"] for row in step_rows}
         save_before = functools.partial(save, step - 1, before_step)

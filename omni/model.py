@@ -97,8 +97,7 @@ class Policy(nn.Module):
         embeds = self.thinker.get_input_embeddings()(ids)
         features = self.encode(prompts)
         for unused in features[len(prompts) :]:
-            # into the backward pass, without effect
-            embeds = embeds + 0 * sum(f.sum() for f in unused.values())
+            embeds = embeds + 0 * sum(f.sum() for f in unused.values())  # every rank goes back through them
         for modality in ("image", "video", "audio"):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
@@ -210,6 +209,8 @@ def open_policies(folder, args, device, with_reference):
     if with_reference and not args.lora_rank:
         reference = opened(partial(load, folder, 0, args.train_towers), *given, frozen=True)
     policy = opened(partial(load, folder, args.lora_rank, args.train_towers), *given)
+    if reference and not args.train_towers:  # they are the same, and whole on every rank
+        reference.thinker.model.visual, reference.thinker.model.audio_tower = policy.towers
     return policy, reference
 
 

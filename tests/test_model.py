@@ -8,6 +8,7 @@ toy's; the clips are real mp4 files.
 """
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,18 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
         )
     torch.testing.assert_close(a[:, 0], b[:, 0])
     torch.testing.assert_close(a[1:], b[1:])
+
+
+@pytest.mark.parametrize("train_towers", [False, True])
+def test_a_frozen_tower_is_held_once(toy_dir, train_towers):
+    args = SimpleNamespace(attn="auto", dtype="auto", lora_rank=0, train_towers=train_towers)
+    given = (str(toy_dir / "model"), args, torch.device("cpu"))
+    policy, reference = model.open_policies(*given, with_reference=True)
+    weights = [{id(p) for tower in x.towers for p in tower.parameters()} for x in (policy, reference)]
+    assert weights[0] and (weights[0] == weights[1]) == (not train_towers)
+    assert not weights[0] & {id(p) for p in policy.parameters() if p.requires_grad} or train_towers
+    assert policy.thinker.model.language_model is not reference.thinker.model.language_model
+    assert not any(p.requires_grad for p in reference.parameters())
 
 
 def test_missing_placeholder_is_an_error(setup):
