@@ -78,7 +78,7 @@ RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
-    "tune-sparse": tuning(HARD, 2048, 8, [1], RATES[1:]) | tuning(HARD, 2048, 8, [4], RATES[:2]),
+    "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES),
     "tune-middle": methods(long_task("middle", 128), 1024, 4, {
         f"{u} updates, lr {lr}": ("avatar", u, lr, REPLAY) for u in (1, 4) for lr in RATES[1:]
     }),  # fmt: skip
