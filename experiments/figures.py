@@ -41,7 +41,6 @@ TUNING = {
     "tune-dense": "What was tried, short reasonings",
     "tune-long": "What was tried, long reasonings",
     "tune-sparse": "What was tried, rare rewards",
-    "tune-middle": "What was tried, decided in the middle",
 }
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {

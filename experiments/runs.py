@@ -40,9 +40,10 @@ HARD = (
 
 
 def long_task(kind, samples):
+    start = dict(plan="long/sft", middle="long/middle-sft")[kind]
     rows = f"--data runs/experiments/long/{kind}.jsonl --eval-data runs/experiments/long/{kind}-test.jsonl"
     return (
-        f"--stage 1 {KEPT} --model runs/experiments/long/sft/final {rows} --max-frames 32 "
+        f"--stage 1 {KEPT} --model runs/experiments/{start}/final {rows} --max-frames 32 "
         f"--max-new-tokens 320 --eval-samples {samples}"
     )
 
@@ -79,9 +80,6 @@ EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES),
-    "tune-middle": methods(long_task("middle", 128), 1024, 4, {
-        f"{u} updates, lr {lr}": ("avatar", u, lr, REPLAY) for u in (1, 4) for lr in RATES[1:]
-    }),  # fmt: skip
     "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
         "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),

@@ -7,7 +7,8 @@ runs/experiments, by the first run that names it.
              their hint it does best. never.jsonl holds only these
     long     a model for clips of 12 to 16 seconds, whose reasonings have about 150 tokens
     plan     its rows whose reasoning is decided in its first line and in its last
-    middle   its rows whose reasoning is decided in its middle
+    middle   rows whose reasoning is decided in its middle, and a start from there that decides right
+             half of the time: "long" does so in a tenth, from which nothing was learnt
 """
 
 import json
@@ -130,7 +131,7 @@ def solved_counts(start, folder, rows, samples, with_hint=False):
 # ---- long reasonings ---------------------------------------------------------------------------
 
 
-def long_row(rng, kind, name, with_reasoning):
+def long_row(rng, kind, name, right):
     """
     "How many red shapes are shown?": a line for each second, with the count so far.
 
@@ -138,6 +139,7 @@ def long_row(rng, kind, name, with_reasoning):
              start each is wrong about half of the time, the lines between follow from the clip
              "middle": only the second half is counted, and a line in the middle says what; the end
              follows from it
+    right    how often that line is right in the row's reasoning; 0: the row has none
     returns  the row, the clip's seconds
     """
     seconds = random_seconds(rng, int(rng.integers(SECONDS[0], SECONDS[1] + 1)), max_shapes=1)
@@ -148,9 +150,9 @@ def long_row(rng, kind, name, with_reasoning):
     question = f"How many {asked} shapes are shown" + " in the second half" * (kind == "middle") + "?"
     row = dict(prompt_id=f"{kind}-{name}", question=question, answer=str(answer), answer_type="text")
     row |= dict(video=f"clips/{kind}-{name}.mp4", use_audio=False)
-    if not with_reasoning:
+    if not right:
         return row, seconds
-    decided = rng.random() < (0.5 if kind == "plan" else 0.3)
+    decided = rng.random() < right
     counted = asked if decided else str(rng.choice([c for c in COLORS if c != asked]))
     lines, count = [f"plan: count {counted}" if kind == "plan" else "plan: look first"], 0
     for k, second in enumerate(seconds):
@@ -165,25 +167,29 @@ def long_row(rng, kind, name, with_reasoning):
     return row, seconds
 
 
-def long_rows(kind, split, count, seed):
-    """Writes the rows of a kind and their clips, without reasonings but for the split "sft"."""
+def long_rows(kind, split, count, seed, right=0):
+    """-> the rows of a kind, and writes their clips; `right` as in long_row."""
     rng, rows = np.random.default_rng([seed, len(kind)]), []
     (LONG / "clips").mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(count), desc=f"{kind} {split} clips", disable=None, leave=False):
-        row, seconds = long_row(rng, kind, f"{split}-{i:04d}", split == "sft")
+        row, seconds = long_row(rng, kind, f"{split}-{i:04d}", right)
         write_clip(LONG / row["video"], seconds, rng)
         rows.append(row)
     return rows
 
 
-def long():
-    """The cold start of both kinds, from the toy's."""
-    rows = [row for kind in ("plan", "middle") for row in long_rows(kind, "sft", 512, 0)]
-    data, log = LONG / "sft.jsonl", RUNS / "long.log"
+def long_start(name, rows, *flags):
+    """SFT on these rows, from the toy's start or another --model."""
+    data, out = LONG / f"{name}.jsonl", LONG / name
     write_lines(data, rows)
-    shutil.rmtree(LONG / "sft", ignore_errors=True)
-    flags = "--max-frames 32 --steps 500 --batch-size 16 --lr 5e-4 --save-every 0".split()
-    python("train_sft.py", "--data", data, "--out", LONG / "sft", *flags, log=log)
+    shutil.rmtree(out, ignore_errors=True)
+    flags += *"--max-frames 32 --batch-size 16 --lr 5e-4 --save-every 0".split(), "--out", out
+    python("train_sft.py", "--data", data, *flags, log=RUNS / "long.log")
+
+
+def long():
+    rows = long_rows("plan", "sft", 512, 0, right=0.5) + long_rows("middle", "sft", 512, 0, right=0.3)
+    long_start("sft", rows, "--steps", 500)
 
 
 def long_kind(kind):
@@ -192,10 +198,16 @@ def long_kind(kind):
     write_lines(LONG / f"{kind}.jsonl", long_rows(kind, "train", 64, 1))
 
 
+def middle():
+    long_kind("middle")
+    rows = long_rows("middle", "more", 512, 3, right=0.5)
+    long_start("middle-sft", rows, "--model", LONG / "sft/final", "--steps", 200)
+
+
 MAKE = {  # name -> what makes it, and its last file
     "hasty": (hasty, RUNS / "hasty/final"),
     "hard": (hard, STAGE3 / "hard.jsonl"),
     "long": (long, LONG / "sft/final"),
     "plan": (lambda: long_kind("plan"), LONG / "plan.jsonl"),
-    "middle": (lambda: long_kind("middle"), LONG / "middle.jsonl"),
+    "middle": (middle, LONG / "middle-sft/final"),
 }
