@@ -231,13 +231,13 @@ def test_a_ratio_of_the_whole_completion():
     torch.testing.assert_close(grad, torch.tensor([[-ratio / 2, -ratio / 2, 0.0]]))
 
 
-@pytest.mark.parametrize("kind", ["plan", "middle"])
-def test_a_long_reasoning_is_decided_where_it_says(kind):
+@pytest.mark.parametrize("kind, share", [("plan", 0.5), ("middle", 0.3)])
+def test_a_long_reasoning_is_decided_where_it_says(kind, share):
     """Of 200 rows: the lines follow from the clip, and the answer from the line that decides."""
     rng, lengths, right = np.random.default_rng(0), set(), 0
     for i in range(200):
-        row, seconds = tasks.long_row(rng, kind, str(i), with_reasoning=True)
-        truth, _ = tasks.long_row(np.random.default_rng(i), kind, str(i), with_reasoning=False)
+        row, seconds = tasks.long_row(rng, kind, str(i), share)
+        truth, _ = tasks.long_row(np.random.default_rng(i), kind, str(i), 0)
         assert "reasoning" not in truth
         lengths.add(len(seconds))
         first, *lines, last = row["reasoning"].split("\n")
@@ -253,7 +253,7 @@ def test_a_long_reasoning_is_decided_where_it_says(kind):
         assert kind == "plan" or row["answer"] == str(count[-1])  # the end follows
         right += counted in row["question"].split()
     assert lengths == {12, 13, 14, 15, 16}
-    assert abs(right / 200 - (0.5 if kind == "plan" else 0.3)) < 0.1
+    assert abs(right / 200 - share) < 0.1
 
 
 def test_nothing_to_draw_is_said(tmp_path):
