@@ -120,6 +120,16 @@ EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its b
     "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of "plan"
     "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
 }, evaluations=4)  # fmt: skip
+EXPERIMENTS["tune-sparse"] |= methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
+    "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
+    "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
+})  # fmt: skip
+EXPERIMENTS["sparse"] = methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
+    "GRPO": ("grpo", 1, "4e-4", ""),
+    "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
+    "AVATAR": ("avatar", 1, "2e-4", "--no-hints"),
+    "AVATAR, 4 updates": ("avatar", 4, "1e-4", "--no-hints"),
+})  # fmt: skip
 AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
