@@ -7,8 +7,8 @@ runs/experiments, by the first run that names it.
              their hint it does best. never.jsonl holds only these
     long     a model for clips of 12 to 16 seconds, whose reasonings have about 150 tokens
     plan     its rows whose reasoning is decided in its first line and in its last
-    middle   rows whose reasoning is decided in its middle, and a start from there that decides right
-             half of the time: "long" does so in a tenth, from which nothing was learnt
+    middle   rows whose reasoning is decided in its middle, and a start that goes on from "long" and
+             decides right in a third of them: "long" does in a tenth, from which nothing is learnt
 """
 
 import json
