@@ -107,10 +107,12 @@ EXPERIMENTS = {  # tuned on seed 100
     },
 }
 SHAPES = {
-    "plan": ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1"),
+    "plan": (
+        "uniform", "parabolic", "parabolic-mean1", "inverse-mean1", "inverse",
+        "linear-up", "linear-up-mean1", "linear-down", "linear-down-mean1",
+    ),
     "middle": ("uniform", "parabolic", "inverse-mean1"),
-}
-SHAPES["plan"] += ("inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1")))
+}  # fmt: skip
 for kind, shapes in SHAPES.items():  # TAS on long reasonings, its story true or false
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
