@@ -48,15 +48,15 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "toy_stage0.safetensors"
-# stage: train, held-out; in RL a prompt comes back every 16 steps, or no hint could enter
+# stage: train, held-out; in RL a prompt comes back every 8 steps, or no hint could enter
 NUM_ROWS = {0: (2048, 128), 1: (128, 128), 2: (128, 128), 3: (128, 128)}
 
 # What the toy changes of the paper's 7B settings; a typed flag always wins.
 OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
-        lr=5e-5, steps=180, prompts_per_step=8, max_new_tokens=80, lora_rank=0, buffer_size=2000,
-        eval_every=60,
+        lr=1e-4, steps=90, prompts_per_step=16, max_new_tokens=80, lora_rank=0, buffer_size=2000,
+        eval_every=30,
     ),
     "media": dict(max_frames=16, max_pixels=64 * 64, max_audio_seconds=8.0),  # 64: Ola's multiples of 32
 }  # fmt: skip

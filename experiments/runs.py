@@ -60,7 +60,7 @@ def methods(task, completions, prompts, settings, evaluations=8):
     made = {}
     for label, (algo, updates, lr, other) in settings.items():
         words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts, evaluations)}"
-        words += " --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}" * (prompts != 8)
+        words += " --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}"
         made[label] = f"{words} --lr {lr} --updates-per-rollout {updates} {other}".strip()
     return made
 
@@ -88,7 +88,7 @@ EXPERIMENTS = {  # tuned on seed 100
         "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
     }),  # fmt: skip
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
-        label: f"{words} {HARD} --steps 64 --eval-every 16 --lr 1e-4 {other}".strip()
+        label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
             ("no hints", "", "--no-hints"),
             ("hints by need", "", ""),
@@ -98,7 +98,7 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
     "stage3": {
-        label: f"{words} --stage 3 {KEPT} --steps 48 --eval-every 48 {other}".strip()
+        label: f"{words} --stage 3 {KEPT} --steps 48 --prompts-per-step 8 --eval-every 48 --lr 5e-5 {other}".strip()
         for label, words, other in (
             ("format, judge", "", ""),
             ("format, judge, .2 accuracy", "", "--reward-weights format=.4,judge=.4,acc=.2"),
