@@ -57,7 +57,10 @@ def dense(at, q, k, v, num_prompt, lengths):
 
 
 def packed_is_right(at):
-    """Output and gradients of q, k, v against float64; ragged, with a completion of one token."""
+    """
+    Output and gradients of q, k, v against float64; ragged, with a completion of one token. Then the
+    output of the last layer, where the prompt's last token is its only query.
+    """
     num_prompt, lengths = 333, [64, 1, 130, 7]
     total = num_prompt + sum(lengths)
     qkv = [random(at, total, heads, at.width) for heads in (at.heads, at.kv_heads, at.kv_heads)]
@@ -68,7 +71,9 @@ def packed_is_right(at):
     out = packed(at, num_prompt, lengths)(*mine)
     out.backward(grad)
     of_grads = [difference(a.grad, b.grad) for a, b in zip(mine, exact)]
-    return dict(zip(("out", "q", "k", "v"), [difference(out, expected), *of_grads]))
+    last = packed(at, num_prompt, lengths)(mine[0][num_prompt - 1 :], *mine[1:])
+    errors = difference(out, expected), *of_grads, difference(last, expected[num_prompt - 1 :])
+    return dict(zip(("out", "q", "k", "v", "last layer"), errors))
 
 
 def packed_ms(at):

@@ -13,7 +13,8 @@ completion so far. That is two softmaxes with no mask, each by a flash kernel, a
 
 lse is the log of a softmax's denominator. Flash's backward pass makes the probabilities again from the
 scores and lse, P = exp(S - lse); given the merged lse and output they are those of the whole softmax, so
-the gradients of (a) and (b) add up to the exact ones.
+the gradients of (a) and (b) add up to the exact ones. In the last layer a prompt has one query, its
+last token: nothing reads the others.
 
 L packed tokens, H heads, K key/value heads, E head width, B prompts, G completions of each.
 """
@@ -63,7 +64,8 @@ def flash(q, k, v, of_q, of_k, causal, scale):
         given = of_q.ends, of_k.ends, of_q.longest, of_k.longest, 0.0, causal, False
         return aten._flash_attention_forward(q, k, v, *given, scale=scale)[:2]
     each = rows((q, of_q), (k, of_k), (v, of_k))
-    outs, lses = zip(*(of_one(*qkv, scale, causal) for qkv in each))
+    # a lone query is the last of its keys' tokens and sees them all; the CPU's kernel would say the first
+    outs, lses = zip(*(of_one(*qkv, scale, causal and qkv[0].shape[2] > 1) for qkv in each))
     return torch.cat([x[0].transpose(0, 1) for x in outs]), torch.cat([x[0] for x in lses], dim=1)
 
 
@@ -77,7 +79,7 @@ def flash_backward(grad, q, k, v, out, lse, of_q, of_k, causal, scale):
     run = aten._scaled_dot_product_flash_attention_for_cpu_backward
     given = rows((grad, of_q), (q, of_q), (k, of_k), (v, of_k), (out, of_q))
     lses = lse.split(of_q.sizes, dim=1)
-    parts = [run(*x, y[None], 0.0, causal, scale=scale) for x, y in zip(given, lses)]
+    parts = [run(*x, y[None], 0.0, causal and y.shape[1] > 1, scale=scale) for x, y in zip(given, lses)]
     return tuple(torch.cat([x[0].transpose(0, 1) for x in part]) for part in zip(*parts))
 
 
@@ -100,18 +102,18 @@ def rows(*packed):
     return zip(*([x[None].transpose(1, 2) for x in t.split(of.sizes)] for t, of in packed))
 
 
-def shared_prefix(q, k, v, own, prompts, answers, scale):
+def shared_prefix(q, k, v, own_q, own, prompts, answers, scale):
     """
-    q (L, H, E), k, v (L, K, E); Spans of prompts + completions, of prompts, of each prompt's completions
-    -> out (L, H, E), lse (H, L)
+    q (M, H, E), k, v (L, K, E), M = L or, of each prompt, one query; Spans of the queries and of the keys
+    of prompts + completions, of prompts, of each prompt's completions -> out (M, H, E), lse (H, M)
     """
-    n = sum(prompts.sizes)
-    out, lse = flash(q, k, v, own, own, True, scale)  # (a)
-    part, part_lse = flash(q[n:], k[:n], v[:n], answers, prompts, False, scale)  # (b)
-    share = (part_lse - lse[:, n:]).sigmoid().T[..., None]  # of the prompt, in float32
-    merged = out[n:].to(share).lerp(part.to(share), share).to(out)  # rounded once
-    lse = torch.cat([lse[:, :n], torch.logaddexp(lse[:, n:], part_lse)], dim=1)
-    return torch.cat([out[:n], merged]), lse
+    m, n = sum(own_q.sizes[: len(prompts.sizes)]), sum(prompts.sizes)
+    out, lse = flash(q, k, v, own_q, own, True, scale)  # (a)
+    part, part_lse = flash(q[m:], k[:n], v[:n], answers, prompts, False, scale)  # (b)
+    share = (part_lse - lse[:, m:]).sigmoid().T[..., None]  # of the prompt, in float32
+    merged = out[m:].to(share).lerp(part.to(share), share).to(out)  # rounded once
+    lse = torch.cat([lse[:, :m], torch.logaddexp(lse[:, m:], part_lse)], dim=1)
+    return torch.cat([out[:m], merged]), lse
 
 
 class SharedPrefix(torch.autograd.Function):
@@ -126,14 +128,14 @@ class SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v, out, lse), (own, prompts, answers, scale) = ctx.saved_tensors, ctx.given
-        n = sum(prompts.sizes)
-        grads = flash_backward(grad.contiguous(), q, k, v, out, lse, own, own, True, scale)
-        given = grad[n:].contiguous(), q[n:], k[:n], v[:n], out[n:], lse[:, n:].contiguous()
+        (q, k, v, out, lse), (own_q, own, prompts, answers, scale) = ctx.saved_tensors, ctx.given
+        m, n = sum(own_q.sizes[: len(prompts.sizes)]), sum(prompts.sizes)
+        grads = flash_backward(grad.contiguous(), q, k, v, out, lse, own_q, own, True, scale)
+        given = grad[m:].contiguous(), q[m:], k[:n], v[:n], out[m:], lse[:, m:].contiguous()
         more = flash_backward(*given, answers, prompts, False, scale)
-        for whole, part in zip((grads[0][n:], grads[1][:n], grads[2][:n]), more):
+        for whole, part in zip((grads[0][m:], grads[1][:n], grads[2][:n]), more):
             whole += part
-        return *grads, None, None, None, None
+        return *grads, *[None] * len(ctx.given)
 
 
 class PackedAttention:
@@ -142,21 +144,25 @@ class PackedAttention:
 
     prompts      list of B lengths
     completions  list of B lists of lengths
+    read         (M,) indices of the rows that predict: the last of each prompt, all of completions
     """
 
     def __init__(self, prompts, completions, device, record=False):
         self.kept, self.record = {}, record
-        own = [*prompts, *(n for group in completions for n in group)]
-        self.spans = [Spans(x, device) for x in (own, prompts, [sum(c) for c in completions])]
+        flat, ends = [n for group in completions for n in group], list(accumulate(prompts))
+        self.read = torch.tensor([n - 1 for n in ends] + [ends[-1] + i for i in range(sum(flat))]).to(device)
+        self.spans = [Spans(x, device) for x in ([*prompts, *flat], prompts, list(map(sum, completions)))]
+        self.last = Spans([1] * len(prompts) + flat, device)
 
     def attend(self, layer, q, k, v, scaling):
-        """q (1, H, L, E), k and v (1, K, L, E) -> (1, L, H, E)"""
+        """q (1, H, L, E), or of the rows `read` (1, H, M, E), k and v (1, K, L, E) -> (1, L or M, H, E)"""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # views: as the projections wrote them
         if self.record:
             self.kept[layer] = k, v
+        given = self.spans[0] if len(q) == len(k) else self.last, *self.spans, scaling
         if KERNEL == "sdpa":
-            return shared_prefix(q, k, v, *self.spans, scaling)[0][None]
-        return SharedPrefix.apply(q, k, v, *self.spans, scaling)[None]
+            return shared_prefix(q, k, v, *given)[0][None]
+        return SharedPrefix.apply(q, k, v, *given)[None]
 
 
 def flash_token(counts, q, k, v, ends, longest, scale, used=None):
@@ -260,12 +266,3 @@ class DecodeAttention:
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, shared, **_):
     """What the text layers call: `shared` is a PackedAttention or a DecodeAttention."""
     return shared.attend(module.layer_idx, query, key, value, scaling), None
-
-
-def window_attention(
-    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
-):
-    """What towers call on a GPU: all windows of a clip at once. (1, H, L, E) -> (1, L, H, E)"""
-    qkv, ends = (x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q.int()
-    given = ends, ends, int(max_length_q), int(max_length_q), 0.0, False, False
-    return aten._flash_attention_forward(*qkv, *given, scale=scaling)[0][None], None

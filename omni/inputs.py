@@ -1,5 +1,6 @@
 """
-A row as a prompt of P tokens, by the backbone that a folder holds: qwen.py or ola.py.
+A row as a prompt of P tokens, by the backbone that a folder holds: qwen.py or ola.py; which prompts
+share a clip; how a clip's windows are read on a GPU.
 """
 
 import copy
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from run.folders import UserError, from_pretrained  # before torch
 
 import torch
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 
 from hints import place_hint
 from omni import ola, qwen
@@ -39,6 +40,33 @@ class Prompt(NamedTuple):
     @property
     def encoded(self):
         return not any(isinstance(m, dict) for m in self.media.values())
+
+
+def families_of(prompts):
+    """-> lists of indices: prompts with the very same media together, in the order of the first."""
+    families = {}
+    for b, prompt in enumerate(prompts):
+        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
+    return list(families.values())
+
+
+def num_alike(rows):
+    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
+    room = min(map(len, rows)) - 1
+    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
+    return int(alike.cumprod(0).sum())
+
+
+def window_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
+):
+    """What towers call on a GPU: all windows of a clip at once. (1, H, L, E) -> (1, L, H, E)"""
+    qkv, ends = (x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q.int()
+    given = ends, ends, int(max_length_q), int(max_length_q), 0.0, False, False
+    return torch.ops.aten._flash_attention_forward(*qkv, *given, scale=scaling)[0][None], None
+
+
+AttentionInterface.register("flash_windows", window_attention)  # for this name it is told the windows
 
 
 class InputBuilder:

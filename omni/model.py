@@ -17,18 +17,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.utils.logging import disable_progress_bar
 
 from run import UserError, processes  # before torch
 from run.folders import from_pretrained, is_adapter
 from run.sharding import on_host, opened
-from omni.attention import PackedAttention, choose, shared_prefix_attention, window_attention
+from omni.attention import PackedAttention, choose, shared_prefix_attention
 from omni.inputs import BACKBONES, InputBuilder, Prompt, config_of  # noqa: F401
 from omni.rollout import Completion, rollout  # noqa: F401  part of what this file offers
 
 disable_progress_bar()
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionInterface.register("flash_windows", window_attention)  # for this name it is told the windows
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 SMALL = 10**8  # weights, above which activations are computed again: less memory for more time
 
@@ -43,7 +43,9 @@ class Policy(nn.Module):
     def __init__(self, model, train_towers):
         super().__init__()
         self.model, self.train_towers = model, train_towers
-        self.thinker.model.language_model.set_attn_implementation("shared_prefix")
+        text = self.thinker.model.language_model
+        text.set_attn_implementation("shared_prefix")
+        text.layers[-1].forward = MethodType(last_layer, text.layers[-1])
 
     @property
     def thinker(self):
@@ -121,7 +123,7 @@ class Policy(nn.Module):
 
         heads    list of (embeds (P, D), position_ids (3, P))
         tails    list, a head each, of lists of (ids (n,), position_ids (3, n)), n > 0
-        returns  hidden states (L, D), the PackedAttention
+        returns  hidden states (M, D) of the last token of each head and of all tails, the PackedAttention
         """
         flat = [tail for group in tails for tail in group]
         ids = torch.cat([ids for ids, _ in flat]).to(self.device)
@@ -132,6 +134,22 @@ class Policy(nn.Module):
         inputs = dict(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)
         text = self.thinker.model.language_model
         return text(**inputs, shared=shared).last_hidden_state[0], shared
+
+
+def last_layer(layer, hidden, **given):
+    """
+    The text model's last layer, Qwen2's: of a packed row only the tokens that predict go through it. Of
+    a prompt's other tokens nothing is read but keys and values.  hidden (1, L, D) -> (1, M, D)
+    """
+    shared, attn = given.get("shared"), layer.self_attn
+    if not isinstance(shared, PackedAttention):
+        return type(layer).forward(layer, hidden, **given)
+    x, projections = layer.input_layernorm(hidden), (attn.q_proj, attn.k_proj, attn.v_proj)
+    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in projections)
+    q, k = apply_rotary_pos_emb(q, k, *given["position_embeddings"])
+    out = shared.attend(attn.layer_idx, q[:, :, shared.read], k, v, attn.scaling)
+    hidden = hidden[:, shared.read] + attn.o_proj(out.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def head_logprobs(lm_head, hidden, targets, temperature):
@@ -171,15 +189,15 @@ def completion_logprobs(policy, prompts, completions, temperature):
 
 def _packed_logprobs(policy, prompts, completions, temperature):
     flat = [c for group in completions for c in group]
-    tails, gather, row, last = [], [], sum(len(p.input_ids) for p in prompts), -1
-    for prompt, group in zip(prompts, completions):
-        after, last = int(prompt.position_ids.max()) + 1, last + len(prompt.input_ids)
+    tails, gather, row = [], [], len(prompts)
+    for b, (prompt, group) in enumerate(zip(prompts, completions)):
+        after = int(prompt.position_ids.max()) + 1
         # the last token of a completion predicts nothing, so it is not read, unless it is the only one
         read = [completion[: max(len(completion) - 1, 1)] for completion in group]
         tails.append([(ids, (after + torch.arange(len(ids))).expand(3, -1)) for ids in read])
         for completion, ids in zip(group, read):
             # the prompt's last token predicts the first token of every completion
-            gather += [torch.tensor([last]), torch.arange(row, row + len(completion) - 1)]
+            gather += [torch.tensor([b]), torch.arange(row, row + len(completion) - 1)]
             row += len(ids)
     heads = zip(policy.embed(prompts), (p.position_ids for p in prompts))
     hidden, _ = policy.read(list(heads), tails)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from omni.attention import DecodeAttention
+from omni.inputs import families_of, num_alike
 from run.graphs import Later, record
 from run.optim import micro_batches
 from run.sharding import gathered
@@ -118,21 +119,6 @@ def _rollout(
     return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
 
 
-def families_of(prompts):
-    """-> lists of indices: prompts with the very same media together, in the order of the first."""
-    families = {}
-    for b, prompt in enumerate(prompts):
-        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
-    return list(families.values())
-
-
-def num_alike(rows):
-    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
-    room = min(map(len, rows)) - 1
-    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
-    return int(alike.cumprod(0).sum())
-
-
 def prefill(policy, prompts, families, owner, micro_tokens):
     """
     Reads every prompt once, and what a family begins with once for all of it: in a packed row that is
@@ -160,10 +146,9 @@ def prefill(policy, prompts, families, owner, micro_tokens):
         heads = [(embed[:n], first.position_ids[:, :n]) for n, embed, first in cuts]
         tails = [[(own[b], prompts[b].position_ids[:, cut[b] :]) for b in families[i]] for i in pack]
         hidden, packed = policy.read(heads, tails, record=True)
-        num_head = sum(alike[i] for i in pack)
-        ends = torch.tensor([len(own[b]) for i in pack for b in families[i]]).cumsum(0) + num_head
+        ends = torch.tensor([len(own[b]) for i in pack for b in families[i]]).cumsum(0) + len(pack)
         logits.append(policy.thinker.lm_head(hidden[(ends - 1).to(device)]).float())
-        kept.append((num_head, packed.kept))
+        kept.append((sum(alike[i] for i in pack), packed.kept))
 
     # heads stay packed; of the tails every row of the decoding gets its own copy, to go on from
     lengths = torch.tensor([len(own[b]) for b in order])

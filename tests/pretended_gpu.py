@@ -144,7 +144,7 @@ def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug,
             keys = slice(keys.start, keys.start + int(seqused_k[i]))
         qkv = (x[None].transpose(1, 2) for x in (q[own], k[keys], v[keys]))
         run = aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = run(*qkv, dropout, causal, scale=scale)
+        out, lse = run(*qkv, dropout, causal and is_square(own, keys), scale=scale)
         outs[own], lses[:, own] = out[0].transpose(0, 1), lse[0]
     return outs, lses, *(torch.zeros(2) for _ in range(3))
 
@@ -157,10 +157,17 @@ def flash_backward(
     for own, keys in sequences(ends_q, ends_k, longest_q, longest_k):
         given = (x[None].transpose(1, 2) for x in (grad[own], q[own], k[keys], v[keys], out[own]))
         run = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = run(*given, lse[None, :, own], dropout, causal, scale=scale)
+        parts = run(*given, lse[None, :, own], dropout, causal and is_square(own, keys), scale=scale)
         for x, where, part in zip(grads, (own, keys, keys), parts):
             x[where] += part[0].transpose(0, 1)
     return tuple(grads)
+
+
+def is_square(own, keys):
+    """A GPU's causal mask is aligned at its end: one query sees all keys. Others are not imitated."""
+    num_queries, num_keys = own.stop - own.start, keys.stop - keys.start
+    assert num_queries in (1, num_keys)
+    return num_queries == num_keys
 
 
 def sequences(ends_q, ends_k, longest_q, longest_k):

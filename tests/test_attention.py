@@ -73,6 +73,26 @@ def test_values_and_gradients_are_those_of_a_dense_softmax(case, scale, kernel, 
         assert error(x.grad, y.grad) < 1e-12
 
 
+@pytest.mark.parametrize("kernel", ["flash", "sdpa"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_layer_asks_for_what_is_read(case, kernel, monkeypatch):
+    """One query a prompt, its last token's: values and gradients are those of all queries, at these rows."""
+    monkeypatch.setattr(attention, "KERNEL", kernel)
+    prompts, completions, H, _, E = CASES[case]
+    (qkv, grad), (exact, _) = inputs(case, torch.float64), inputs(case, torch.float64)
+    shared = PackedAttention(prompts, completions, "cpu")
+    ends = [sum(prompts[: b + 1]) - 1 for b in range(len(prompts))]
+    assert shared.read.tolist() == ends + [*range(sum(prompts), len(grad))]
+    q, k, v = (x.transpose(0, 1)[None] for x in qkv)
+    out = shared.attend(0, q[:, :, shared.read], k, v, E**-0.5)[0]
+    expected = oracle(*exact, prompts, completions)[shared.read]
+    assert error(out, expected) < 1e-13
+    out.backward(grad[shared.read])
+    expected.backward(grad[shared.read])
+    for x, y in zip(qkv, exact, strict=True):
+        assert error(x.grad, y.grad) < 1e-12
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("case", ["ragged", "longer than a block of the kernel"])
 def test_in_less_than_float64(case, dtype, tolerance):
