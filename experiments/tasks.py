@@ -200,8 +200,8 @@ def long_kind(kind):
 
 def middle():
     long_kind("middle")
-    rows = long_rows("middle", "more", 512, 3, right=0.5)
-    long_start("middle-sft", rows, "--model", LONG / "sft/final", "--steps", 200)
+    rows = long_rows("middle", "more", 512, 3, right=0.8)
+    long_start("middle-sft", rows, "--model", LONG / "sft/final", "--steps", 400)
 
 
 MAKE = {  # name -> what makes it, and its last file
