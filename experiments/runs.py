@@ -106,18 +106,11 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
 }
-# TAS on long reasonings, its story true or false -> updates a rollout, learning rate, shapes
-LINEAR = [f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1")]
-SHAPES = {
-    "plan": (1, "5e-5", ("uniform", "parabolic", "parabolic-mean1", "inverse-mean1", "inverse", *LINEAR)),
-    "middle": (4, "5e-5", ("uniform", "parabolic", "inverse-mean1")),
-}
-for kind, (updates, lr, shapes) in SHAPES.items():
-    settings = {shape: ("avatar", updates, lr, f"--no-hints --tas-shape {shape}") for shape in shapes}
+SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
+LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
+for kind, more in (("plan", LINEAR), ("middle", [])):  # TAS on long reasonings, its story true or false
+    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
-EXPERIMENTS["tune-middle"] = methods(long_task("middle", 128), 512, 4, {
-    f"4 updates, lr {lr}": ("avatar", 4, lr, "--no-hints --tas-shape uniform") for lr in RATES
-})  # fmt: skip
 EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
     "GRPO": ("grpo", 1, "5e-5", ""),
     "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
