@@ -124,6 +124,7 @@ def plot_efficiency(result, path):
     """Fig. 5: held-out accuracy and reward over completions generated; mean, 95 % band, seeds."""
     runs = by_label(result)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    left.set_prop_cycle(color=pyplot.get_cmap("tab10").colors[1:])  # the first is too near to BLUE
     for label, found in runs.items():
         color, curves = COLOR.get(label), curves_of(found)
         mean = mean_curve(curves)
