@@ -121,6 +121,14 @@ EXPERIMENTS["tune-sparse"] |= methods(HARD, 2048, 8, {  # the best of GRPO had b
     "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
     "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
 })  # fmt: skip
+EXPERIMENTS["tune-prompts"] = {
+    f"{label}, {n} prompts": flags
+    for n in (4, 16)
+    for label, flags in methods(DENSE, 1536, n, {
+        "GRPO": ("grpo", 1, "2e-4", ""), "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
+        "AVATAR": ("avatar", 1, "2e-4", "--no-hints"), "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints"),
+    }).items()
+}  # fmt: skip
 EXPERIMENTS["sparse"] = methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
     "GRPO": ("grpo", 1, "4e-4", ""),
     "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
