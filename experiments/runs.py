@@ -21,6 +21,8 @@ from pathlib import Path
 import run  # before torch: it sets how torch's threads wait
 from run import arguments, ending, files
 
+from transformers import AutoTokenizer  # here: two threads would import it at once
+
 from experiments.tasks import LONG, MAKE, RUNS, make, python, read_lines
 
 SERIES = (  # kept of every step; rounded to 4 digits
@@ -209,8 +211,6 @@ def read_run(folder):
 
 def lengths(folder, kind, seed):
     """eval.py on a long task's held-out rows, at temperature 1 -> [tokens, score] of every item."""
-    from transformers import AutoTokenizer
-
     out, model = folder / "eval", folder / "final"
     if not (out / "scores.json").exists():
         shutil.rmtree(out, ignore_errors=True)

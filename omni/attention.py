@@ -61,7 +61,7 @@ class Spans:
 def flash(q, k, v, of_q, of_k, causal, scale):
     """q (L, H, E), k and v (M, K, E), each with its Spans -> out (L, H, E), lse (H, L) float32."""
     if q.is_cuda and KERNEL == "flash":
-        given = of_q.ends, of_k.ends, of_q.longest, of_k.longest, 0.0, causal, False
+        given = of_q.ends, of_k.ends, max(of_q.longest, 2), of_k.longest, 0.0, causal, False  # of 1: another lse
         return aten._flash_attention_forward(q, k, v, *given, scale=scale)[:2]
     each = rows((q, of_q), (k, of_k), (v, of_k))
     # a lone query is the last of its keys' tokens and sees them all; the CPU's kernel would say the first
