@@ -8,7 +8,7 @@ runs/experiments, by the first run that names it.
     long     a model for clips of 12 to 16 seconds, whose reasonings have about 150 tokens
     plan     its rows whose reasoning is decided in its first line and in its last
     middle   rows whose reasoning is decided in its middle, and a start that goes on from "long" and
-             decides right in a third of them: "long" does in a tenth, from which nothing is learnt
+             decides right in two thirds of them: from a tenth, as "long" does, nothing is learnt
 """
 
 import json

@@ -61,7 +61,7 @@ class Spans:
 def flash(q, k, v, of_q, of_k, causal, scale):
     """q (L, H, E), k and v (M, K, E), each with its Spans -> out (L, H, E), lse (H, L) float32."""
     if q.is_cuda and KERNEL == "flash":
-        given = of_q.ends, of_k.ends, max(of_q.longest, 2), of_k.longest, 0.0, causal, False  # of 1: another lse
+        given = of_q.ends, of_k.ends, max(of_q.longest, 2), of_k.longest, 0.0, causal, False  # 1: lse in another order
         return aten._flash_attention_forward(q, k, v, *given, scale=scale)[:2]
     each = rows((q, of_q), (k, of_k), (v, of_k))
     # a lone query is the last of its keys' tokens and sees them all; the CPU's kernel would say the first
@@ -149,8 +149,8 @@ class PackedAttention:
 
     def __init__(self, prompts, completions, device, record=False):
         self.kept, self.record = {}, record
-        flat, ends = [n for group in completions for n in group], list(accumulate(prompts))
-        self.read = torch.tensor([n - 1 for n in ends] + [ends[-1] + i for i in range(sum(flat))]).to(device)
+        flat, n = [size for group in completions for size in group], sum(prompts)
+        self.read = torch.tensor([*(end - 1 for end in accumulate(prompts)), *range(n, n + sum(flat))]).to(device)
         self.spans = [Spans(x, device) for x in ([*prompts, *flat], prompts, list(map(sum, completions)))]
         self.last = Spans([1] * len(prompts) + flat, device)
 

@@ -20,6 +20,7 @@ if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for 
     _mallopt = ctypes.CDLL(None).mallopt
     _mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes; the most that it takes
     _mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
 HERE = Path(__file__).resolve().parent.parent  # of this code
 
 
