@@ -46,15 +46,9 @@ def parse_args(argv=None):
     names = list(published.BENCHMARKS)
     flag("--benchmark", nargs="+", choices=["all", *names], metavar="NAME",
          help=f"of the paper: all (fifteen), {', '.join(names)}")  # fmt: skip
-    flag(
-        "--root", help="folder that holds the benchmarks, each in a folder of its name, or the one"
-    )
-    flag(
-        "--allow-missing", action="store_true", help="go on without media that are not there: wrong"
-    )
-    flag(
-        "--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'"
-    )
+    flag("--root", help="folder that holds the benchmarks, each in a folder of its name, or the one")
+    flag("--allow-missing", action="store_true", help="go on without media that are not there: wrong")
+    flag("--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'")
     flag("--template", metavar="FILE", help="the user's turn in other words, with {question} in it")
     flag("--out", default="scores/toy", help="folder for records.jsonl and scores.json")
     flag("--against", metavar="DIR", help="an earlier --out: report the paired difference too")

@@ -76,9 +76,7 @@ def ask(rng, kind, seconds):
         return shown[k] and choice(rng, question, shown[k], hint, [k])
     if kind == "color after":
         k = int(rng.integers(num_seconds - 1))
-        clear = (
-            shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]
-        )
+        clear = shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]
         question = f"Which color comes right after {shown[k]}?"
         hint = f"find the {shown[k]} shape, then look one second later"
         return clear and choice(rng, question, shown[k + 1], hint, [k, k + 1])
@@ -362,9 +360,7 @@ def judge(row, steps):
     It sees the reasoning and the clip's events, never the answer.
     """
     if "events" not in row:
-        raise BadRow(
-            f"row {row['prompt_id']}: no events: --judge toy knows only the toy's: give a URL"
-        )
+        raise BadRow(f"row {row['prompt_id']}: no events: --judge toy knows only the toy's: give a URL")
     scores = []
     for step in steps:
         number, _, said = step.partition(":")

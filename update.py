@@ -48,10 +48,9 @@ def replayed_gradient(policy, reference, prompts, drawn, mean_reward, filler, st
     returns      infos as `gradient`; advantages, a list of (M,)
     """
     replayed = [e for group in drawn for e in group]
-    advantages = replay_advantages(
-        torch.tensor([e.reward for e in replayed]),
-        torch.tensor([mean_reward(e.prompt_id) for e in replayed]),
-    ).split([len(group) for group in drawn])
+    earned = torch.tensor([e.reward for e in replayed])
+    usual = torch.tensor([mean_reward(e.prompt_id) for e in replayed])
+    advantages = replay_advantages(earned, usual).split([len(group) for group in drawn])
     weight = args.off_policy_coef / max(len(replayed), 1)  # [J.off]
     groups = [(prompt, drawn[i], advantages[i], weight) for i, prompt in prompts.items()]
     infos = gradient(policy, reference, groups, filler, step, args)

@@ -81,4 +81,3 @@ def by_text(options, answer):
     """A choice whose truth is told as the text of an option."""
     texts, answer = [str(x).strip() for x in options], str(answer).strip()
     return certain(options, texts.index(answer) if answer in texts else answer)
-

@@ -45,9 +45,7 @@ def accuracy(policy, load, rows, build, args):
         packs = [[batch[i] for i in pack] for pack in packs]
         for part, _ in processes.rounds(packs, [(None, build.filler, 1, 0)]):
             taken, prompts, counts, seeds = zip(*part)
-            rolled = model.rollout(
-                policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
-            )
+            rolled = model.rollout(policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds)
             for row, group in zip(taken, rolled):
                 for text in build.texts(group) if row else ():
                     answer = rewards.parse_answer(text)

@@ -60,9 +60,7 @@ def document(title, parts, told):
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; media-src data:; style-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>"
-        f"<p>{told}</p>\n{choices}\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
+        f"<p>{told}</p>\n{choices}\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 

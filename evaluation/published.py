@@ -163,9 +163,7 @@ def mvbench(root):
         inside = not Path(item["video"]).is_absolute() and ".." not in Path(item["video"]).parts
         if inside and os.path.isdir(Path(root) / media):  # TVQA is published as frames, 3 a second
             frames = sorted(p.name for p in (Path(root) / media).iterdir())
-            first, last = (
-                round(3 * row.pop(k, d)) for k, d in (("start", 0), ("end", len(frames)))
-            )
+            first, last = (round(3 * row.pop(k, d)) for k, d in (("start", 0), ("end", len(frames))))
             frames = frames[first : max(last, first + 1)]
             kept = frames[:: -(-len(frames) // 32) or 1]  # at most 32 pictures
             row |= dict(video=None, images=[f"{media}/{name}" for name in kept])
@@ -338,9 +336,7 @@ BENCHMARKS = {
     "mmvu": Benchmark("MMVU", "yale-nlp/MMVU", mmvu),
     "tomato": Benchmark("TOMATO", "github.com/yale-nlp/TOMATO", tomato),
     "video-mmmu": Benchmark("Video-MMMU", "lmms-lab/VideoMMMU", video_mmmu, macro="track"),
-    "vsi-bench": Benchmark(
-        "VSI-Bench", "nyu-visionx/VSI-Bench", vsi_bench, macro="question type", shares=VSI_SHARES
-    ),
+    "vsi-bench": Benchmark("VSI-Bench", "nyu-visionx/VSI-Bench", vsi_bench, macro="question type", shares=VSI_SHARES),
     "video-tt": Benchmark("Video-TT", "lmms-lab/video-tt", video_tt),
 }
 BENCHMARKS["av-counting-ref"] = BENCHMARKS["av-counting"]._replace(
@@ -383,4 +379,3 @@ def load(name, root):
     if not rows:
         raise BadRow(f"{folder} has annotations without a question; {where}")
     return folder, rows
-

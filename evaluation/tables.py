@@ -20,9 +20,7 @@ def read_records(folder):
     texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
     try:
-        records = [
-            json.loads(line) for line in lines if line.endswith("\n")
-        ]  # a kill cuts the last
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last
     except ValueError as error:
         raise BadRow(f"{folder}: a line of its records is not JSON ({error}): remove it") from None
     return list({(r["file"], r["prompt_id"]): r for r in records}.values())  # or comes between two
@@ -39,9 +37,7 @@ def summary(records, seed):
     table, names = {}, dict.fromkeys(r["file"] for r in records)
     order = [*(n for n in names if n not in published.BENCHMARKS), *published.BENCHMARKS]
     for name in [name for name in order if name in names]:
-        table[name] = scores.summarize(
-            [r for r in records if r["file"] == name], seed, **about(name)
-        )
+        table[name] = scores.summarize([r for r in records if r["file"] == name], seed, **about(name))
     files = [r for r in records if r["file"] not in published.BENCHMARKS]
     # clips of one name in two folders are two
     files = [r | dict(clip=str(Path(r["file"]).parent / str(r["clip"]))) for r in files]
@@ -122,6 +118,4 @@ def print_tables(folders, seed):
         if any(Path(folder).glob("records-*.jsonl")):
             print(f"not finished: {folder}")
         if changed := recipe_changes(recipe_of(folders[0]), folder):
-            print(
-                f"not like with like: other {', '.join(changed)} in {folder} than in {folders[0]}"
-            )
+            print(f"not like with like: other {', '.join(changed)} in {folder} than in {folders[0]}")

@@ -258,10 +258,7 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
     rewards = [torch.tensor([float(c.ids[0] % 7) for c in group]) for group in rolled]
     groups = []
     for prompt, group, reward in zip(prompts, rolled, rewards):
-        entries = [
-            buffer.Entry("q", c.ids, c.logprobs, r, {}, step, False)
-            for c, r in zip(group, reward.tolist())
-        ]
+        entries = [buffer.Entry("q", c.ids, c.logprobs, r, {}, step, False) for c, r in zip(group, reward.tolist())]
         weight = 1 / (num_prompts * group_size)
         groups.append((prompt, entries, group_advantages(reward), weight))
     update.gradient(policy, reference, groups, groups[0][:2], step, args)

@@ -240,9 +240,7 @@ def length_gains(result, edges):
         for plain, shaped in pairs:
             lengths, scores = map(np.array, zip(*plain["items"]))
             picked = (lengths > low) & (lengths <= high)
-            gains.append(
-                (np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist()
-            )
+            gains.append((np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist())
         total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
         name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
         items = sum(map(len, gains))
@@ -279,9 +277,7 @@ def write_all(folder):
         result = results[name]
         seeds = ", ".join(str(s) for s in sorted({one["seed"] for one in result["runs"]}))
         quick = ", quick" if result.get("quick") else ""
-        lines.append(
-            f"`python -m experiments.runs {name}`{quick}, commit {result['commit']}, seeds {seeds}."
-        )
+        lines.append(f"`python -m experiments.runs {name}`{quick}, commit {result['commit']}, seeds {seeds}.")
         lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
         lines.extend(["", *write(result), ""])
 

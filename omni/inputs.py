@@ -50,16 +50,7 @@ def families_of(prompts):
     return list(families.values())
 
 
-def num_alike(rows):
-    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
-    room = min(map(len, rows)) - 1
-    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
-    return int(alike.cumprod(0).sum())
-
-
-def window_attention(
-    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
-):
+def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
     """What towers call on a GPU: all windows of a clip at once. (1, H, L, E) -> (1, L, H, E)"""
     qkv, ends = (x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q.int()
     given = ends, ends, int(max_length_q), int(max_length_q), 0.0, False, False

@@ -57,9 +57,7 @@ Thinker, Processor, MODEL_TYPES = OlaForConditionalGeneration, OlaProcessor, ("o
 
 def chat_template(tokens):
     """A chat of Qwen with one token for each medium; tokens: {kind: token}. Media end with a new line."""
-    media = "".join(
-        f"{{% elif c['type'] == '{kind}' %}}{token}" for kind, token in tokens.items()
-    )
+    media = "".join(f"{{% elif c['type'] == '{kind}' %}}{token}" for kind, token in tokens.items())
     return (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from omni.attention import DecodeAttention
-from omni.inputs import families_of, num_alike
+from omni.inputs import families_of
 from run.graphs import Later, record
 from run.optim import micro_batches
 from run.sharding import gathered
@@ -31,9 +31,7 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(
-    policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens=16384
-):
+def rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens=16384):
     """
     Samples completions of all prompts together and records their log-probs.
 
@@ -53,9 +51,7 @@ def rollout(
     return policy(lambda policy: _rollout(policy, *given))
 
 
-def _rollout(
-    policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
-):
+def _rollout(policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens):
     device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
     # all randomness of the rollout, drawn before it: (B G, T)
     noise = torch.zeros(num_prompts, group_size, max_new_tokens, dtype=torch.float64)
@@ -81,18 +77,14 @@ def _rollout(
     with gathered(policy):
         logits, attention = prefill(policy, prompts, families, owner, micro_tokens)
         logits = logits[owner]  # (rows, V)
-        after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
-        after = after[owner]
+        after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)[owner]
 
         def decode_plainly(token, position):
             """A token of every row, (rows,) and its position (rows,) -> logits of the next (rows, V)."""
-            hidden = policy.thinker.model.language_model(
-                inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
-                position_ids=position[None, :, None].expand(3, -1, 1),
-                use_cache=False,
-                shared=attention,
-            ).last_hidden_state
-            return policy.thinker.lm_head(hidden[:, -1]).float()
+            embeds = policy.thinker.get_input_embeddings()(token[:, None])
+            inputs = dict(inputs_embeds=embeds, position_ids=position[None, :, None].expand(3, -1, 1))
+            hidden = policy.thinker.model.language_model(**inputs, use_cache=False, shared=attention)
+            return policy.thinker.lm_head(hidden.last_hidden_state[:, -1]).float()
 
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
@@ -164,6 +156,13 @@ def prefill(policy, prompts, families, owner, micro_tokens):
     used = lengths[owner].int()
     attention = DecodeAttention(head_kv, alike, tail_kv, used, longest)
     return torch.cat(logits)[place.to(device)], attention
+
+
+def num_alike(rows):
+    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
+    room = min(map(len, rows)) - 1
+    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
+    return int(alike.cumprod(0).sum())
 
 
 def compact(alive):

@@ -63,9 +63,7 @@ class Clip(NamedTuple):
 
     def in_order(self, pieces):
         """With pictures and sounds in the order in which pieces {"type", "index"} of a text name them."""
-        images, audio = (
-            [piece["index"] for piece in pieces if piece["type"] == kind] for kind in ("image", "audio")
-        )
+        images, audio = ([piece["index"] for piece in pieces if piece["type"] == kind] for kind in ("image", "audio"))
         audio = self.audio if self.use_audio else [self.sounds[i] for i in audio]
         return self._replace(images=[self.images[i] for i in images], audio=audio)
 
@@ -119,9 +117,7 @@ def find_media(name, folder, path, recipe):
         why = getattr(error, "strerror", None) or "links in a circle"
         raise BadRow(f"{name}: {path[:99]} cannot be reached ({why}): mend the path") from None
     if outside and not recipe.allow_outside:
-        raise BadRow(
-            f"{name}: {path} is not in the JSONL's folder: move it there or --allow-outside"
-        )
+        raise BadRow(f"{name}: {path} is not in the JSONL's folder: move it there or --allow-outside")
     if not is_file:
         raise BadRow(f"{name}: no file at {whole}: paths are relative to the JSONL")
     if size == 0:
@@ -181,9 +177,7 @@ def _end_found(path, name, index):
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 ends[packet.stream_index] = max(end, ends.get(packet.stream_index, 0.0))
         if (container.duration or 0) / av.time_base > max(ends.values(), default=0.0) + SLACK:
-            raise BadRow(
-                f"{name}: {path} ends earlier than it tells: it is cut off, fetch it again"
-            )
+            raise BadRow(f"{name}: {path} ends earlier than it tells: it is cut off, fetch it again")
     return ends.get(index, 0.0)
 
 
@@ -276,9 +270,7 @@ def decode_video(path, name, start, end, recipe):
                 size = size or frame_size(frame.width * aspect, frame.height, *limits)
                 frames.append(_upright(frame, size))
         except av.FFmpegError as error:
-            raise BadRow(
-                f"{name}: {path} cannot be decoded ({error.strerror}): fetch it again"
-            ) from None
+            raise BadRow(f"{name}: {path} cannot be decoded ({error.strerror}): fetch it again") from None
     if len(frames) < count:
         missing = (count - len(frames)) * (end - start) / count
         raise BadRow(f"{name}: {path} ends {missing:.1f} s early: it is cut off, fetch it again")
@@ -362,9 +354,7 @@ def decode_audio(path, name, start, end, recipe, of_video):
     if rate and rate * AUDIO_RATE > 2e7 * math.gcd(rate, AUDIO_RATE) ** 2:
         raise BadRow(f"{name}: {path} has {rate} samples a second, no usual rate: re-encode it")
     if not pieces or len(track) < 0.1 * rate:
-        raise BadRow(
-            f"{name}: {path} gives under 0.1 s of sound: mend start and end, or do without it"
-        )
+        raise BadRow(f"{name}: {path} gives under 0.1 s of sound: mend start and end, or do without it")
     return torchaudio.functional.resample(torch.from_numpy(track), rate, AUDIO_RATE).numpy()
 
 

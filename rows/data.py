@@ -19,9 +19,7 @@ from tqdm import tqdm
 import rewards
 from rows.clips import BadRow, Clip, Recipe, decode_clip  # noqa: F401  all four are imported from here
 
-SYSTEM_PROMPT = (
-    "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
-)
+SYSTEM_PROMPT = "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
 INSTRUCTIONS = {
     "choice": "Answer with one option.",
     "multi": "Answer with all the letters that apply.",
@@ -244,9 +242,7 @@ def truth(row):
 
 def media_paths(row):
     """All files that a row names: its video, its sound or sounds, its images."""
-    sounds, images = (
-        paths if isinstance(paths, list) else [paths] for paths in map(row.get, ("audio", "images"))
-    )
+    sounds, images = (paths if isinstance(paths, list) else [paths] for paths in map(row.get, ("audio", "images")))
     return [path for path in (row.get("video"), *sounds, *images) if path]
 
 

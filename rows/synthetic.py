@@ -45,9 +45,7 @@ def write_clip(path, seconds, rng):
         )
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
-        sound = container.add_stream(
-            "aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"}
-        )
+        sound = container.add_stream("aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"})
         for shapes, _ in seconds:
             for _ in range(VIDEO_FPS):
                 frame = av.VideoFrame.from_ndarray(draw_frame(shapes, rng), format="rgb24")
@@ -65,10 +63,7 @@ def random_seconds(rng, num_seconds, max_shapes):
     for _ in range(num_seconds):
         count = 0 if rng.random() < 0.2 else int(rng.integers(1, max_shapes + 1))
         places = sorted(rng.choice(3, count, replace=False))  # left to right
-        shapes = [
-            (list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
-            for p in places
-        ]
+        shapes = [(list(PLACES)[p], str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))) for p in places]
         seconds.append((shapes, [None, "low", "high"][rng.integers(3)]))
     return seconds
 

@@ -76,8 +76,7 @@ def parse(parser, argv, overrides):
         told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
         raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
     return args, {
-        key: source.get(key) if value == parser.get_default(key) else "typed"
-        for key, value in vars(args).items()
+        key: source.get(key) if value == parser.get_default(key) else "typed" for key, value in vars(args).items()
     }
 
 

@@ -37,9 +37,7 @@ def save(out, step, policy, optimizer, state, keep):
     if optimizer.state:  # before its first step it has none, and torch would make some
         optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
     if processes.rank():
-        return processes.gather(
-            None
-        )  # a rank that ends now would have torchrun end the one that writes
+        return processes.gather(None)  # a rank that ends now would have torchrun end the one that writes
     folder = out / "checkpoints" / f"step-{step:06d}"
     stale = folder.with_suffix(".stale")
     shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed while it saved

@@ -44,9 +44,7 @@ def open_folder(args, source):
     about = read_about(out)
     gather(None)  # every rank has looked before one writes
     if about and not args.resume:
-        raise UserError(
-            f"{out} already holds a run: continue it with --resume or choose another --out"
-        )
+        raise UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
     if args.resume and not about:
         raise UserError(f"--resume: {out} holds no run: start one without --resume")
     if args.resume:

@@ -26,9 +26,7 @@ class Health:
     def __init__(self, max_ratio):
         self.max_ratio = max_ratio
         # so far; steps in a row; whether any completion has ended by itself yet
-        self.state = dict(
-            skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False, norms=[]
-        )
+        self.state = dict(skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False, norms=[])
 
     def state_dict(self):
         return dict(self.state)  # its list is replaced, never changed
@@ -92,9 +90,7 @@ class Health:
         if save and (on_bad_step == "stop" or self.state["in_a_row"] >= PATIENCE):
             save()
             skip = how_to_go_on("--on-bad-step", "skip")
-            told = (
-                "the state before it is saved: start a new --out with a lower --lr, or leave such"
-            )
+            told = "the state before it is saved: start a new --out with a lower --lr, or leave such"
             raise UserError(f"step {steps.step}: {problem}; {told} steps out: {skip}")
         steps.tell(f"skipped: {problem}")
         return True

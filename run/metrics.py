@@ -80,10 +80,7 @@ def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
         "loss": info["loss"].sum().item(),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        **{
-            f"rewards/{part}": mean(e.reward_parts[part] for e in made)
-            for part in made[0].reward_parts
-        },
+        **{f"rewards/{part}": mean(e.reward_parts[part] for e in made) for part in made[0].reward_parts},
         "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups if g),
         "advantage_std": advantages.std().item(),
         "advantage_zero_frac": (advantages == 0).float().mean().item(),

@@ -58,7 +58,6 @@ SFT = [
 ]
 
 
-
 def write(folder, against=None):
     """Writes FOLDER/index.html, with the curves of another run beside its own -> its path."""
     folder, told = Path(folder), []

@@ -33,9 +33,7 @@ def init(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise run.UserError(
-            "--device cuda: torch finds no GPU here: leave it out to run on the CPU"
-        )
+        raise run.UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(gpu)
@@ -110,9 +108,7 @@ class Steps:
 
     def __init__(self, start, count, title):
         self.step, self.count = start, count
-        self.bar = tqdm(
-            total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None
-        )
+        self.bar = tqdm(total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None)
 
     def __iter__(self):
         began, start = time.monotonic(), self.step

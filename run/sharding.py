@@ -79,9 +79,7 @@ def shard(policy, device, param_dtype):
     """
     mesh = dist.init_device_mesh(device.type, (processes.world_size(),))
     ignored = {p for module in policy.frozen for p in module.parameters()}
-    precision = MixedPrecisionPolicy(
-        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in policy.modules():
         if isinstance(module, policy.units):
             fully_shard(module, mesh=mesh, mp_policy=precision)

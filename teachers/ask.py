@@ -58,9 +58,7 @@ class Teacher:
         self.ended = None  # why nothing more is asked
         if where.startswith(("http://", "https://")):
             if not name:
-                raise UserError(
-                    f"{where}: which model? give its name there: --judge-model, --teacher-model"
-                )
+                raise UserError(f"{where}: which model? give its name there: --judge-model, --teacher-model")
             key = os.environ.get(KEY, "").strip()
             try:
                 self.server = Server(where, key, timeout, retries)

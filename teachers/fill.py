@@ -114,9 +114,7 @@ def fill(teacher, source, out, field, find, keep, concurrency):
     os.replace(part, out)
     if late:
         print(f"{name}: no answer since then: lines {spans(late)}")
-    told = (
-        f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
-    )
+    told = f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
     told += f", {counts['needless']} need none, {counts['without']} without"
     print(told + (": named above; mend the cause and run again" if counts["without"] else ""))
     if teacher.ended:

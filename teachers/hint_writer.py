@@ -39,12 +39,8 @@ def ask_hint(teacher, row, attempts):
     text, refused = PROMPT.format(request=request, max_words=MAX_WORDS), ""
     for attempt in range(attempts):
         temperature = 0.8 if attempt else 0.0
-        reply = teacher.ask(
-            row, ("frames",), text + refused, 3 * MAX_WORDS, plain, temperature, attempt
-        )
-        hint = re.sub(r"^(?i:(?:strategic )?hint)\s*[:\-]\s*", "", reply.strip("\"' ")).strip(
-            "\"' "
-        )
+        reply = teacher.ask(row, ("frames",), text + refused, 3 * MAX_WORDS, plain, temperature, attempt)
+        hint = re.sub(r"^(?i:(?:strategic )?hint)\s*[:\-]\s*", "", reply.strip("\"' ")).strip("\"' ")
         reason = hint_leak(hint, *data.truth(row))
         if not any(c.isalnum() for c in hint):
             reason = "it has no words"

@@ -61,9 +61,7 @@ class Local:
 def spelled(pieces, tokenizer, start):
     """-> callable(batch, ids) for generate: the tokens that may follow, so that `pieces` result."""
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    pieces = [
-        [encode(x) for x in ([piece] if isinstance(piece, str) else piece)] for piece in pieces
-    ]
+    pieces = [[encode(x) for x in ([piece] if isinstance(piece, str) else piece)] for piece in pieces]
 
     def allowed(_, ids):
         said = ids[start:].tolist()

@@ -88,9 +88,7 @@ def launch(script, *flags, code=0, processes=1):
     return printed
 
 
-needs_browser = pytest.mark.skipif(
-    not find_spec("PySide6"), reason="needs a browser: pip install PySide6"
-)
+needs_browser = pytest.mark.skipif(not find_spec("PySide6"), reason="needs a browser: pip install PySide6")
 
 
 def in_browser(path, expression):

@@ -16,13 +16,9 @@ from PIL import Image
 from rows import data
 from rows.clips import Recipe
 
-RECIPE = Recipe(
-    fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048
-)
+RECIPE = Recipe(fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048)
 BITS = 11  # of a frame's number, and then a white column and a black one
-WIDE = RECIPE._replace(
-    max_frames=64, max_pixels=112 * 112, max_audio_seconds=120.0, max_prompt_tokens=4096
-)
+WIDE = RECIPE._replace(max_frames=64, max_pixels=112 * 112, max_audio_seconds=120.0, max_prompt_tokens=4096)
 TONE = 1000.0  # Hz
 
 
@@ -117,9 +113,7 @@ def onsets(audio):
 
 
 def make_row(**fields):
-    return dict(
-        dict(prompt_id="r7", question="How many?", answer="3", answer_type="number"), **fields
-    )
+    return dict(dict(prompt_id="r7", question="How many?", answer="3", answer_type="number"), **fields)
 
 
 def decode(folder, recipe=WIDE, **fields):
@@ -127,9 +121,7 @@ def decode(folder, recipe=WIDE, **fields):
 
 
 def write_jsonl(path, rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 

@@ -201,9 +201,7 @@ def intentbench(root, put):
 
 def mvbench(root, put):
     def item(video, question, answer, reply, **more):
-        return dict(
-            video=video, question=ask(question, reply), candidates=PLAIN, answer=answer, **more
-        )
+        return dict(video=video, question=ask(question, reply), candidates=PLAIN, answer=answer, **more)
 
     put(root / "video/star/Charades_v1_480/s.mp4", "film")
     put(root / "video/clevrer/clevrer/video_validation/e.mp4", "silent")  # as the archives unpack

@@ -58,8 +58,6 @@ if __name__ == "__main__":
     for seed in range(4):
         case = random_case(seed, per_token=seed % 2 == 1)
         loss, grad = trl_loss(case)
-        recorded.append(
-            {k: v.tolist() for k, v in case.items()} | dict(loss=loss, grad=grad.tolist())
-        )
+        recorded.append({k: v.tolist() for k, v in case.items()} | dict(loss=loss, grad=grad.tolist()))
     about = dict(trl=version("trl"), torch=torch.__version__, eps=EPS, beta=BETA, delta=DELTA)
     Path(__file__).with_name("trl_loss.json").write_text(json.dumps(about | dict(cases=recorded)))

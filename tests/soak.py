@@ -78,9 +78,7 @@ def main():
             while steps_done(killed) <= before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1.5))
-        assert process.poll() is None, (
-            f"it ended by itself: raise --steps, or see {work}/killed.log"
-        )
+        assert process.poll() is None, f"it ended by itself: raise --steps, or see {work}/killed.log"
         for pid in (process.pid, *children(process)):
             os.kill(pid, signal.SIGKILL)
         process.wait()

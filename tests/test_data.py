@@ -121,9 +121,7 @@ GOOD_ROWS = [  # answer_type, answer, options, the answer as text
 
 @pytest.mark.parametrize("kind, answer, options, text", GOOD_ROWS)
 def test_answers_become_text_that_scores_one(kind, answer, options, text):
-    row = data.normalize_row(
-        make_row(video="x.mp4", answer=answer, answer_type=kind, options=options)
-    )
+    row = data.normalize_row(make_row(video="x.mp4", answer=answer, answer_type=kind, options=options))
     assert row["answer"] == text
     assert rewards.accuracy_reward(text, row["answer"], kind, row["options"]) == 1
     taught = data.completion_text(dict(row, reasoning="because"))
@@ -159,9 +157,7 @@ def test_hint_and_caption_stand_before_the_question():
     row = data.normalize_row(make_row(video="x.mp4", audio_caption="a bell"))
     plain = "How many?\nAnswer with a number."
     assert data.question_text(row, False) == plain
-    assert place_hint(data.question_text(row, True), "look up") == (
-        f"Hint: look up.\nSound: a bell.\n{plain}"
-    )
+    assert place_hint(data.question_text(row, True), "look up") == (f"Hint: look up.\nSound: a bell.\n{plain}")
 
 
 # Rows of Video-R1-260k and -COT-165k, AVQA-R1-6K and IntentTrain as they are published.
@@ -251,16 +247,12 @@ def test_a_large_file_stays_on_the_disk(tmp_path):
 
 def test_rows_are_found_by_number_and_by_id(tmp_path):
     rows = [
-        make_row(
-            prompt_id=f"é{i}" if i % 2 else i, video=f"{i}.mp4", question="Wie viel?" * i + "ü"
-        )
+        make_row(prompt_id=f"é{i}" if i % 2 else i, video=f"{i}.mp4", question="Wie viel?" * i + "ü")
         for i in range(200)
     ]
     lines = [json.dumps(row, ensure_ascii=bool(i % 3)) for i, row in enumerate(rows)]
     path = tmp_path / "x.jsonl"
-    path.write_bytes(
-        "\r\n\n".join(["\ufeff" + lines[0], *lines[1:]]).encode()
-    )  # BOM, CRLF, blank lines, no end
+    path.write_bytes("\r\n\n".join(["\ufeff" + lines[0], *lines[1:]]).encode())  # BOM, CRLF, blank lines, no end
     table = data.Rows(path)
     assert len(table) == 200 and len(list(table)) == 200
     for i in (0, 1, 150, 199, -1):

@@ -506,6 +506,4 @@ def test_recipe_is_kept(toy_dir):
     typed, _ = evaluation.parse_args([*flags, "--root", "x", "--max-new-tokens", "7"])
     assert evaluation.recipe_of(typed, "m", None, "float32")["max_new_tokens"] == 7
     assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == files.commit()
-    assert (
-        recipe["recipe"]["max_frames"] == 16
-    )  # the toy's wins over the paper's, as it comes later
+    assert recipe["recipe"]["max_frames"] == 16  # the toy's wins over the paper's, as it comes later

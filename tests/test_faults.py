@@ -167,9 +167,7 @@ def lines(path):
 
 def test_the_newest_whole_checkpoint_is_found(straight, tmp_path):
     whole, flags = straight
-    for i, (name, size) in enumerate(
-        [("state.pt", 0.5), ("model.safetensors", 0.9), ("state.pt", None)]
-    ):
+    for i, (name, size) in enumerate([("state.pt", 0.5), ("model.safetensors", 0.9), ("state.pt", None)]):
         out = tmp_path / str(i)
         shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final"))
         torn = out / "checkpoints" / f"step-{STEPS:06d}" / name
@@ -248,10 +246,7 @@ def test_two_ranks_stopped_resumed_and_one_of_them_killed(straight, tmp_path):
     launch(*other_out(flags, one), "--resume")
     for a, b in zip(read_metrics(whole), read_metrics(one), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=0.2) and a["step"] == b["step"]
-    assert (
-        read_metrics(one)[-1]["completions_generated"]
-        == read_metrics(whole)[-1]["completions_generated"]
-    )
+    assert read_metrics(one)[-1]["completions_generated"] == read_metrics(whole)[-1]["completions_generated"]
 
 
 # ---- folder and disk
@@ -273,9 +268,7 @@ def test_two_runs_on_one_folder(straight, toy_dir, tmp_path):
 def test_a_full_disk_is_one_line_and_corrupts_nothing(straight, tmp_path):
     whole, flags = straight
     out = tmp_path / "run"
-    shutil.copytree(
-        whole, out, ignore=shutil.ignore_patterns("final", "step-000003", "step-000004")
-    )
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final", "step-000003", "step-000004"))
     begin_at = checkpoint.read(out / "checkpoints" / "step-000002")[1]["step"]
 
     def small_disk():  # a write beyond it fails, as on a full disk

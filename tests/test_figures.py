@@ -163,9 +163,7 @@ def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):
 
 
 def test_a_quick_run_is_short_and_otherwise_the_same():
-    assert (
-        runs.quick("--lr 1 --steps 60 --eval-every 4") == "--lr 1 --steps 12 --eval-every 4"
-    )
+    assert runs.quick("--lr 1 --steps 60 --eval-every 4") == "--lr 1 --steps 12 --eval-every 4"
 
 
 def test_every_experiment_parses():

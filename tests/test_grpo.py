@@ -20,9 +20,7 @@ from grpo import group_advantages, grpo_loss, replay_advantages
 
 def test_group_advantages_by_hand():
     a = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]))  # mean .5, std sqrt(1/3)
-    torch.testing.assert_close(
-        a, torch.tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + grpo.STD_EPS)
-    )
+    torch.testing.assert_close(a, torch.tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + grpo.STD_EPS))
 
 
 @pytest.mark.parametrize("group", [[0.7], [0.3, 0.3, 0.3], [0.0, 0.0], [0.6] * 8, [0.2] * 8])
@@ -32,9 +30,7 @@ def test_no_spread_no_advantage(group):
 
 def test_replay_advantages_by_hand():
     rewards, means = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.25, 0.25, 0.5])
-    torch.testing.assert_close(
-        replay_advantages(rewards, means), torch.tensor([0.75, -0.25, 0.0]) / 0.5
-    )  # std .5
+    torch.testing.assert_close(replay_advantages(rewards, means), torch.tensor([0.75, -0.25, 0.0]) / 0.5)  # std .5
 
 
 def test_sigma_off_is_of_the_step_not_of_one_sample():
@@ -98,9 +94,7 @@ def test_loss_equals_the_slow_loop(seed):
 
 def test_gradient_equals_finite_differences():
     case = [x.double() if x.is_floating_point() else x for x in random_case(3, n=3, t=4)]
-    assert (
-        (case[0] - case[1]) * case[4]
-    ).exp().max() < grpo.DUAL_CLIP  # else see the truncation's test
+    assert ((case[0] - case[1]) * case[4]).exp().max() < grpo.DUAL_CLIP  # else see the truncation's test
     logprobs = case[0].requires_grad_()
     loss, _ = grpo_loss(logprobs, *case[1:], clip_eps=0.2, kl_coef=0.1)
     (grad,) = torch.autograd.grad(loss, logprobs)
@@ -127,9 +121,7 @@ def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2):
 
 def test_gradient_facts():
     loss, grad, _ = one_token(0.0, 2.0)
-    assert loss == -2 and grad == pytest.approx(
-        -2
-    )  # ratio 1: the loss says nothing, the gradient all
+    assert loss == -2 and grad == pytest.approx(-2)  # ratio 1: the loss says nothing, the gradient all
     assert one_token(0.0, -2.0)[1] == pytest.approx(2)  # the sign follows the advantage
     assert one_token(0.5, 1.0)[1] == 0 and one_token(-0.5, -1.0)[1] == 0  # beyond the clip
     assert one_token(-0.5, 1.0)[1] != 0 and one_token(0.5, -1.0)[1] != 0  # the way back stays open
@@ -218,9 +210,7 @@ def test_kl_counts_a_token_that_became_likely_at_most_three_times():
 
 def test_pulls_are_what_stands_before_the_gradient():
     loss, slope, info = one_token(-0.1, 2.0, kl_coef=0.0)
-    assert (
-        info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
-    )
+    assert info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
     _, slope, info = one_token(-1.0, 0.0, kl_coef=0.7, d=0.4)
     assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
 
@@ -240,9 +230,7 @@ def test_nothing_off_the_mask_matters():
         torch.testing.assert_close(again, loss)
         torch.testing.assert_close(torch.autograd.grad(again, wild[0])[0], grad)
         wild[0].requires_grad_(False)
-    wider = [
-        torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case
-    ]  # more padding
+    wider = [torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case]  # more padding
     torch.testing.assert_close(grpo_loss(*wider, clip_eps=0.2, kl_coef=0.1)[0], loss.detach())
 
 
@@ -250,14 +238,11 @@ def test_split_and_order_do_not_change_the_sum():
     case = random_case(4, n=8)
     whole = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)[0]
     parts = [
-        grpo_loss(*(x[s] for x in case), clip_eps=0.2, kl_coef=0.1)[0]
-        for s in (slice(0, 3), slice(3, 4), slice(4, 8))
+        grpo_loss(*(x[s] for x in case), clip_eps=0.2, kl_coef=0.1)[0] for s in (slice(0, 3), slice(3, 4), slice(4, 8))
     ]
     torch.testing.assert_close(sum(parts), whole)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        grpo_loss(*(x[order] for x in case), clip_eps=0.2, kl_coef=0.1)[0], whole
-    )
+    torch.testing.assert_close(grpo_loss(*(x[order] for x in case), clip_eps=0.2, kl_coef=0.1)[0], whole)
 
 
 # ---- a peer: numbers recorded from trl's GRPOTrainer by record_trl.py

@@ -68,9 +68,7 @@ def test_what_was_usual_is_saved_with_the_run():
 def test_a_bad_step_is_saved_before_or_left_out():
     watch, steps, saved = health.Health(0), Steps(), []
     problem = watch.bad_step(float("nan"), 1.0)
-    with pytest.raises(
-        UserError, match=r"step 7: loss nan.*its prompts: p, q; the state before it"
-    ):
+    with pytest.raises(UserError, match=r"step 7: loss nan.*its prompts: p, q; the state before it"):
         watch.refuses(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
     assert saved == [1]
     assert watch.refuses(problem, {"q"}, steps, "skip", lambda: saved.append(2))

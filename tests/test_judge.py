@@ -118,15 +118,10 @@ def test_planted_steps_stand_anywhere():
 
 def test_a_ticket_depends_on_every_word():
     row = dict(question="Where?")
-    tickets = {
-        judge_prompt(row, steps)[1] for steps in (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])
-    }
+    tickets = {judge_prompt(row, steps)[1] for steps in (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])}
     tickets |= {judge_prompt(dict(question="Where"), STEPS)[1]}
     assert len(tickets) == 5
-    assert (
-        judge_prompt(row, STEPS)[1]
-        not in judge_prompt(row, [*STEPS, judge_prompt(row, STEPS)[1]])[1]
-    )
+    assert judge_prompt(row, STEPS)[1] not in judge_prompt(row, [*STEPS, judge_prompt(row, STEPS)[1]])[1]
 
 
 # ---- a reasoning that talks to its judge
@@ -183,9 +178,7 @@ def test_the_rule_takes_no_time():
 # ---- not judged is not zero
 
 
-@pytest.mark.parametrize(
-    "answer", ["I think it is good", (500, {}, b""), (200, {}, b"{"), "dead", "slow"]
-)
+@pytest.mark.parametrize("answer", ["I think it is good", (500, {}, b""), (200, {}, b"{"), "dead", "slow"])
 def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     server = ChatServer(lambda r, n: answer, delay=1.0 * (answer == "slow"))
     if answer == "dead":
@@ -195,9 +188,7 @@ def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     texts = [f"<think>{STEPS[0]}</think><answer>x</answer>", "no reasoning"]
     row = row_of(toy_dir)
     asked.begin([row], [texts])
-    scored = rewards.reward_completions(
-        row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked
-    )
+    scored = rewards.reward_completions(row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked)
     assert scored[0][0] is None and scored[0][1]["judge"] is None and asked.why
     assert scored[1][0] == -0.5  # no reasoning: nothing to judge, nothing earned [U14]
     if answer != "dead":
@@ -373,9 +364,7 @@ def test_a_local_folder_judges(toy_dir, tmp_path, monkeypatch):
 
 
 def test_a_judge_behind_a_url_needs_a_name(toy_dir, tmp_path):
-    printed = stage3(
-        toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1
-    )
+    printed = stage3(toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1)
     assert "which model?" in printed.splitlines()[-1]
 
 

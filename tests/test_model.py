@@ -28,9 +28,7 @@ from omni import rollout
 @pytest.fixture(scope="module")
 def setup(toy_dir):
     """Policy, the plain HF model, and prompts with audio, without, and of different lengths."""
-    policy = model.load(
-        toy_dir / "model", lora_rank=0, train_towers=True
-    )
+    policy = model.load(toy_dir / "model", lora_rank=0, train_towers=True)
     prompts, build = toy_prompts(toy_dir)
     assert "audio" in prompts[0].media and "audio" not in prompts[1].media
     return policy, Thinker.from_pretrained(toy_dir / "model"), prompts, build
@@ -48,15 +46,9 @@ def oracle_logprobs(hf, prompt, completion, temperature):
         )
     if audio := prompt.media.get("audio"):
         mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
-        kwargs.update(
-            input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True
-        )
-    logits = (
-        hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
-    )
-    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[
-        :, 0
-    ]
+        kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
+    logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
+    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[:, 0]
 
 
 SIZES = ([5, 1, 9], [7], [2, 12])  # ragged, one of a single token
@@ -124,10 +116,7 @@ def test_one_prompt_does_not_change_another(setup):
     with torch.no_grad():
         together = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
         reverse = model.completion_logprobs(policy, prompts[::-1], completions[::-1], 1.0)[0]
-        alone = [
-            model.completion_logprobs(policy, [p], [c], 1.0)[0]
-            for p, c in zip(prompts, completions)
-        ]
+        alone = [model.completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
     rows = together.split([len(s) for s in SIZES])
     for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
         torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
@@ -139,16 +128,12 @@ def test_rollout_logprobs_are_the_recomputed_ones(setup):
     groups = model.rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
     assert [len(g) for g in groups] == [4, 2, 3]
     with torch.no_grad():
-        logprobs, mask, _ = model.completion_logprobs(
-            policy, prompts, [[c.ids for c in g] for g in groups], 1.0
-        )
+        logprobs, mask, _ = model.completion_logprobs(policy, prompts, [[c.ids for c in g] for g in groups], 1.0)
     recorded = pad_sequence([c.logprobs for g in groups for c in g], batch_first=True)
     assert (logprobs - recorded).abs().max() < 1e-4
     for c in (c for g in groups for c in g):
         ends = torch.isin(c.ids, torch.tensor(build.eos_ids))
-        assert (
-            not ends[:-1].any() and bool(ends[-1]) != c.truncated
-        )  # EOS is inside, and nothing after it
+        assert not ends[:-1].any() and bool(ends[-1]) != c.truncated  # EOS is inside, and nothing after it
 
 
 def test_rollout_does_not_depend_on_the_batch(setup):
@@ -207,9 +192,7 @@ def test_head_in_chunks_is_the_head(monkeypatch):
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(chunked_entropy, entropy)
     torch.testing.assert_close(chunked_grad, grad)
-    torch.testing.assert_close(
-        entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy()
-    )
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy())
 
 
 def test_a_sampled_media_token_is_an_ordinary_token(setup):
@@ -242,10 +225,7 @@ def test_a_frozen_tower_is_held_once(toy_dir, train_towers):
 def test_missing_placeholder_is_an_error(setup):
     policy, _, prompts, _ = setup
     p = prompts[0]
-    keep = (
-        torch.arange(len(p.input_ids))
-        != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
-    )
+    keep = torch.arange(len(p.input_ids)) != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
     broken = p._replace(input_ids=p.input_ids[keep], position_ids=p.position_ids[:, keep])
     with pytest.raises(AssertionError, match="audio: .* placeholders"):
         model.completion_logprobs(policy, [broken], [[torch.tensor([20, 21])]], 1.0)
@@ -299,9 +279,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     from peft import PeftModel
 
     _, _, prompts, build = setup
-    policy = model.load(
-        toy_dir / "model", lora_rank=4, train_towers=False
-    )
+    policy = model.load(toy_dir / "model", lora_rank=4, train_towers=False)
     completions = random_completions(SIZES)
     base = model.completion_logprobs(policy, prompts, completions, 1.0)[0].detach()
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
@@ -312,9 +290,7 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     with torch.no_grad():
         after = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
         with policy.reference():
-            torch.testing.assert_close(
-                model.completion_logprobs(policy, prompts, completions, 1.0)[0], base
-            )
+            torch.testing.assert_close(model.completion_logprobs(policy, prompts, completions, 1.0)[0], base)
     assert (after - base).abs().max() > 1e-2
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
     folders.save(policy, tmp_path / "final", build.processor)

@@ -84,9 +84,7 @@ def test_score_by_hand(name, scripted):
 
 
 def test_all_fifteen_are_there(scripted):
-    assert len(set(EXPECTED) - {"av-counting-ref"}) == 15 and set(EXPECTED) == set(
-        published.BENCHMARKS
-    )
+    assert len(set(EXPECTED) - {"av-counting-ref"}) == 15 and set(EXPECTED) == set(published.BENCHMARKS)
     assert set(scripted[0]["scores"]) == set(EXPECTED)
 
 
@@ -100,9 +98,7 @@ def test_other_measures_by_hand(scripted):
     assert intent["exact"]["score"] == 0 and intent["f1"]["score"] == 0.5  # {A, B} for {A, C}
     assert scores["mvbench"]["item_mean"]["score"] == 3 / 5  # beside the mean of the tasks
     unreadable = {"daily-omni": 1, "av-counting": 1, "video-mme": 1}
-    assert {k: s["failures"] for k, s in scores.items() if s["failures"]} == unreadable | {
-        "av-counting-ref": 1
-    }
+    assert {k: s["failures"] for k, s in scores.items() if s["failures"]} == unreadable | {"av-counting-ref": 1}
 
 
 def test_what_is_asked(scripted):
@@ -131,9 +127,7 @@ def test_sound_is_decided_clip_by_clip(scripted):
 
 def test_a_clip_is_decoded_once(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
     decoded, decode = [], data.decode_clip
-    monkeypatch.setattr(
-        data, "decode_clip", lambda row, *x: decoded.append(row["video"]) or decode(row, *x)
-    )
+    monkeypatch.setattr(data, "decode_clip", lambda row, *x: decoded.append(row["video"]) or decode(row, *x))
     monkeypatch.setattr(model, "rollout", Parrot(toy_dir / "model", REPLIES))
     for name, clips in (
         ("vsi-bench", 1),
@@ -331,9 +325,7 @@ def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
     row = dict(prompt_id="x", video="film.mp4")
     assert items.hears(tmp_path / "rows", row, RECIPE)
     assert not items.hears(tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0))
-    assert items.hears(
-        tmp_path / "rows", row | dict(end=0.9), RECIPE._replace(max_audio_seconds=1.0)
-    )
+    assert items.hears(tmp_path / "rows", row | dict(end=0.9), RECIPE._replace(max_audio_seconds=1.0))
     with pytest.raises(data.BadRow, match="is not in the JSONL's folder"):
         items.hears(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
     with av.open(str(tmp_path / "outside.mp4")) as old:  # a stream tells no length
@@ -369,9 +361,7 @@ def test_protocol_paper(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa
     # the whole set counts; of "<think>a look</think><answer>B</answer>" the B stands alone
     assert scores["scores"]["intentbench"]["score"] == (1 + 0 + 1 + 1) / 4
     assert set(tokens) == {64, 20} and scores["max_new_tokens"]["omnibench"] == 1024
-    assert all(
-        protocol.ASSISTANT in asked and "<think>" not in asked for asked, _ in parrot.prompts
-    )
+    assert all(protocol.ASSISTANT in asked and "<think>" not in asked for asked, _ in parrot.prompts)
     printed = evaluate(toy_dir, benchmark_root, tmp_path / "t", *flags, "vsi-bench", code=1)
     assert "the authors published no script for vsi-bench" in printed
 
@@ -422,9 +412,7 @@ def test_options_in_the_question():
 @pytest.mark.parametrize("truth", range(4))
 def test_options_that_are_letters(truth):
     """The right option is right and the others are wrong, whichever letters they consist of."""
-    row = annotations.certain(["C", "A", "dog", "B"], truth) | dict(
-        prompt_id="x", question="?", video="v"
-    )
+    row = annotations.certain(["C", "A", "dog", "B"], truth) | dict(prompt_id="x", question="?", video="v")
     row = data.normalize_row(row)
     texts = ["C", "A", "dog", "B"]
     record = {}

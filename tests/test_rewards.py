@@ -603,9 +603,7 @@ def test_unknown_answer_type_is_named(answer_type):
             call()
 
 
-@pytest.mark.parametrize(
-    "options", [list("abcdefghijk"), {"1": "red"}, {"A": "x", "a": "y"}, {"AB": "x"}, "A. red"]
-)
+@pytest.mark.parametrize("options", [list("abcdefghijk"), {"1": "red"}, {"A": "x", "a": "y"}, {"AB": "x"}, "A. red"])
 def test_unusable_options_are_an_error(options):
     with pytest.raises(ValueError, match="options"):
         normalize_answer("A", "choice", options)
@@ -815,9 +813,7 @@ def test_ten_megabytes_of_tags_complete(unit):
 )
 def test_ten_megabytes_of_answer_complete(answer_type, unit):
     answer = unit * (MEGA // len(unit))
-    assert 0.0 <= accuracy_reward(answer, TRUTHS[answer_type], answer_type, COLORS) < 1.0 or (
-        answer_type == "yesno"
-    )
+    assert 0.0 <= accuracy_reward(answer, TRUTHS[answer_type], answer_type, COLORS) < 1.0 or (answer_type == "yesno")
 
 
 def oracle_answer(text):
@@ -842,9 +838,7 @@ def test_fuzz_tag_soup_matches_the_definition():
         tokens = list(good) if i % 2 else rng.choices(good + ["<", " "], k=rng.randint(0, 12))
         for _ in range(rng.randint(0, 3)):
             at = rng.randint(0, len(tokens))
-            tokens[at : at + rng.randint(0, 1)] = rng.choices(
-                good + [" ", "x"], k=rng.randint(0, 2)
-            )
+            tokens[at : at + rng.randint(0, 1)] = rng.choices(good + [" ", "x"], k=rng.randint(0, 2))
         text = "".join(tokens)
         think, answer = rewards.split_completion(text)
         assert answer == parse_answer(text) == oracle_answer(text)
@@ -860,9 +854,7 @@ def test_fuzz_tag_soup_matches_the_definition():
 def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
     rng = random.Random(1)
     tokens = list("ABCDEJabiI0159.,:;|()[]{}*'\"`-+/%$_&\\ \n\t\u0660\uff15\u2212\u00bd\u0130\0")
-    tokens += (
-        "red blue green yes no true left: right: cat two twenty none 1e9 nan 1,000 <b>".split()
-    )
+    tokens += "red blue green yes no true left: right: cat two twenty none 1e9 nan 1,000 <b>".split()
     tokens += [" and ", " or ", " hundred ", "the ", "A. ", "option "]
     num_read = 0
     for _ in range(8_000):
@@ -898,13 +890,9 @@ def test_reward_completions_by_hand():
         row, [good, good, bad, broken], [-1.0] * 4, {"format": 0.2, "acc": 0.4, "self": 0.4}, None
     )
     assert [r for r, _ in scored] == pytest.approx([1.0, 1.0, 0.2, -0.2])
-    judged = rewards.reward_completions(
-        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy_judge
-    )
+    judged = rewards.reward_completions(row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy_judge)
     assert [r for r, _ in judged] == pytest.approx([1.0, 0.5, -0.5])
-    unjudged = rewards.reward_completions(
-        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, think: None
-    )
+    unjudged = rewards.reward_completions(row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, think: None)
     assert unjudged[0][0] is None  # not judged is not zero
 
 

@@ -37,10 +37,7 @@ def same_weights(a, b):
 
 
 def without_times(metrics):
-    return [
-        {k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"}
-        for m in metrics
-    ]
+    return [{k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"} for m in metrics]
 
 
 def stopped_copy(source, target, step):
@@ -127,9 +124,7 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     assert one[-1]["hints/entered"] > 0 and one[-1]["data/bad_rows"] == 1
     for a, b in zip(one[:3], two[:3], strict=True):  # later, rounding may change a sampled token
         assert [a[k] for k in exact] == [b[k] for k in exact]
-        np.testing.assert_allclose(
-            [a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5
-        )
+        np.testing.assert_allclose([a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5)
     assert one[1]["eval/acc"] == two[1]["eval/acc"]
     lines = [(tmp_path / n / "samples.jsonl").read_text().splitlines() for n in ("one", "two")]
     first = [[s for s in map(json.loads, part) if s["step"] == 1] for part in lines]
@@ -202,17 +197,13 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     assert "the judge part of the reward needs --judge" in mistake(
         "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
     )
-    assert "no reasoning: stage 0 learns from it" in mistake(
-        "train_sft.py", *model, "--data", rows, *out
-    )
+    assert "no reasoning: stage 0 learns from it" in mistake("train_sft.py", *model, "--data", rows, *out)
     assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
     told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
     assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "run.json").write_text('{"arguments": {}}')
-    assert "already holds a run" in mistake(
-        "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
-    )
+    assert "already holds a run" in mistake("train_rl.py", *model, "--data", rows, "--out", tmp_path / "held")
 
 
 @pytest.mark.parametrize(
@@ -346,9 +337,7 @@ def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
 
 def test_lr_scale():
     assert [optim.lr_scale(s, 10, 4, cosine=False) for s in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert optim.lr_scale(4, 10, 4, cosine=True) == 1.0 and optim.lr_scale(
-        10, 10, 4, cosine=True
-    ) == pytest.approx(0.1)
+    assert optim.lr_scale(4, 10, 4, cosine=True) == 1.0 and optim.lr_scale(10, 10, 4, cosine=True) == pytest.approx(0.1)
 
 
 def test_resuming_cuts_the_logs(tmp_path):

@@ -202,9 +202,7 @@ def test_no_error_tells_the_key(monkeypatch):
         assert KEY[:6] not in str(told.value) and "***" in str(told.value)
 
 
-@pytest.mark.parametrize(
-    "where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"]
-)
+@pytest.mark.parametrize("where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"])
 def test_an_address_that_is_none_is_one_line(rows, where):
     with pytest.raises(UserError, match="is no address .* give one like") as told:
         teacher_of(rows, where)
@@ -226,9 +224,7 @@ def test_frames_and_sound_arrive_as_decoded(rows):
     clip = data.decode_clip(row_of(rows), rows, RECIPE)
     with ChatServer(lambda r, n: "ok") as server:
         teacher_of(rows, server.url).ask(row_of(rows), ("frames", "audio"), "What?", 9, str)
-        teacher_of(rows, server.url, frames_as="video").ask(
-            row_of(rows), ("frames",), "What?", 9, str
-        )
+        teacher_of(rows, server.url, frames_as="video").ask(row_of(rows), ("frames",), "What?", 9, str)
         teacher_of(rows, server.url).ask(row_of(rows), ("audio",), "What?", 9, str)
     images, video, sound = (r["messages"][0]["content"] for r in server.requests)
     assert [part["type"] for part in images] == ["image_url"] * len(clip.frames) + [
@@ -294,9 +290,7 @@ def test_a_clip_is_decoded_once_for_many_questions(rows, monkeypatch):
     monkeypatch.setattr(ask, "decode_clip", lambda *a: decoded.append(1) or decode(*a))
     with ChatServer(lambda r, n: "x") as server:
         teacher = teacher_of(rows, server.url, concurrency=8)
-        asked = [
-            teacher.submit(teacher.ask, row_of(rows), ("frames",), str(i), 9, str) for i in range(8)
-        ]
+        asked = [teacher.submit(teacher.ask, row_of(rows), ("frames",), str(i), 9, str) for i in range(8)]
         assert [a.result() for a in asked] == ["x"] * 8 and len(decoded) == 1
 
 
@@ -329,9 +323,7 @@ def test_captions_of_every_row_in_order(rows):
     with ChatServer(lambda r, n: ' "A high <|AUDIO|> tone,\nthen silence." ') as server:
         printed = caption(rows, server.url)
         assert len(server.requests) == 4
-        assert all(
-            p["type"] != "image_url" for r in server.requests for p in r["messages"][0]["content"]
-        )
+        assert all(p["type"] != "image_url" for r in server.requests for p in r["messages"][0]["content"])
     before, after = read(rows / "in.jsonl"), read(rows / "out.jsonl")
     for old, new in zip(before[:4], after[:4], strict=True):
         assert new == old | dict(audio_caption="A high tone, then silence")
@@ -375,9 +367,7 @@ def test_a_killed_run_pays_for_nothing_twice(rows):
     flags = ["--data", rows / "in.jsonl", "--out", rows / "out.jsonl", "--captioner-model", "m"]
     with ChatServer(lambda r, n: "a tone", delay=0.3) as server:
         words = ["prepare.py", "captions", "--captioner", server.url, "--concurrency", "1", *flags]
-        run = subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
-        )
+        run = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL)
         while len(server.requests) < 3:
             time.sleep(0.01)
             assert run.poll() is None
@@ -458,11 +448,7 @@ def test_a_row_with_several_sounds_is_asked_about(rows):
         (rows / "in.jsonl").write_text(json.dumps(row) + "\n")
         caption(rows, server.url)
     heard = [
-        [
-            p["input_audio"]["data"]
-            for p in r["messages"][0]["content"]
-            if p["type"] == "input_audio"
-        ]
+        [p["input_audio"]["data"] for p in r["messages"][0]["content"] if p["type"] == "input_audio"]
         for r in server.requests
     ]
     assert len(heard) == 2 and len(heard[0]) == 2 and heard[0] == heard[1][::-1]
@@ -568,8 +554,7 @@ def test_a_folder_is_asked_in_process(rows, tiny, name, monkeypatch):
     random_state = torch.get_rng_state()
     greedy = teacher.ask(row_of(rows), ("frames",), "What is seen?", 12, str)
     one, two, same = (
-        teacher.ask(row_of(rows), ("frames",), "What is seen?", 12 + i // 2, str, 1.0, seed=i % 2)
-        for i in range(3)
+        teacher.ask(row_of(rows), ("frames",), "What is seen?", 12 + i // 2, str, 1.0, seed=i % 2) for i in range(3)
     )
     assert greedy and one != two and same.startswith(one[:3])
     assert torch.equal(random_state, torch.get_rng_state())  # training's draws are not disturbed
@@ -589,9 +574,7 @@ def test_captions_by_a_local_model(rows, tiny):
     assert "4 rows: 4 got their audio_caption" in printed
 
 
-SERVES = all(
-    importlib.util.find_spec(m) for m in ("fastapi", "uvicorn", "openai", "soundfile", "soxr")
-)
+SERVES = all(importlib.util.find_spec(m) for m in ("fastapi", "uvicorn", "openai", "soundfile", "soxr"))
 
 
 @pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements.txt")
@@ -605,17 +588,13 @@ def test_every_command_against_a_real_server(rows, tiny):
         assert "2 rows: 2 got their audio_caption" in printed
         teacher = teacher_of(rows, url, str(tiny / "omni"), timeout=60.0)
         local = teacher_of(rows, tiny / "omni", None)
-        asked = [
-            t.ask(row_of(rows), ("frames", "audio"), "What?", 16, str) for t in (teacher, local)
-        ]
+        asked = [t.ask(row_of(rows), ("frames", "audio"), "What?", 16, str) for t in (teacher, local)]
         assert asked[0] == asked[1]  # the same clip arrives, over HTTP and in process
         # random weights: whatever they write is a hint, if it is short and no leak
         where = (url, "--teacher-model", tiny / "qwen", "--timeout", 60)
         write_hints(rows, *where, code=os.EX_OK if hints_come(rows, url, tiny) else 1)
         with pytest.raises(chat.NoAnswer, match="of no use"):  # a random model writes no verdict
-            judge.score_steps(
-                teacher_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS
-            )
+            judge.score_steps(teacher_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS)
 
 
 def hints_come(rows, url, tiny):

@@ -129,8 +129,4 @@ def test_judge_scores_steps_against_the_clip():
 
 def test_shipped_model(toy_dir):
     assert toy.WEIGHTS.stat().st_size <= 5e6
-    assert (
-        toy.is_toy(None)
-        and toy.is_toy(toy_dir / "model")
-        and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")
-    )
+    assert toy.is_toy(None) and toy.is_toy(toy_dir / "model") and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")

@@ -20,19 +20,12 @@ import train_rl
 
 def test_stage_defaults_and_precedence():
     args, source, weights = train_rl.parse_args(["--stage", "2"])
-    assert (
-        weights == {"format": 0.2, "acc": 0.4, "self": 0.4}
-        and source["reward_weights"] == "stage 2"
-    )
+    assert weights == {"format": 0.2, "acc": 0.4, "self": 0.4} and source["reward_weights"] == "stage 2"
     assert args.num_on == 4 and args.num_off == 4 and args.off_policy_coef == 0.6
     args, _, _ = train_rl.parse_args(["--stage", "2", "--algo", "grpo", "--model", "some/7B"])
     assert (args.num_on, args.num_off, args.tas_shape, args.hints) == (8, 0, "uniform", False)
-    assert (
-        args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7
-    )  # the paper's, not the toy's
-    args, _, _ = train_rl.parse_args(
-        ["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"]
-    )
+    assert args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7  # the paper's, not the toy's
+    args, _, _ = train_rl.parse_args(["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"])
     assert (args.num_on, args.lr, args.buffer_size) == (6, 0.1, 7)  # a typed flag wins
 
 
@@ -75,9 +68,7 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
     # nothing to replay at step 1: eight fresh; then what is stored decides
     assert metrics[0]["completions_generated"] == 32
     if algo == "grpo":
-        assert [m["completions_generated"] for m in metrics] == [32, 64, 96] and metrics[-1][
-            "buffer/size"
-        ] == 0
+        assert [m["completions_generated"] for m in metrics] == [32, 64, 96] and metrics[-1]["buffer/size"] == 0
     else:
         assert metrics[1]["completions_generated"] == 48 and metrics[1]["buffer/size"] == 48
     assert "eval/acc" in metrics[1] and "eval/acc" in metrics[2]
@@ -137,18 +128,14 @@ def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     folder = tmp_path / "rows"
     (folder / "clips").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
-    while (
-        len(rows) < 32
-    ):  # long clips, one question: nearly hopeless without looking at every second
+    while len(rows) < 32:  # long clips, one question: nearly hopeless without looking at every second
         row, seconds = toy.make_row(rng, 2, f"{len(rows):05d}", "hard")
         if len(seconds) == 6 and row["answer_type"] == "choice":
             toy.write_clip(folder / row["video"], seconds, rng)
             rows.append(json.dumps(row) + "\n")
     (folder / "rows.jsonl").write_text("".join(rows))
     toy.write_model(tmp_path / "model", toy.WEIGHTS)
-    flags = (
-        "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
-    )
+    flags = "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
     flags += " --eval-every 0 --judge toy --buffer-size 10000"
     paths = (
         "--model",

@@ -27,9 +27,7 @@ def setup(toy_dir):
     reference = model.load(toy_dir / "model", 0, False).requires_grad_(False)
     with torch.no_grad():  # else pi = pi_ref, and no KL would show
         for parameter in policy.thinker.lm_head.parameters():
-            parameter += 0.02 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(0)
-            )
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     return policy, reference, prompts, (build.filler, [entry_of("", build.filler.input_ids, 0)])
 
 
@@ -47,9 +45,7 @@ def groups_of(prompts, born_step):
 def gradient_of(policy, call):
     policy.zero_grad()
     infos, _ = call()
-    return update.joined(infos), {
-        n: p.grad for n, p in policy.named_parameters() if p.grad is not None
-    }
+    return update.joined(infos), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 
 def test_the_reference_reads_a_completion_once(setup, monkeypatch):
