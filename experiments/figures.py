@@ -29,23 +29,27 @@ HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
 COLOR = {"AVATAR": BLUE, "AVATAR, 4 updates": "#0b2f5a", "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
 
-LENGTH_EDGES = [0, 130, 150, 170]  # tokens; the paper's 1, 201, 401, 601
+# tokens; the paper's 1, 201, 401, 601
+LENGTH_EDGES = dict.fromkeys(("plan", "middle"), [0, 130, 150, 170]) | {"busy": [0, 230, 260, 290]}
 
 # name of the results file -> title
 EFFICIENCY = {
     "dense": "Completions and seconds, short reasonings",
     "long": "Completions and seconds, long reasonings",
+    "longer": "Completions and seconds, longer reasonings",
     "sparse": "Completions and seconds, rare rewards",
 }
 TUNING = {
     "tune-dense": "What was tried, short reasonings",
     "tune-long": "What was tried, long reasonings",
     "tune-sparse": "What was tried, rare rewards",
+    "tune-prompts": "What was tried, prompts a step on short reasonings",
 }
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
     "hints": ("Hints for prompts that are never solved", "they unlock the hardest 20 %", "no hints"),
     "plan": ("Shapes, decided at both ends", "parabolic is best, inverse worst", "uniform"),
+    "busy": ("Shapes, decided at both ends, longer", "parabolic is best, inverse worst", "uniform"),
     "middle": ("Shapes, decided in the middle", "silent", "uniform"),
     "replay": ("What is replayed, and how it is weighted", "silent", "AVATAR"),
     "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
@@ -225,6 +229,45 @@ def hints_table(result):
         yield f"| {label} | {ends.mean():.3f} | {low:.3f} – {high:.3f} | {told} |"
 
 
+PHASES = ("plain, before it enters", "with it", "plain, in between", "1st after", "2nd", "3rd and later")
+
+
+def hint_phases(one):
+    """Visits of the prompts whose hint left, up to where one comes back -> list of (phase, step, prompt_id, right)."""
+    entered, left = {}, {}
+    for step, event, q in one["hint_events"]:
+        (entered if event == "entered" else left).setdefault(q, []).append(step)
+    found, num_after = [], dict.fromkeys(left, 0)
+    for step, q, hinted, right in one["visits"]:
+        if q not in left or any(step >= again for again in entered[q][1:]):
+            continue
+        if step >= left[q][0]:
+            phase = min(3 + num_after[q], 5)
+            num_after[q] += 1
+        else:
+            phase = 1 if hinted else 2 * (step >= entered[q][0])
+        found.append((phase, step, q, right))
+    return found
+
+
+def withdrawn_table(result):
+    """Of prompts whose hint left: solved share of each phase, and of the same visits without hints."""
+    runs = by_label(result)
+    cells = []  # of each seed: [phase, right with the schedule, right without]
+    for hinted, plain in zip(runs["hints by need"], runs["no hints"]):
+        same = {(step, q): right for step, q, _, right in plain["visits"]}
+        cells.append([(phase, right, same[step, q]) for phase, step, q, right in hint_phases(hinted)])
+    yield "| visits of prompts whose hint left | visits | solved | same visits, no hints | minus | 95 % interval |"
+    yield "|---" * 6 + "|"
+    for phase, name in enumerate(PHASES):
+        pairs = [np.array([c[1:] for c in seed if c[0] == phase]).reshape(-1, 2) for seed in cells]
+        mean = lambda pick: np.concatenate([pairs[i] for i in pick]).mean(0)  # noqa: B023
+        solved, without = mean(range(len(pairs)))
+        low, high = bootstrap(len(pairs), lambda pick: np.subtract(*mean(pick)))  # noqa: B023
+        told = f"{solved - without:+.3f} | {low:+.3f} – {high:+.3f}"
+        yield f"| {name} | {sum(map(len, pairs))} | {solved:.3f} | {without:.3f} | {told} |"
+
+
 def length_gains(result, edges):
     """
     Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
@@ -299,7 +342,7 @@ def write_all(folder):
             yield from hints_table(result)
         if "items" not in result["runs"][0]:
             return
-        rows = length_gains(result, LENGTH_EDGES)
+        rows = length_gains(result, LENGTH_EDGES[name])
         yield ""
         yield f"![by length]({plot_lengths(rows, folder / f'{name}-lengths.png')})"
         yield ""
@@ -314,6 +357,7 @@ def write_all(folder):
         section(name, title, tuning_table)
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
+    section("withdrawn", "What happens to a prompt after its hint has left", withdrawn_table)
     (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
     return missing
 

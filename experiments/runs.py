@@ -42,11 +42,11 @@ HARD = (
 
 
 def long_task(kind, samples):
-    start = dict(plan="long/sft", middle="long/middle-sft")[kind]
+    start = dict(plan="long/sft", middle="long/middle-sft", busy="long/busy-sft")[kind]
     rows = f"--data runs/experiments/long/{kind}.jsonl --eval-data runs/experiments/long/{kind}-test.jsonl"
     return (
         f"--stage 1 {KEPT} --model runs/experiments/{start}/final {rows} --max-frames 32 "
-        f"--max-new-tokens 320 --eval-samples {samples}"
+        f"--max-new-tokens {400 if kind == 'busy' else 320} --eval-samples {samples}"
     )
 
 
@@ -108,17 +108,22 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
 }
+HINTS = EXPERIMENTS["hints"]
+EXPERIMENTS["withdrawn"] = {  # the same runs, every visit noted
+    label: f"visits {HINTS[label]}" for label in ("no hints", "hints by need")
+}
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind, more in (("plan", LINEAR), ("middle", [])):  # TAS on long reasonings, its story true or false
+for kind, more in (("plan", LINEAR), ("middle", []), ("busy", [])):  # TAS on long reasonings
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
-EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
-    "GRPO": ("grpo", 1, "5e-5", ""),
-    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-    "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of "plan"
-    "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
-}, evaluations=4)  # fmt: skip
+for name, kind in (("long", "plan"), ("longer", "busy")):
+    EXPERIMENTS[name] = methods(long_task(kind, 256), 512, 4, {  # each at its best rate of tune-long
+        "GRPO": ("grpo", 1, "5e-5", ""),
+        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+        "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of the shapes
+        "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
+    }, evaluations=4)  # fmt: skip
 EXPERIMENTS["tune-sparse"] |= methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
     "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
     "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
@@ -190,7 +195,9 @@ def read_run(folder):
     steps = read_lines(folder / "metrics.jsonl")
     about = json.loads((folder / "done.json").read_text())
     step_s = lambda m: sum(m[f"time/{part}_s"] for part in ("data", "rollout", "update"))
-    entered = re.findall(r"hint entered: (\S+)", folder.with_suffix(".log").read_text())
+    log = folder.with_suffix(".log").read_text()
+    events = re.findall(r"step +(\d+)/\d+ +hint (entered|withdrawn): (\S+)", log)
+    entered = [q for _, event, q in events if event == "entered"]
     curve, seconds = [], 0.0
     if about["before"] is not None:
         curve = [[0, about["before"], 0.0]]
@@ -198,7 +205,7 @@ def read_run(folder):
         seconds += step_s(m)
         if "eval/acc" in m:
             curve.append([m["completions_generated"], m["eval/acc"], round(seconds, 2)])
-    return dict(
+    one = dict(
         accuracy=[point[:2] for point in curve],
         clock=[[s, acc] for _, acc, s in curve],  # the same over the seconds of the steps
         series={name: [float(f"{m[name]:.4g}") for m in steps] for name in SERIES},
@@ -207,6 +214,10 @@ def read_run(folder):
         seconds=seconds,
         commit=json.loads((folder / "run.json").read_text())["commit"],
     )
+    if (folder / "visits.jsonl").exists():  # of the variant that notes them
+        one["visits"] = [[*visit.values()] for visit in read_lines(folder / "visits.jsonl")]
+        one["hint_events"] = [[int(step), event, q] for step, event, q in events]
+    return one
 
 
 def lengths(folder, kind, seed):
@@ -214,7 +225,7 @@ def lengths(folder, kind, seed):
     out, model = folder / "eval", folder / "final"
     if not (out / "scores.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        flags = f"--temperature 1 --seed {seed} --max-frames 32 --max-new-tokens 320".split()
+        flags = f"--temperature 1 --seed {seed} --max-frames 32 --max-new-tokens 400".split()
         rows = LONG / f"{kind}-test.jsonl"
         words = ("--model", model, "--data", rows, *flags, "--out", out)
         python("eval.py", *words, log=folder.with_suffix(".log"))
@@ -231,7 +242,7 @@ def experiment(name, seeds, is_quick, jobs=1):
     def one_run(label, seed):
         folder = train(commands[label], seed)
         one = dict(label=label, seed=seed, **read_run(folder))
-        if name in ("plan", "middle"):
+        if name in ("plan", "middle", "busy"):
             one["items"] = lengths(folder, name, seed)
         print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
         return one

@@ -9,6 +9,8 @@ runs/experiments, by the first run that names it.
     plan     its rows whose reasoning is decided in its first line and in its last
     middle   rows whose reasoning is decided in its middle, and a start that goes on from "long" and
              decides right in two thirds of them: from a tenth, as "long" does, nothing is learnt
+    busy     "plan" with up to two shapes a second and two counts a line, about 250 tokens, and a
+             start that goes on from "long"
 """
 
 import json
@@ -137,16 +139,18 @@ def long_row(rng, kind, name, right):
 
     kind     "plan": the first line says what is counted, the last line gives the sum; in the cold
              start each is wrong about half of the time, the lines between follow from the clip
+             "busy": the same, with up to two shapes a second, and a count of the others in each line
              "middle": only the second half is counted, and a line in the middle says what; the end
              follows from it
     right    how often that line is right in the row's reasoning; 0: the row has none
     returns  the row, the clip's seconds
     """
-    seconds = random_seconds(rng, int(rng.integers(SECONDS[0], SECONDS[1] + 1)), max_shapes=1)
-    first = 0 if kind == "plan" else len(seconds) // 2
+    max_shapes = 2 if kind == "busy" else 1
+    seconds = random_seconds(rng, int(rng.integers(SECONDS[0], SECONDS[1] + 1)), max_shapes)
+    first = len(seconds) // 2 if kind == "middle" else 0
     asked = str(rng.choice(list(COLORS)))
-    is_counted = lambda shapes, color: bool(shapes) and shapes[0][1] == color
-    answer = sum(is_counted(shapes, asked) for shapes, _ in seconds[first:])
+    num_of = lambda color, shapes: sum(shape[1] == color for shape in shapes)
+    answer = sum(num_of(asked, shapes) for shapes, _ in seconds[first:])
     question = f"How many {asked} shapes are shown" + " in the second half" * (kind == "middle") + "?"
     row = dict(prompt_id=f"{kind}-{name}", question=question, answer=str(answer), answer_type="text")
     row |= dict(video=f"clips/{kind}-{name}.mp4", use_audio=False)
@@ -154,14 +158,16 @@ def long_row(rng, kind, name, right):
         return row, seconds
     decided = rng.random() < right
     counted = asked if decided else str(rng.choice([c for c in COLORS if c != asked]))
-    lines, count = [f"plan: count {counted}" if kind == "plan" else "plan: look first"], 0
+    lines, count, others = ["plan: look first" if kind == "middle" else f"plan: count {counted}"], 0, 0
     for k, second in enumerate(seconds):
         if kind == "middle" and k == first:
             lines.append(f"now count {counted}")
-        count += k >= first and is_counted(second[0], counted)
+        count += num_of(counted, second[0]) if k >= first else 0
+        others += len(second[0]) - num_of(counted, second[0])
         so_far = f"{counted} {count}" if k >= first else "count later"
+        so_far += f", others {others}" * (kind == "busy")
         lines.append(f"{k + 1}: {describe(*second, ('place', 'color', 'shape'))}, {so_far}")
-    if kind == "plan" and rng.random() < 0.4:
+    if kind != "middle" and rng.random() < 0.4:
         count = int(rng.integers(0, len(seconds) // 2))
     row |= dict(reasoning="\n".join([*lines, f"so {count}"]), answer=str(count))
     return row, seconds
@@ -204,10 +210,17 @@ def middle():
     long_start("middle-sft", rows, "--model", LONG / "sft/final", "--steps", 400)
 
 
+def busy():
+    long_kind("busy")
+    rows = long_rows("busy", "more", 512, 3, right=0.5)
+    long_start("busy-sft", rows, "--model", LONG / "sft/final", "--steps", 500)
+
+
 MAKE = {  # name -> what makes it, and its last file
     "hasty": (hasty, RUNS / "hasty/final"),
     "hard": (hard, STAGE3 / "hard.jsonl"),
     "long": (long, LONG / "sft/final"),
     "plan": (lambda: long_kind("plan"), LONG / "plan.jsonl"),
     "middle": (middle, LONG / "middle-sft/final"),
+    "busy": (busy, LONG / "busy-sft/final"),
 }

@@ -1,11 +1,13 @@
 """
-What the experiments compare and no flag offers: train_rl.py with one function exchanged.
+What the experiments compare or note, and no flag offers: train_rl.py with one function exchanged.
 
     python -m experiments.variants never-withdrawn --stage 3 ...
 """
 
+import json
 import sys
 import zlib
+from pathlib import Path
 
 import train_rl
 from run import UserError, ending
@@ -71,6 +73,18 @@ def sequence_ratio(logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
     return grpo.grpo_loss(logprobs, logprobs.detach() - mean, ref_logprobs, token_advantages, mask, *given)
 
 
+def write_visits(step, step_rows, *given, score=train_rl.score):
+    """train_rl.score, which also notes every visit: OUT/visits.jsonl has the share of right fresh completions."""
+    made = score(step, step_rows, *given)
+    path = Path(train_rl.parse_args()[0].out) / "visits.jsonl"
+    with open(path, "a") as file:
+        for group in filter(None, made):
+            right = sum(entry.reward_parts["acc"] == 1 for entry in group) / len(group)
+            visit = dict(step=step, prompt_id=group[0].prompt_id, hinted=group[0].hinted, right=right)
+            file.write(json.dumps(visit) + "\n")
+    return made
+
+
 VARIANTS = {
     "never-withdrawn": (hints, "HintSchedule", NeverWithdrawn),
     "by-rank": (hints, "HintSchedule", ByRank),
@@ -79,6 +93,7 @@ VARIANTS = {
     "best": (buffer, "_farthest", best),
     "learnability": (buffer, "_usefulness", learnability),
     "sequence-ratio": (update, "grpo_loss", sequence_ratio),
+    "visits": (train_rl, "score", write_visits),
 }
 
 

@@ -99,6 +99,21 @@ def test_gain_by_length_is_binned_by_the_run_without_tas():
     assert [row[:3] for row in rows] == [("1–20", 2, 0.5), ("over 20", 1, 0.0)]
 
 
+def test_what_becomes_of_a_prompt_whose_hint_left():
+    """a: enters at visit 2, leaves at visit 4, is back at visit 7; b keeps its hint; without hints all are .25."""
+    visits = [[k, "a", k == 2, right] for k, right in enumerate([0, 0, 0.5, 0.25, 1, 1, 0, 1])]
+    events = [[2, "entered", "a"], [4, "withdrawn", "a"], [7, "entered", "a"], [1, "entered", "b"]]
+    one = dict(visits=[*visits, [1, "b", True, 1.0]], hint_events=events)
+    told = [(phase, right) for phase, _, _, right in figures.hint_phases(one)]
+    assert told == [(0, 0), (0, 0), (1, 0.5), (2, 0.25), (3, 1), (4, 1), (5, 0)]
+    plain = dict(visits=[[k, q, False, 0.25] for q in "ab" for k in range(8)], hint_events=[])
+    labels = {"no hints": plain, "hints by need": one}
+    runs = [dict(v, label=k, seed=seed) for k, v in labels.items() for seed in (0, 1)]
+    lines = list(figures.withdrawn_table(dict(commands=dict.fromkeys(labels, ""), runs=runs)))
+    assert "| with it | 2 | 0.500 | 0.250 | +0.250 | +0.250 – +0.250 |" in lines
+    assert "| plain, before it enters | 4 | 0.000 | 0.250 | -0.250 | -0.250 – -0.250 |" in lines
+
+
 def test_histogram_of_advantages():
     bins = metrics.histogram(torch.tensor([0.0, 0.0, -9.0, 0.05, 0.05, 2.99, 9.0]))
     assert len(bins) == 60 and sum(bins) == 5
@@ -142,6 +157,7 @@ def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):
     flags = f"--stage 2 --model {toy_dir}/model --data {rows}/train.jsonl --judge toy"
     flags += f" --eval-data {rows}/test.jsonl --eval-samples 8 --eval-every 1 --save-every 0"
     flags += " --max-new-tokens 16 --prompts-per-step 2 --steps 2"
+    flags = f"visits {flags}"
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     calls = []
 
@@ -152,10 +168,11 @@ def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "python", python)
     monkeypatch.setitem(runs.EXPERIMENTS, "dense", {"one": flags, "same": flags})
     result = json.loads(json.dumps(runs.experiment("dense", [0], is_quick=False, jobs=2)))
-    assert calls == ["train_rl.py"]  # one command is run once, and a finished run is not run again
+    assert calls == ["-m"]  # one command is run once, and a finished run is not run again
     one = result["runs"][0]
     assert [n for n, _ in one["accuracy"]] == [0, 16, 24]
     assert len(one["series"]["reward"]) == 2
+    assert [step for step, *_ in one["visits"]] == [1, 1, 2, 2] and one["hint_events"] == []
     assert [acc for _, acc in one["clock"]] == [acc for _, acc in one["accuracy"]]
     assert one["clock"][0][0] == 0 < one["clock"][1][0] < one["clock"][2][0]
     zeros = sum(z * n for z, n in zip(one["series"]["advantage_zero_frac"], (16, 16)))
@@ -176,6 +193,17 @@ def test_every_experiment_parses():
 
 
 # ---- what no flag offers
+
+
+def test_visits_are_noted_and_change_nothing(tmp_path, monkeypatch):
+    entry = lambda q, acc, hinted: buffer.Entry(  # noqa: E731
+        q, torch.tensor([1]), torch.zeros(1), acc, {"acc": acc}, 3, hinted
+    )
+    made = [[entry("a", 1.0, True), entry("a", 0.5, True)], [], [entry("b", 0.0, False)]]
+    monkeypatch.setattr("sys.argv", ["train_rl.py", "--out", str(tmp_path)])
+    assert variants.write_visits(3, [], "given", score=lambda *given: made) is made
+    lines = [json.loads(line) for line in (tmp_path / "visits.jsonl").read_text().splitlines()]
+    assert [[*line.values()] for line in lines] == [[3, "a", True, 0.5], [3, "b", False, 0.0]]
 
 
 def test_variants_of_the_schedule_by_their_stories():
@@ -229,7 +257,7 @@ def test_a_ratio_of_the_whole_completion():
     torch.testing.assert_close(grad, torch.tensor([[-ratio / 2, -ratio / 2, 0.0]]))
 
 
-@pytest.mark.parametrize("kind, share", [("plan", 0.5), ("middle", 0.3)])
+@pytest.mark.parametrize("kind, share", [("plan", 0.5), ("middle", 0.3), ("busy", 0.5)])
 def test_a_long_reasoning_is_decided_where_it_says(kind, share):
     """Of 200 rows: the lines follow from the clip, and the answer from the line that decides."""
     rng, lengths, right = np.random.default_rng(0), set(), 0
@@ -239,16 +267,18 @@ def test_a_long_reasoning_is_decided_where_it_says(kind, share):
         assert "reasoning" not in truth
         lengths.add(len(seconds))
         first, *lines, last = row["reasoning"].split("\n")
-        counted = first.split()[-1] if kind == "plan" else lines.pop(len(seconds) // 2).split()[-1]
-        begin = 0 if kind == "plan" else len(seconds) // 2
-        count = [0] * begin
-        for shapes, _ in seconds[begin:]:
-            count.append((count or [0])[-1] + bool(shapes and shapes[0][1] == counted))
+        begin = len(seconds) // 2 if kind == "middle" else 0
+        counted = (lines.pop(begin) if begin else first).split()[-1]
+        count, others = 0, 0
         assert len(lines) == len(seconds)
-        for k, line in enumerate(lines):
-            assert line.endswith(f"{counted} {count[k]}" if k >= begin else "count later")
+        for k, ((shapes, _), line) in enumerate(zip(seconds, lines)):
+            for _, color, _ in shapes:
+                count += k >= begin and color == counted
+                others += color != counted
+            told = f"{counted} {count}" + f", others {others}" * (kind == "busy")
+            assert line.endswith(told if k >= begin else "count later")
         assert last == f"so {row['answer']}"
-        assert kind == "plan" or row["answer"] == str(count[-1])  # the end follows
+        assert kind != "middle" or row["answer"] == str(count)  # the end follows
         right += counted in row["question"].split()
     assert lengths == {12, 13, 14, 15, 16}
     assert abs(right / 200 - share) < 0.1
