@@ -288,7 +288,7 @@ def main():
             "tokens_per_s": report["num_valid_tokens"] / step_s,
         }  # fmt: skip
         if evaluated and accuracy is not None:
-            report["eval/acc"] = accuracy
+            report |= {"eval/acc": accuracy} | ({} if before is None else {"eval/before": before})
         log(report, show=evaluated)
         steps.tell(metrics.step_line(report))
         watch.stop_if_collapsed(report)

@@ -116,6 +116,8 @@ def read_run(folder, told):
     steps = [item for item, _ in read_lines(folder / "metrics.jsonl", told_here)]
     if not steps and "metrics.jsonl is missing" not in told_here:
         told_here.append("no step is logged yet")
+    before = [m["eval/before"] for m in steps if "eval/before" in m]
+    steps = [{"step": 0, "completions_generated": 0, "eval/acc": acc} for acc in before[:1]] + steps
     told += [f"{name}: {what}" for what in told_here]
     return dict(name=name, about=", ".join(words), steps=steps)
 

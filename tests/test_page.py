@@ -58,6 +58,14 @@ def a_run(toy_dir, tmp_path_factory):
 # ---- what a run writes
 
 
+def test_held_out_accuracy_begins_before_the_first_step(a_run):
+    steps, (run,) = read_metrics(a_run), data_of(page.write(a_run))["runs"]
+    at, values, *_ = run["series"]["eval/acc"]
+    assert run["axes"]["completions"][at[0]] == run["axes"]["seconds"][at[0]] == 0
+    assert values == pytest.approx([steps[1]["eval/before"], steps[1]["eval/acc"], steps[3]["eval/acc"]], abs=1e-3)
+    assert "eval/before" not in steps[0]
+
+
 def test_samples_are_the_steps_own_numbers(a_run):
     found, steps = read(a_run / "samples.jsonl"), read_metrics(a_run)
     groups = {}
