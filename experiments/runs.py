@@ -81,6 +81,7 @@ RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
+    "tune-longer": tuning(long_task("busy", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES),
     "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
@@ -114,7 +115,7 @@ EXPERIMENTS["withdrawn"] = {  # the same runs, every visit noted
 }
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind, more in (("plan", LINEAR), ("middle", []), ("busy", [])):  # TAS on long reasonings
+for kind, more in (("plan", LINEAR), ("middle", LINEAR), ("busy", [])):  # TAS on long reasonings
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
 for name, kind in (("long", "plan"), ("longer", "busy")):
