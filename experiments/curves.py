@@ -9,6 +9,8 @@ import numpy as np
 
 FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best that any method reaches
 RESAMPLES = 2000
+# visits of a prompt whose hint left; plain: without its hint
+PHASES = ("plain, before it enters", "with it", "plain, in between", "1st after", "2nd", "3rd and later")
 
 
 def mean_curve(curves):
@@ -87,3 +89,75 @@ def area(curve, end):
 def late(curve, end):
     """Accuracy around the end: the mean over the last quarter of the completions up to it."""
     return 4 * area(curve, end) - 3 * area(curve, 0.75 * end)
+
+
+# ---- of the JSON that runs.py leaves -----------------------------------------------------------
+
+
+def by_label(result):
+    """-> {label: its runs, by seed}, labels as in the commands."""
+    runs = {label: [] for label in result["commands"]}
+    for one in sorted(result["runs"], key=lambda one: one["seed"]):
+        runs[one["label"]].append(one)
+    return {label: found for label, found in runs.items() if found}
+
+
+def gains(result, reference):
+    """-> completions, {label: (mean, minus the reference's, low, high) of the last evaluation and of the area}"""
+    runs = by_label(result)
+    stop = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
+    values = {
+        label: {one["seed"]: (one["accuracy"][-1][1], area(one["accuracy"], stop)) for one in found}
+        for label, found in runs.items()
+    }
+    base, told = values.get(reference, {}), {}
+    for label, of_seed in values.items():
+        told[label] = []
+        for i in (0, 1):
+            gain = np.array([of_seed[seed][i] - base[seed][i] for seed in of_seed if seed in base])
+            interval = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
+            mean = np.mean([v[i] for v in of_seed.values()])
+            told[label].append((mean, gain.mean() if len(gain) else np.nan, *interval))
+    return stop, told
+
+
+def hint_phases(one):
+    """Visits of the prompts whose hint left, up to where one comes back -> list of (phase, step, prompt_id, right)."""
+    entered, left = {}, {}
+    for step, event, q in one["hint_events"]:
+        (entered if event == "entered" else left).setdefault(q, []).append(step)
+    found, num_after = [], dict.fromkeys(left, 0)
+    for step, q, hinted, right in one["visits"]:
+        if q not in left or any(step >= again for again in entered[q][1:]):
+            continue
+        if step >= left[q][0]:
+            phase = min(3 + num_after[q], 5)
+            num_after[q] += 1
+        else:
+            phase = 1 if hinted else 2 * (step >= entered[q][0])
+        found.append((phase, step, q, right))
+    return found
+
+
+def length_gains(result, edges):
+    """
+    Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
+
+    edges    tokens; the last bin is open
+    returns  list of (name, items, gain, low, high): the interval over seeds
+    """
+    runs = by_label(result)
+    pairs = list(zip(runs["uniform"], runs["parabolic"]))
+    rows = []
+    for low, high in zip(edges, [*edges[1:], np.inf]):
+        gains = []
+        for plain, shaped in pairs:
+            lengths, scores = map(np.array, zip(*plain["items"]))
+            picked = (lengths > low) & (lengths <= high)
+            gains.append((np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist())
+        total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
+        name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
+        items = sum(map(len, gains))
+        if items:
+            rows.append((name, items, total(range(len(pairs))), *bootstrap(len(pairs), total)))
+    return rows

@@ -20,8 +20,8 @@ import torch
 from matplotlib import pyplot
 
 import tas
-from experiments.curves import FRACTIONS, RESAMPLES, area, bootstrap, completions_to, late
-from experiments.curves import mean_curve, ratio_at, targets_of
+from experiments.curves import FRACTIONS, PHASES, RESAMPLES, area, bootstrap, by_label, completions_to, gains
+from experiments.curves import hint_phases, late, length_gains, mean_curve, ratio_at, targets_of
 
 matplotlib.use("Agg")
 
@@ -62,14 +62,6 @@ TABLES = {
 
 def read_results(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
-
-
-def by_label(result):
-    """-> {label: its runs, by seed}, labels as in the commands."""
-    runs = {label: [] for label in result["commands"]}
-    for one in sorted(result["runs"], key=lambda one: one["seed"]):
-        runs[one["label"]].append(one)
-    return {label: found for label, found in runs.items() if found}
 
 
 def curves_of(runs):
@@ -125,32 +117,54 @@ def plot_advantages(result, path):
     return save(figure, path)
 
 
-def plot_efficiency(result, path):
-    """Fig. 5: held-out accuracy and reward over completions generated; mean, 95 % band, seeds."""
-    runs = by_label(result)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    left.set_prop_cycle(color=pyplot.get_cmap("tab10").colors[1:])  # the first is too near to BLUE
+def plot_curves(axes, runs):
+    """Held-out accuracy over completions: mean and, where they can be told apart, 95 % band -> colors of the labels."""
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab10").colors[1:])  # the first is too near to BLUE
+    colors = {}
     for label, found in runs.items():
-        color, curves = COLOR.get(label), curves_of(found)
+        curves = curves_of(found)
         mean = mean_curve(curves)
         at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
         rng = np.random.default_rng(0)
         drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        (line,) = left.plot(*mean.T, color=color, label=f"{label} ({len(found)} seeds)")
-        left.fill_between(mean[:, 0], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        x = np.asarray(found[0]["series"]["completions_generated"], float)
-        y = np.mean([np.interp(x, o["series"]["completions_generated"], o["series"]["reward"])
-                     for o in found], axis=0)  # fmt: skip
+        (line,) = axes.plot(*mean.T, color=COLOR.get(label), label=f"{label} ({len(found)} seeds)")
+        colors[label] = line.get_color()
+        if len(runs) <= 6:
+            band = np.percentile(drawn, [2.5, 97.5], axis=0)
+            axes.fill_between(mean[:, 0], *band, color=colors[label], alpha=0.2, linewidth=0)
+    axes.set(xlabel="completions generated", ylabel="held-out accuracy")
+    return colors
+
+
+def plot_efficiency(result, path):
+    """Fig. 5: held-out accuracy and reward over completions generated."""
+    runs = by_label(result)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for label, color in plot_curves(left, runs).items():
+        series = [one["series"] for one in runs[label]]
+        x = np.asarray(series[0]["completions_generated"], float)
+        y = np.mean([np.interp(x, s["completions_generated"], s["reward"]) for s in series], axis=0)
         width = min(9, len(y))
-        smooth = np.convolve(y, np.ones(width) / width, "valid")
-        right.plot(x[width - 1 :], smooth, color=line.get_color(), label=label)
-    if {"GRPO", "AVATAR"} <= set(runs):  # an experiment that is read by targets
-        for target in targets_of(*map(curves_of, runs.values()))[2]:
-            left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
-    left.set(xlabel="completions generated", ylabel="held-out accuracy")
+        right.plot(x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=color)
+    for target in targets_of(*map(curves_of, runs.values()))[2]:
+        left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
     right.set(xlabel="completions generated", ylabel="training reward (mean of 9 steps)")
     left.legend(fontsize=8)
+    return save(figure, path)
+
+
+def plot_ablation(result, reference, path):
+    """Held-out accuracy over completions, and each label's at the end minus the reference's."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    colors, (_, found) = plot_curves(left, by_label(result)), gains(result, reference)
+    others = [label for label in found if label != reference]
+    for y, label in enumerate(others):
+        _, gain, low, high = found[label][0]
+        error = np.nan_to_num([[gain - low], [high - gain]])
+        right.errorbar(gain, -y, xerr=error, fmt="o", color=colors[label], capsize=3)
+    right.axvline(0, color=colors[reference])
+    right.set_yticks([-y for y in range(len(others))], others, fontsize=8)
+    right.set(xlabel=f"accuracy at the end, minus that of: {reference}")
     return save(figure, path)
 
 
@@ -183,26 +197,17 @@ def efficiency_table(result):
 
 def ablation_table(result, reference):
     """Of each label the last evaluation and the area at equal completions, and paired differences."""
-    runs = by_label(result)
-    stop = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
-    values = {
-        label: {one["seed"]: (one["accuracy"][-1][1], area(one["accuracy"], stop)) for one in found}
-        for label, found in runs.items()
-    }
+    runs, (stop, told) = by_label(result), gains(result, reference)
     yield f"To {stop:.0f} completions; end: the last evaluation, area: mean accuracy on the way there."
     yield ""
     heads = [f"{name} | minus {reference} | 95 % interval" for name in ("end", "area")]
     yield f"| | seeds | {' | '.join(heads)} | exact zeros |"
     yield "|---" * 9 + "|"
-    base = values.get(reference, {})
-    for label, of_seed in values.items():
-        cells = [label, str(len(of_seed))]
-        for i in (0, 1):
-            cells.append(f"{np.mean([v[i] for v in of_seed.values()]):.3f}")
-            gain = np.array([of_seed[seed][i] - base[seed][i] for seed in of_seed if seed in base])
-            low, high = bootstrap(len(gain), lambda pick: gain[pick].mean())  # noqa: B023
-            told = [f"{gain.mean():+.3f}", f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")]
-            cells += told if label != reference and len(gain) else ["–", "–"]
+    for label, pair in told.items():
+        cells = [label, str(len(runs[label]))]
+        for mean, gain, low, high in pair:
+            minus = [f"{gain:+.3f}", f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")]
+            cells += [f"{mean:.3f}", *(minus if label != reference and not np.isnan(gain) else ["–", "–"])]
         yield f"| {' | '.join(cells)} | {share(runs[label], 'advantage_zero_frac'):.1%} |"
 
 
@@ -230,27 +235,6 @@ def hints_table(result):
         yield f"| {label} | {ends.mean():.3f} | {low:.3f} – {high:.3f} | {told} |"
 
 
-PHASES = ("plain, before it enters", "with it", "plain, in between", "1st after", "2nd", "3rd and later")
-
-
-def hint_phases(one):
-    """Visits of the prompts whose hint left, up to where one comes back -> list of (phase, step, prompt_id, right)."""
-    entered, left = {}, {}
-    for step, event, q in one["hint_events"]:
-        (entered if event == "entered" else left).setdefault(q, []).append(step)
-    found, num_after = [], dict.fromkeys(left, 0)
-    for step, q, hinted, right in one["visits"]:
-        if q not in left or any(step >= again for again in entered[q][1:]):
-            continue
-        if step >= left[q][0]:
-            phase = min(3 + num_after[q], 5)
-            num_after[q] += 1
-        else:
-            phase = 1 if hinted else 2 * (step >= entered[q][0])
-        found.append((phase, step, q, right))
-    return found
-
-
 def withdrawn_table(result):
     """Of prompts whose hint left: solved share of each phase, and of the same visits without hints."""
     runs = by_label(result)
@@ -267,30 +251,6 @@ def withdrawn_table(result):
         low, high = bootstrap(len(pairs), lambda pick: np.subtract(*mean(pick)))  # noqa: B023
         told = f"{solved - without:+.3f} | {low:+.3f} – {high:+.3f}"
         yield f"| {name} | {sum(map(len, pairs))} | {solved:.3f} | {without:.3f} | {told} |"
-
-
-def length_gains(result, edges):
-    """
-    Fig. 6: accuracy with TAS minus without, by the length of the reasoning without.
-
-    edges    tokens; the last bin is open
-    returns  list of (name, items, gain, low, high): the interval over seeds
-    """
-    runs = by_label(result)
-    pairs = list(zip(runs["uniform"], runs["parabolic"]))
-    rows = []
-    for low, high in zip(edges, [*edges[1:], np.inf]):
-        gains = []
-        for plain, shaped in pairs:
-            lengths, scores = map(np.array, zip(*plain["items"]))
-            picked = (lengths > low) & (lengths <= high)
-            gains.append((np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist())
-        total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
-        name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
-        items = sum(map(len, gains))
-        if items:
-            rows.append((name, items, total(range(len(pairs))), *bootstrap(len(pairs), total)))
-    return rows
 
 
 def plot_lengths(rows, path):
@@ -335,7 +295,7 @@ def write_all(folder):
     def ablation(name, paper, reference, result):
         yield f"Paper: {paper}."
         yield ""
-        yield f"![{name}]({plot_efficiency(result, folder / f'{name}.png')})"
+        yield f"![{name}]({plot_ablation(result, reference, folder / f'{name}.png')})"
         yield ""
         yield from ablation_table(result, reference)
         if name == "hints":

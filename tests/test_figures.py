@@ -95,7 +95,7 @@ def test_gain_by_length_is_binned_by_the_run_without_tas():
         dict(label="parabolic", seed=0, items=items((90, 1), (20, 1), (10, 0))),
     ]
     result = dict(commands=dict(uniform="", parabolic=""), runs=runs)
-    rows = figures.length_gains(result, [0, 20])
+    rows = curves.length_gains(result, [0, 20])
     assert [row[:3] for row in rows] == [("1–20", 2, 0.5), ("over 20", 1, 0.0)]
 
 
@@ -104,7 +104,7 @@ def test_what_becomes_of_a_prompt_whose_hint_left():
     visits = [[k, "a", k == 2, right] for k, right in enumerate([0, 0, 0.5, 0.25, 1, 1, 0, 1])]
     events = [[2, "entered", "a"], [4, "withdrawn", "a"], [7, "entered", "a"], [1, "entered", "b"]]
     one = dict(visits=[*visits, [1, "b", True, 1.0]], hint_events=events)
-    told = [(phase, right) for phase, _, _, right in figures.hint_phases(one)]
+    told = [(phase, right) for phase, _, _, right in curves.hint_phases(one)]
     assert told == [(0, 0), (0, 0), (1, 0.5), (2, 0.25), (3, 1), (4, 1), (5, 0)]
     plain = dict(visits=[[k, q, False, 0.25] for q in "ab" for k in range(8)], hint_events=[])
     labels = {"no hints": plain, "hints by need": one}
