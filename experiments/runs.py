@@ -129,14 +129,16 @@ EXPERIMENTS["tune-sparse"] |= methods(HARD, 2048, 8, {  # the best of GRPO had b
     "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
     "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
 })  # fmt: skip
-EXPERIMENTS["tune-prompts"] = {
-    f"{label}, {n} prompts": flags
-    for n in (4, 16)
-    for label, flags in methods(DENSE, 1536, n, {
-        "GRPO": ("grpo", 1, "2e-4", ""), "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
-        "AVATAR": ("avatar", 1, "2e-4", "--no-hints"), "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints"),
-    }).items()
-}  # fmt: skip
+EXPERIMENTS["tune-prompts"] = {}
+for n, tried in {  # prompts a step: algorithm, updates, learning rate
+    2: "grpo 1 1e-4, grpo 1 2e-4, avatar 1 1e-4, avatar 1 2e-4",
+    4: "grpo 1 1e-4, grpo 1 2e-4, grpo 4 5e-5, grpo 4 1e-4, avatar 1 1e-4, avatar 1 2e-4, avatar 4 2e-5, avatar 4 5e-5",
+    16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
+}.items():
+    for algo, updates, lr in map(str.split, tried.split(", ")):
+        setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
+        label = f"{algo}, {updates} updates, {n} prompts, lr {lr}"
+        EXPERIMENTS["tune-prompts"] |= methods(DENSE, 1536, n, {label: setting})
 EXPERIMENTS["sparse"] = methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
     "GRPO": ("grpo", 1, "4e-4", ""),
     "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
