@@ -213,7 +213,9 @@ def middle():
 def busy():
     long_kind("busy")
     rows = long_rows("busy", "more", 512, 3, right=0.5)
-    long_start("busy-sft", rows, "--model", LONG / "sft/final", "--steps", 500)
+    long_start("busy-first", rows, "--model", LONG / "sft/final", "--steps", 500)
+    rows = long_rows("busy", "again", 1024, 4, right=0.5)  # after the first its lines are not true enough
+    long_start("busy-sft", rows, "--model", LONG / "busy-first/final", "--steps", 600)
 
 
 MAKE = {  # name -> what makes it, and its last file
