@@ -83,13 +83,6 @@ EXPERIMENTS = {  # tuned on seed 100
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-longer": tuning(long_task("busy", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES),
-    "dense": methods(DENSE, 1024, 8, {  # each at its best rate of tune-dense
-        "GRPO": ("grpo", 1, "2e-4", ""),
-        "GRPO, 4 updates": ("grpo", 4, "1e-4", ""),
-        "AVATAR": ("avatar", 1, "2e-4", ""),
-        "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
-        "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
-    }),  # fmt: skip
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
@@ -145,7 +138,14 @@ EXPERIMENTS["sparse"] = methods(HARD, 2048, 8, {  # each at its best rate of tun
     "AVATAR": ("avatar", 1, "2e-4", "--no-hints"),
     "AVATAR, 4 updates": ("avatar", 4, "1e-4", "--no-hints"),
 })  # fmt: skip
-AVATAR = EXPERIMENTS["dense"]["AVATAR"]
+EXPERIMENTS["dense"] = methods(DENSE, 1024, 4, {  # each at its best of tune-dense and tune-prompts
+    "GRPO": ("grpo", 1, "2e-4", ""),
+    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+    "AVATAR": ("avatar", 1, "1e-4", ""),
+    "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
+    "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
+})  # fmt: skip
+AVATAR = methods(DENSE, 1024, 8, {"AVATAR": ("avatar", 1, "2e-4", "")})["AVATAR"]  # the best of tune-dense
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
     "newest completions": f"newest {AVATAR}",
