@@ -82,7 +82,24 @@ EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-longer": tuning(long_task("busy", 128), 512, 4, (1, 4), RATES[:2]),
-    "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES),
+    "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES)
+    | methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
+        "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
+        "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
+    }),  # fmt: skip
+    "dense": methods(DENSE, 1024, 4, {  # each at its best of tune-dense and tune-prompts
+        "GRPO": ("grpo", 1, "2e-4", ""),
+        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+        "AVATAR": ("avatar", 1, "1e-4", ""),
+        "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
+        "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
+    }),  # fmt: skip
+    "sparse": methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
+        "GRPO": ("grpo", 1, "4e-4", ""),
+        "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
+        "AVATAR": ("avatar", 1, "2e-4", "--no-hints"),
+        "AVATAR, 4 updates": ("avatar", 4, "1e-4", "--no-hints"),
+    }),  # fmt: skip
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
@@ -118,10 +135,6 @@ for name, kind in (("long", "plan"), ("longer", "busy")):
         "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of the shapes
         "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
     }, evaluations=4)  # fmt: skip
-EXPERIMENTS["tune-sparse"] |= methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
-    "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
-    "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
-})  # fmt: skip
 EXPERIMENTS["tune-prompts"] = {}
 for n, tried in {  # prompts a step: algorithm, updates, learning rate
     2: "grpo 1 1e-4, grpo 1 2e-4, avatar 1 1e-4, avatar 1 2e-4",
@@ -132,19 +145,6 @@ for n, tried in {  # prompts a step: algorithm, updates, learning rate
         setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
         label = f"{algo}, {updates} updates, {n} prompts, lr {lr}"
         EXPERIMENTS["tune-prompts"] |= methods(DENSE, 1536, n, {label: setting})
-EXPERIMENTS["sparse"] = methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
-    "GRPO": ("grpo", 1, "4e-4", ""),
-    "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
-    "AVATAR": ("avatar", 1, "2e-4", "--no-hints"),
-    "AVATAR, 4 updates": ("avatar", 4, "1e-4", "--no-hints"),
-})  # fmt: skip
-EXPERIMENTS["dense"] = methods(DENSE, 1024, 4, {  # each at its best of tune-dense and tune-prompts
-    "GRPO": ("grpo", 1, "2e-4", ""),
-    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-    "AVATAR": ("avatar", 1, "1e-4", ""),
-    "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
-    "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
-})  # fmt: skip
 AVATAR = methods(DENSE, 1024, 8, {"AVATAR": ("avatar", 1, "2e-4", "")})["AVATAR"]  # the best of tune-dense
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
