@@ -81,7 +81,6 @@ RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
     "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
-    "tune-longer": tuning(long_task("busy", 128), 512, 4, (1, 4), RATES[:2]),
     "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES)
     | methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
         "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
@@ -119,22 +118,22 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
 }
-HINTS = EXPERIMENTS["hints"]
-EXPERIMENTS["withdrawn"] = {  # the same runs, every visit noted
-    label: f"visits {HINTS[label]}" for label in ("no hints", "hints by need")
-}
+EXPERIMENTS["withdrawn"] = {k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")}
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind, more in (("plan", LINEAR), ("middle", LINEAR), ("busy", [])):  # TAS on long reasonings
+for kind, more in (("plan", LINEAR), ("middle", []), ("busy", [])):  # TAS on long reasonings
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
-for name, kind in (("long", "plan"), ("longer", "busy")):
-    EXPERIMENTS[name] = methods(long_task(kind, 256), 512, 4, {  # each at its best rate of tune-long
-        "GRPO": ("grpo", 1, "5e-5", ""),
-        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-        "AVATAR": ("avatar", 1, "5e-5", "--no-hints --tas-shape parabolic"),  # those of the shapes
-        "AVATAR, 4 updates": ("avatar", 4, "5e-5", "--no-hints --tas-shape parabolic"),
-    }, evaluations=4)  # fmt: skip
+PARABOLIC = "--no-hints --tas-shape parabolic"  # of AVATAR with one update: the runs of the shapes
+EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
+    "GRPO": ("grpo", 1, "5e-5", ""),
+    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
+    "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
+    "AVATAR, 4 updates": ("avatar", 4, "5e-5", PARABOLIC),
+}, evaluations=4)  # fmt: skip
+EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # at the same rates
+    "GRPO": ("grpo", 1, "5e-5", ""), "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
+}, evaluations=4)  # fmt: skip
 EXPERIMENTS["tune-prompts"] = {}
 for n, tried in {  # prompts a step: algorithm, updates, learning rate
     2: "grpo 1 1e-4, grpo 1 2e-4, avatar 1 1e-4, avatar 1 2e-4",
@@ -154,9 +153,7 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "one ratio a completion": f"sequence-ratio {AVATAR}",
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
-SEEDS = dict.fromkeys(EXPERIMENTS, range(5)) | {
-    name: range(100, 101) for name in EXPERIMENTS if name.startswith("tune")
-}
+SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
 
 def command(flags):
