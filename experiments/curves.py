@@ -1,5 +1,5 @@
 """
-Numbers of learning curves: means, completions to a target, ratios, and their intervals.
+Numbers of learning curves: means, completions to a target, ratios, differences, and their intervals.
 
 A curve is a list of (completions generated, held-out accuracy), the first at 0. Intervals: 95 %
 percentile bootstrap over seeds; two labels that share seeds are resampled together.

@@ -123,12 +123,12 @@ def plot_curves(axes, runs):
     for label, found in runs.items():
         curves = curves_of(found)
         mean = mean_curve(curves)
-        at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
-        rng = np.random.default_rng(0)
-        drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
         (line,) = axes.plot(*mean.T, color=COLOR.get(label), label=f"{label} ({len(found)} seeds)")
         colors[label] = line.get_color()
         if len(runs) <= 6:
+            at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
+            rng = np.random.default_rng(0)
+            drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
             band = np.percentile(drawn, [2.5, 97.5], axis=0)
             axes.fill_between(mean[:, 0], *band, color=colors[label], alpha=0.2, linewidth=0)
     axes.set(xlabel="completions generated", ylabel="held-out accuracy")
@@ -161,7 +161,7 @@ def plot_ablation(result, reference, path):
         _, gain, low, high = found[label][0]
         error = np.nan_to_num([[gain - low], [high - gain]])
         right.errorbar(gain, -y, xerr=error, fmt="o", color=colors[label], capsize=3)
-    right.axvline(0, color=colors[reference])
+    right.axvline(0, color=colors.get(reference, GREY))
     right.set_yticks([-y for y in range(len(others))], others, fontsize=8)
     right.set(xlabel=f"accuracy at the end, minus that of: {reference}")
     return save(figure, path)
