@@ -170,9 +170,9 @@ def main():
     replay = ReplayBuffer(args.buffer_size, WINDOW)
     schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
     given = (rows, reader.prefetch, reader.get, args.prompts_per_step, args.seed, MAX_BAD_FRAC)
-    stream, watch, start, num_generated = Stream(*given), health.Health(args.max_ratio), 0, 0
+    stream, watch, start, num_generated, before = Stream(*given), health.Health(args.max_ratio), 0, 0, None
     if args.resume and (found := checkpoint.load(out, policy, optimizer)):
-        start, num_generated = found["step"], found["num_generated"]
+        start, num_generated, before = found["step"], found["num_generated"], found.get("before")
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
     log, shown = logs.begin(out, args, start), samples.Samples(out, rows, build, count)
@@ -181,7 +181,7 @@ def main():
     def small_state():
         """What a step changes before it is sure to count."""
         parts = checkpoint.states(hints=schedule, rows=stream, health=watch)
-        return parts | dict(num_generated=num_generated)
+        return parts | dict(num_generated=num_generated, before=before)
 
     def save(step, small):
         state = small | checkpoint.states(buffer=replay)
@@ -193,8 +193,8 @@ def main():
         given = (policy, reference, stored, drawn, replay.mean_reward, filler, steps.step, args)
         return update.replayed_gradient(*given)
 
-    before = accuracy = evaluate() if start == 0 else None
-    if before is not None:
+    accuracy = None
+    if start == 0 and (before := evaluate()) is not None:
         processes.print0(f"held-out accuracy before training: {before:.3f}")
     mine = processes.share(args.prompts_per_step)
     stream.read_ahead()
@@ -294,7 +294,7 @@ def main():
         watch.stop_if_collapsed(report)
         ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
     folders.save(policy, out / "final", build.processor)
-    if before is not None:
+    if before is not None and accuracy is not None:
         after = f"{accuracy:.3f} after {num_generated} completions"
         processes.print0(f"held-out accuracy: {before:.3f} before, {after}")
     processes.print0(f"saved {out / 'final'}")

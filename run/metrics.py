@@ -60,7 +60,7 @@ METRICS = {  # name -> formula or meaning; the README's table is this one
     "time/judge_s": "seconds from the first question to the judge to its last answer; rank 0",
     "time/judge_wait_s": "seconds of them in which the loop had to wait",
     "eval/acc": "share of right answers on held-out rows, at --temperature",
-    "eval/before": "the same before the first step; a run that was resumed has it no more",
+    "eval/before": "the same before the first step",
 }
 
 
