@@ -121,7 +121,7 @@ EXPERIMENTS = {  # tuned on seed 100
 EXPERIMENTS["withdrawn"] = {k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")}
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind, more in (("plan", LINEAR), ("middle", []), ("busy", [])):  # TAS on long reasonings
+for kind, more in (("plan", LINEAR), ("middle", LINEAR), ("busy", [])):  # TAS on long reasonings
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
 PARABOLIC = "--no-hints --tas-shape parabolic"  # of AVATAR with one update: the runs of the shapes
