@@ -42,8 +42,8 @@ EFFICIENCY = {
 TUNING = {
     "tune-dense": "What was tried, short reasonings",
     "tune-long": "What was tried, long reasonings",
+    "tune-longer": "What was tried, longer reasonings",
     "tune-sparse": "What was tried, rare rewards",
-    "tune-prompts": "What was tried, prompts a step on short reasonings",
 }
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {

@@ -41,11 +41,15 @@ HARD = (
 )
 
 
+# tasks of long reasonings -> the folder of their start; tasks.py makes both
+STARTS = dict(plan="sft", middle="middle-sft", busy="busy-sft")
+
+
 def long_task(kind, samples):
-    start = dict(plan="long/sft", middle="long/middle-sft", busy="long/busy-sft")[kind]
-    rows = f"--data runs/experiments/long/{kind}.jsonl --eval-data runs/experiments/long/{kind}-test.jsonl"
+    long = "runs/experiments/long"
     return (
-        f"--stage 1 {KEPT} --model runs/experiments/{start}/final {rows} --max-frames 32 "
+        f"--stage 1 {KEPT} --model {long}/{STARTS[kind]}/final --data {long}/{kind}.jsonl "
+        f"--eval-data {long}/{kind}-test.jsonl --max-frames 32 "
         f"--max-new-tokens {400 if kind == 'busy' else 320} --eval-samples {samples}"
     )
 
@@ -67,26 +71,43 @@ def methods(task, completions, prompts, settings, evaluations=8):
     return made
 
 
-def tuning(task, completions, prompts, updates, rates):
-    """Both algorithms at all updates a rollout and learning rates."""
-    settings = {
-        f"{algo}, {u} updates, lr {lr}": (algo, u, lr, "--no-hints" * (algo == "avatar"))
-        for algo in ("grpo", "avatar") for u in updates for lr in rates
-    }  # fmt: skip
-    return methods(task, completions, prompts, settings)
+def tuning(task, completions, tried):
+    """tried: prompts a step -> algorithm, updates a rollout and learning rates of each method."""
+    made = {}
+    for prompts, settings in tried.items():
+        for algo, updates, *rates in map(str.split, settings.split(",")):
+            for lr in rates:
+                label = f"{algo}, {updates} updates, {prompts} prompts, lr {lr}"
+                setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
+                made |= methods(task, completions, prompts, {label: setting})
+    return made
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
-RATES = ("5e-5", "1e-4", "2e-4")
 EXPERIMENTS = {  # tuned on seed 100
-    "tune-dense": tuning(DENSE, 1536, 8, (1, 4), RATES),
-    "tune-long": tuning(long_task("plan", 128), 512, 4, (1, 4), RATES[:2]),
-    "tune-sparse": tuning(HARD, 2048, 8, [1], (*RATES[1:], "4e-4")) | tuning(HARD, 2048, 8, [4], RATES)
-    | methods(HARD, 2048, 8, {  # the best of GRPO had been at the edge
-        "grpo, 1 updates, lr 8e-4": ("grpo", 1, "8e-4", ""),
-        "grpo, 4 updates, lr 4e-4": ("grpo", 4, "4e-4", ""),
+    "tune-dense": tuning(DENSE, 1536, {
+        2: "grpo 1 1e-4 2e-4, grpo 4 2e-5 5e-5, avatar 1 1e-4 2e-4, avatar 4 2e-5 5e-5",
+        4: "grpo 1 1e-4 2e-4 4e-4, grpo 2 1e-4 2e-4, grpo 4 2e-5 5e-5 1e-4,"
+        "avatar 1 5e-5 1e-4 2e-4, avatar 2 5e-5 1e-4, avatar 4 2e-5 5e-5",
+        8: "grpo 1 5e-5 1e-4 2e-4, grpo 4 5e-5 1e-4 2e-4, avatar 1 5e-5 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
+        16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
+    }),
+    "tune-long": tuning(long_task("plan", 128), 512, {
+        2: "grpo 1 5e-5, grpo 4 2e-5, avatar 1 5e-5, avatar 4 2e-5",
+        4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 2e-5 5e-5 1e-4,"
+        "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 2e-5 5e-5 1e-4",
+        8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
+    }),
+    "tune-longer": tuning(long_task("busy", 128), 512, {
+        4: "grpo 1 2e-5 5e-5 1e-4, grpo 4 2e-5 5e-5, avatar 1 2e-5 5e-5 1e-4, avatar 4 2e-5 5e-5",
+    }),
+    "tune-sparse": tuning(HARD, 2048, {
+        4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
+        8: "grpo 1 1e-4 2e-4 4e-4 8e-4, grpo 2 2e-4 4e-4, grpo 4 5e-5 1e-4 2e-4 4e-4,"
+        "avatar 1 1e-4 2e-4 4e-4, avatar 2 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
+        16: "grpo 1 4e-4, grpo 4 2e-4, avatar 1 2e-4, avatar 4 1e-4",
     }),  # fmt: skip
-    "dense": methods(DENSE, 1024, 4, {  # each at its best of tune-dense and tune-prompts
+    "dense": methods(DENSE, 1024, 4, {  # each at its best of tune-dense
         "GRPO": ("grpo", 1, "2e-4", ""),
         "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
         "AVATAR": ("avatar", 1, "1e-4", ""),
@@ -121,8 +142,9 @@ EXPERIMENTS = {  # tuned on seed 100
 EXPERIMENTS["withdrawn"] = {k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")}
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind, more in (("plan", LINEAR), ("middle", LINEAR), ("busy", [])):  # TAS on long reasonings
-    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in SHAPES + more}
+for kind in STARTS:  # TAS on long reasonings
+    shapes = SHAPES if kind == "busy" else SHAPES + LINEAR
+    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
 PARABOLIC = "--no-hints --tas-shape parabolic"  # of AVATAR with one update: the runs of the shapes
 EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
@@ -134,16 +156,6 @@ EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its b
 EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # at the same rates
     "GRPO": ("grpo", 1, "5e-5", ""), "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
-EXPERIMENTS["tune-prompts"] = {}
-for n, tried in {  # prompts a step: algorithm, updates, learning rate
-    2: "grpo 1 1e-4, grpo 1 2e-4, avatar 1 1e-4, avatar 1 2e-4",
-    4: "grpo 1 1e-4, grpo 1 2e-4, grpo 4 5e-5, grpo 4 1e-4, avatar 1 1e-4, avatar 1 2e-4, avatar 4 2e-5, avatar 4 5e-5",
-    16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
-}.items():
-    for algo, updates, lr in map(str.split, tried.split(", ")):
-        setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
-        label = f"{algo}, {updates} updates, {n} prompts, lr {lr}"
-        EXPERIMENTS["tune-prompts"] |= methods(DENSE, 1536, n, {label: setting})
 AVATAR = methods(DENSE, 1024, 8, {"AVATAR": ("avatar", 1, "2e-4", "")})["AVATAR"]  # the best of tune-dense
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
@@ -242,7 +254,7 @@ def experiment(name, seeds, is_quick, jobs=1):
     def one_run(label, seed):
         folder = train(commands[label], seed)
         one = dict(label=label, seed=seed, **read_run(folder))
-        if name in ("plan", "middle", "busy"):
+        if name in STARTS:
             one["items"] = lengths(folder, name, seed)
         print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
         return one
