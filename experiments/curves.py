@@ -86,11 +86,6 @@ def area(curve, end):
     return float(np.trapezoid(np.interp(x, *curve.T), x) / end)
 
 
-def late(curve, end):
-    """Accuracy around the end: the mean over the last quarter of the completions up to it."""
-    return 4 * area(curve, end) - 3 * area(curve, 0.75 * end)
-
-
 # ---- of the JSON that runs.py leaves -----------------------------------------------------------
 
 

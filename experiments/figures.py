@@ -21,7 +21,7 @@ from matplotlib import pyplot
 
 import tas
 from experiments.curves import FRACTIONS, PHASES, RESAMPLES, area, bootstrap, by_label, completions_to, gains
-from experiments.curves import hint_phases, late, length_gains, mean_curve, ratio_at, targets_of
+from experiments.curves import hint_phases, length_gains, mean_curve, ratio_at, targets_of
 
 matplotlib.use("Agg")
 
@@ -32,19 +32,8 @@ COLOR = {"AVATAR": BLUE, "AVATAR, 4 updates": "#0b2f5a", "GRPO": ORANGE, "GRPO, 
 # tokens; the paper's 1, 201, 401, 601
 LENGTH_EDGES = dict.fromkeys(("plan", "middle"), [0, 130, 150, 170]) | {"busy": [0, 230, 260, 290]}
 
-# name of the results file -> title
-EFFICIENCY = {
-    "dense": "Completions and seconds, short reasonings",
-    "long": "Completions and seconds, long reasonings",
-    "longer": "Completions and seconds, longer reasonings",
-    "sparse": "Completions and seconds, rare rewards",
-}
-TUNING = {
-    "tune-dense": "What was tried, short reasonings",
-    "tune-long": "What was tried, long reasonings",
-    "tune-longer": "What was tried, longer reasonings",
-    "tune-sparse": "What was tried, rare rewards",
-}
+# in which methods are compared, each at the best of tune-NAME
+TASKS = dict(dense="short reasonings", long="long reasonings", longer="longer reasonings", sparse="rare rewards")
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
     "hints": ("Hints for prompts that are never solved", "they unlock the hardest 20 %", "no hints"),
@@ -214,10 +203,10 @@ def tuning_table(result):
     """Every setting that was tried, one seed each: a direction, no measurement."""
     runs = by_label(result)
     end = min(one["accuracy"][-1][0] for found in runs.values() for one in found)
-    yield "| | area | last quarter |"
+    yield "| | area | end |"
     yield "|---|---|---|"
     for label, found in runs.items():
-        areas, ends = ([f(one["accuracy"], end) for one in found] for f in (area, late))
+        areas, ends = zip(*((area(one["accuracy"], end), one["accuracy"][-1][1]) for one in found))
         yield f"| {label} | {np.mean(areas):.3f} | {np.mean(ends):.3f} |"
 
 
@@ -311,10 +300,9 @@ def write_all(folder):
         for bin_name, items, gain, low, high in rows:
             yield f"| {bin_name} | {items} | {gain:+.3f} | {low:+.3f} – {high:+.3f} |"
 
-    for name, title in EFFICIENCY.items():
-        section(name, title, partial(efficiency, name))
-    for name, title in TUNING.items():
-        section(name, title, tuning_table)
+    for name, task in TASKS.items():
+        section(name, f"Completions and seconds, {task}", partial(efficiency, name))
+        section(f"tune-{name}", f"What was tried, {task}", tuning_table)
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
     section("withdrawn", "What happens to a prompt after its hint has left", withdrawn_table)
