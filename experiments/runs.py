@@ -71,7 +71,7 @@ def methods(task, completions, prompts, settings, evaluations=8):
     return made
 
 
-def tuning(task, completions, tried):
+def tuning(task, completions, tried, evaluations=8):
     """tried: prompts a step -> algorithm, updates a rollout and learning rates of each method."""
     made = {}
     for prompts, settings in tried.items():
@@ -79,14 +79,14 @@ def tuning(task, completions, tried):
             for lr in rates:
                 label = f"{algo}, {updates} updates, {prompts} prompts, lr {lr}"
                 setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
-                made |= methods(task, completions, prompts, {label: setting})
+                made |= methods(task, completions, prompts, {label: setting}, evaluations)
     return made
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
 EXPERIMENTS = {  # tuned on seed 100
     "tune-dense": tuning(DENSE, 1536, {
-        2: "grpo 1 1e-4 2e-4, grpo 4 2e-5 5e-5, avatar 1 1e-4 2e-4, avatar 4 2e-5 5e-5",
+        2: "grpo 1 1e-4 2e-4, avatar 1 1e-4 2e-4",
         4: "grpo 1 1e-4 2e-4 4e-4, grpo 2 1e-4 2e-4, grpo 4 2e-5 5e-5 1e-4,"
         "avatar 1 5e-5 1e-4 2e-4, avatar 2 5e-5 1e-4, avatar 4 2e-5 5e-5",
         8: "grpo 1 5e-5 1e-4 2e-4, grpo 4 5e-5 1e-4 2e-4, avatar 1 5e-5 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
@@ -99,8 +99,8 @@ EXPERIMENTS = {  # tuned on seed 100
         8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
     }),
     "tune-longer": tuning(long_task("busy", 128), 512, {
-        4: "grpo 1 2e-5 5e-5 1e-4, grpo 4 2e-5 5e-5, avatar 1 2e-5 5e-5 1e-4, avatar 4 2e-5 5e-5",
-    }),
+        4: "grpo 1 5e-5 1e-4, grpo 4 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 2e-5 5e-5",
+    }, evaluations=4),
     "tune-sparse": tuning(HARD, 2048, {
         4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
         8: "grpo 1 1e-4 2e-4 4e-4 8e-4, grpo 2 2e-4 4e-4, grpo 4 5e-5 1e-4 2e-4 4e-4,"
