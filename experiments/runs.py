@@ -156,7 +156,7 @@ EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its b
 EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # at the same rates
     "GRPO": ("grpo", 1, "5e-5", ""), "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
-AVATAR = methods(DENSE, 1024, 8, {"AVATAR": ("avatar", 1, "2e-4", "")})["AVATAR"]  # the best of tune-dense
+AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
     "newest completions": f"newest {AVATAR}",
