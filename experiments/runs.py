@@ -153,8 +153,11 @@ EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its b
     "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
     "AVATAR, 4 updates": ("avatar", 4, "5e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
-EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # at the same rates
-    "GRPO": ("grpo", 1, "5e-5", ""), "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
+EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # each at its best rate of tune-longer
+    "GRPO": ("grpo", 1, "5e-5", ""),
+    "GRPO, 4 updates": ("grpo", 4, "2e-5", ""),
+    "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
+    "AVATAR, 4 updates": ("avatar", 4, "2e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
 AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
