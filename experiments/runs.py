@@ -147,12 +147,14 @@ for kind in STARTS:  # TAS on long reasonings
     settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
 PARABOLIC = "--no-hints --tas-shape parabolic"  # of AVATAR with one update: the runs of the shapes
-EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, 4, {  # each at its best rate of tune-long
-    "GRPO": ("grpo", 1, "5e-5", ""),
-    "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-    "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
-    "AVATAR, 4 updates": ("avatar", 4, "5e-5", PARABOLIC),
-}, evaluations=4)  # fmt: skip
+EXPERIMENTS["long"] = {}
+for label, prompts, *setting in (  # each at its best of tune-long
+    ("GRPO", 4, "grpo", 1, "5e-5", ""),
+    ("GRPO, 4 updates", 8, "grpo", 4, "5e-5", ""),
+    ("AVATAR", 2, "avatar", 1, "5e-5", PARABOLIC),
+    ("AVATAR, 4 updates", 4, "avatar", 4, "2e-5", PARABOLIC),
+):
+    EXPERIMENTS["long"] |= methods(long_task("plan", 256), 512, prompts, {label: setting}, evaluations=4)
 EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # each at its best rate of tune-longer
     "GRPO": ("grpo", 1, "5e-5", ""),
     "GRPO, 4 updates": ("grpo", 4, "2e-5", ""),
