@@ -61,10 +61,10 @@ def budget(completions, num_on, prompts, evaluations):
     return f"--steps {every * evaluations} --eval-every {every}"
 
 
-def methods(task, completions, prompts, settings, evaluations=8):
-    """label -> flags; settings: label -> (algorithm, updates a rollout, learning rate, other flags)."""
+def methods(task, completions, settings, evaluations=8):
+    """label -> flags; settings: label -> (algorithm, updates a rollout, prompts a step, learning rate, other flags)."""
     made = {}
-    for label, (algo, updates, lr, other) in settings.items():
+    for label, (algo, updates, prompts, lr, other) in settings.items():
         words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts, evaluations)}"
         words += " --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}"
         made[label] = f"{words} --lr {lr} --updates-per-rollout {updates} {other}".strip()
@@ -73,14 +73,14 @@ def methods(task, completions, prompts, settings, evaluations=8):
 
 def tuning(task, completions, tried, evaluations=8):
     """tried: prompts a step -> algorithm, updates a rollout and learning rates of each method."""
-    made = {}
-    for prompts, settings in tried.items():
-        for algo, updates, *rates in map(str.split, settings.split(",")):
-            for lr in rates:
-                label = f"{algo}, {updates} updates, {prompts} prompts, lr {lr}"
-                setting = (algo, updates, lr, "--no-hints" * (algo == "avatar"))
-                made |= methods(task, completions, prompts, {label: setting}, evaluations)
-    return made
+    settings = {
+        f"{algo}, {updates} updates, {prompts} prompts, lr {lr}":
+        (algo, updates, prompts, lr, "--no-hints" * (algo == "avatar"))
+        for prompts, told in tried.items()
+        for algo, updates, *rates in map(str.split, told.split(","))
+        for lr in rates
+    }  # fmt: skip
+    return methods(task, completions, settings, evaluations)
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
@@ -107,18 +107,18 @@ EXPERIMENTS = {  # tuned on seed 100
         "avatar 1 1e-4 2e-4 4e-4, avatar 2 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
         16: "grpo 1 4e-4, grpo 4 2e-4, avatar 1 2e-4, avatar 4 1e-4",
     }),  # fmt: skip
-    "dense": methods(DENSE, 1024, 4, {  # each at its best of tune-dense
-        "GRPO": ("grpo", 1, "2e-4", ""),
-        "GRPO, 4 updates": ("grpo", 4, "5e-5", ""),
-        "AVATAR": ("avatar", 1, "1e-4", ""),
-        "AVATAR, 4 updates": ("avatar", 4, "5e-5", ""),
-        "replay only, 4 updates": ("avatar", 4, "5e-5", REPLAY),
+    "dense": methods(DENSE, 1024, {  # each at its best of tune-dense
+        "GRPO": ("grpo", 1, 4, "2e-4", ""),
+        "GRPO, 4 updates": ("grpo", 4, 4, "5e-5", ""),
+        "AVATAR": ("avatar", 1, 4, "1e-4", ""),
+        "AVATAR, 4 updates": ("avatar", 4, 4, "5e-5", ""),
+        "replay only, 4 updates": ("avatar", 4, 4, "5e-5", REPLAY),
     }),  # fmt: skip
-    "sparse": methods(HARD, 2048, 8, {  # each at its best rate of tune-sparse
-        "GRPO": ("grpo", 1, "4e-4", ""),
-        "GRPO, 4 updates": ("grpo", 4, "2e-4", ""),
-        "AVATAR": ("avatar", 1, "2e-4", "--no-hints"),
-        "AVATAR, 4 updates": ("avatar", 4, "1e-4", "--no-hints"),
+    "sparse": methods(HARD, 2048, {  # each at its best rate of tune-sparse, with 8 prompts
+        "GRPO": ("grpo", 1, 8, "4e-4", ""),
+        "GRPO, 4 updates": ("grpo", 4, 8, "2e-4", ""),
+        "AVATAR": ("avatar", 1, 8, "2e-4", "--no-hints"),
+        "AVATAR, 4 updates": ("avatar", 4, 8, "1e-4", "--no-hints"),
     }),  # fmt: skip
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
@@ -144,22 +144,20 @@ SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
 for kind in STARTS:  # TAS on long reasonings
     shapes = SHAPES if kind == "busy" else SHAPES + LINEAR
-    settings = {shape: ("avatar", 1, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
-    EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, 4, settings, evaluations=4)
-PARABOLIC = "--no-hints --tas-shape parabolic"  # of AVATAR with one update: the runs of the shapes
-EXPERIMENTS["long"] = {}
-for label, prompts, *setting in (  # each at its best of tune-long
-    ("GRPO", 4, "grpo", 1, "5e-5", ""),
-    ("GRPO, 4 updates", 8, "grpo", 4, "5e-5", ""),
-    ("AVATAR", 2, "avatar", 1, "5e-5", PARABOLIC),
-    ("AVATAR, 4 updates", 4, "avatar", 4, "2e-5", PARABOLIC),
-):
-    EXPERIMENTS["long"] |= methods(long_task("plan", 256), 512, prompts, {label: setting}, evaluations=4)
-EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, 4, {  # each at its best rate of tune-longer
-    "GRPO": ("grpo", 1, "5e-5", ""),
-    "GRPO, 4 updates": ("grpo", 4, "2e-5", ""),
-    "AVATAR": ("avatar", 1, "5e-5", PARABOLIC),
-    "AVATAR, 4 updates": ("avatar", 4, "2e-5", PARABOLIC),
+    settings = {shape: ("avatar", 1, 4, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
+    EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, settings, evaluations=4)
+PARABOLIC = "--no-hints --tas-shape parabolic"
+EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, {  # each at its best of tune-long
+    "GRPO": ("grpo", 1, 4, "5e-5", ""),
+    "GRPO, 4 updates": ("grpo", 4, 8, "5e-5", ""),
+    "AVATAR": ("avatar", 1, 2, "5e-5", PARABOLIC),
+    "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
+}, evaluations=4)  # fmt: skip
+EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, {  # each at its best rate of tune-longer
+    "GRPO": ("grpo", 1, 4, "5e-5", ""),
+    "GRPO, 4 updates": ("grpo", 4, 4, "2e-5", ""),
+    "AVATAR": ("avatar", 1, 4, "5e-5", PARABOLIC),
+    "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
 AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
