@@ -132,11 +132,11 @@ def plot_efficiency(result, path):
         series = [one["series"] for one in runs[label]]
         x = np.asarray(series[0]["completions_generated"], float)
         y = np.mean([np.interp(x, s["completions_generated"], s["reward"]) for s in series], axis=0)
-        width = min(9, len(y))
+        width = min(9, len(y) // 2 or 1)
         right.plot(x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=color)
     for target in targets_of(*map(curves_of, runs.values()))[2]:
         left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
-    right.set(xlabel="completions generated", ylabel="training reward (mean of 9 steps)")
+    right.set(xlabel="completions generated", ylabel="training reward (mean of up to 9 steps)")
     left.legend(fontsize=8)
     return save(figure, path)
 
