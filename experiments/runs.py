@@ -159,7 +159,7 @@ EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, {  # each at its be
     "AVATAR": ("avatar", 1, 4, "5e-5", PARABOLIC),
     "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
 }, evaluations=4)  # fmt: skip
-AVATAR = methods(DENSE, 1024, {"8 prompts": ("avatar", 1, 8, "2e-4", "")})["8 prompts"]  # its best rate
+AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
     "newest completions": f"newest {AVATAR}",
