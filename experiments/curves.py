@@ -47,13 +47,13 @@ def targets_of(*methods):
 
 
 def percentile_interval(values):
-    """2.5 % and 97.5 %, without arithmetic on inf."""
-    values = np.sort(np.asarray(values, dtype=float))
+    """2.5 % and 97.5 % of the first axis, without arithmetic on inf."""
+    values = np.sort(np.asarray(values, dtype=float), axis=0)
     return values[int(0.025 * (len(values) - 1))], values[int(np.ceil(0.975 * (len(values) - 1)))]
 
 
 def bootstrap(num_seeds, statistic, seed=0):
-    """95 % interval of statistic(indices of the seeds drawn); one seed has none: (nan, nan)."""
+    """95 % interval of statistic(indices of the seeds drawn), a number or an array; one seed has none: (nan, nan)."""
     if num_seeds < 2:
         return (np.nan, np.nan)
     rng = np.random.default_rng(seed)

@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot
 
 import tas
-from experiments.curves import FRACTIONS, PHASES, RESAMPLES, area, bootstrap, by_label, completions_to, gains
+from experiments.curves import FRACTIONS, PHASES, area, bootstrap, by_label, completions_to, gains
 from experiments.curves import hint_phases, length_gains, mean_curve, ratio_at, targets_of
 
 matplotlib.use("Agg")
@@ -116,9 +116,7 @@ def plot_curves(axes, runs):
         colors[label] = line.get_color()
         if len(runs) <= 6:
             at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
-            rng = np.random.default_rng(0)
-            drawn = [at[rng.integers(len(at), size=len(at))].mean(0) for _ in range(RESAMPLES)]
-            band = np.percentile(drawn, [2.5, 97.5], axis=0)
+            band = bootstrap(len(at), lambda pick: at[pick].mean(0))  # noqa: B023
             axes.fill_between(mean[:, 0], *band, color=colors[label], alpha=0.2, linewidth=0)
     axes.set(xlabel="completions generated", ylabel="held-out accuracy")
     return colors
