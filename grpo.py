@@ -47,11 +47,13 @@ def replay_advantages(replayed_rewards, mean_rewards):
 
 
 def grpo_loss(
-    logprobs, old_logprobs, ref_logprobs, token_advantages, completion_mask, weights, clip_eps, kl_coef
+    logprobs, old_logprobs, ref_logprobs, token_advantages, completion_mask, weights, clip_eps, kl_coef,
+    sequence_ratio=False,
 ):  # fmt: skip
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
     r_t = pi(c_t) / b(c_t), b the policy that sampled the completion                     [RATIO]
+    with sequence_ratio: exp(mean_t log r_t), one of all tokens, in min(...) alone       [U22]
     KL_t = r (exp(d) - d - 1),  d = log pi_ref(c_t) - log pi(c_t)                        [KL]
 
     logprobs          (N, T) float   present policy pi, with gradient
@@ -63,9 +65,8 @@ def grpo_loss(
                                      alpha / (replayed ones) [J.off]: no split changes the sum
     returns           loss (), -J; info: dict of (N,) float without gradient
 
-    On fresh completions r is 1, so the loss is about -mean(A) = 0 at first; its gradient is not.
-    Before any update b = pi for them. A negative A with a huge r would pull without bound: it counts
-    at most DUAL_CLIP A.
+    On fresh completions b = pi and r = 1 at first: the loss is about -mean(A) = 0, its gradient is not.
+    A negative A with a huge r would pull without bound: it counts at most DUAL_CLIP A.
 
     The KL is exact: samples are b's, E_b[KL_t] = KL(pi || ref), and its gradient, through r as well,
     is r log(pi / ref) grad log pi, of expectation grad KL(pi || ref), and 0 where pi has given a token
@@ -76,7 +77,10 @@ def grpo_loss(
     assert weights.shape == logprobs.shape[:1]
     mask, num_tokens = completion_mask.bool(), completion_mask.sum(1).clamp(min=1)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (N, T)
-    ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
+    ratio = token_ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
+    if sequence_ratio:  # as GSPO-token: the value of all tokens, the gradient of each its own
+        mean = (log_ratio.sum(1) / num_tokens)[:, None]
+        ratio = (mean.detach() + log_ratio - log_ratio.detach()).clamp(max=LOG_RATIO_MAX).exp()
     advantages = torch.where(mask, token_advantages, 0.0)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.min(ratio * advantages, clipped * advantages)
@@ -86,8 +90,8 @@ def grpo_loss(
         d = torch.where(mask, ref_logprobs - logprobs, 0.0)
         # r (exp(d) - d - 1) = ref / b - r (1 + d), in which nothing overflows
         ref_ratio = torch.where(mask, ref_logprobs - old_logprobs, 0.0).clamp(max=LOG_RATIO_MAX)
-        truncation = (DUAL_CLIP / ratio.detach()).clamp(max=1)  # min(r, DUAL_CLIP) / r
-        kl = truncation * (ref_ratio.exp() - ratio * (1 + d))
+        truncation = (DUAL_CLIP / token_ratio.detach()).clamp(max=1)  # min(r, DUAL_CLIP) / r
+        kl = truncation * (ref_ratio.exp() - token_ratio * (1 + d))
     objective = (surrogate - kl_coef * kl).sum(1) / num_tokens  # (N,) per sequence
     with torch.no_grad():
         up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
@@ -106,6 +110,6 @@ def grpo_loss(
             ratio_square_sum=(used**2).sum(1),
             # how hard each term pulls: sums of what stands before grad log pi
             surrogate_pull=share * torch.where(outside, 0.0, ratio * advantages).abs().sum(1),
-            kl_pull=share * kl_coef * (used * d).abs().sum(1),
+            kl_pull=share * kl_coef * (token_ratio.clamp(max=DUAL_CLIP) * d).abs().sum(1),
         )
     return -(weights * objective).sum(), info

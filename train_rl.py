@@ -57,7 +57,8 @@ def parse_args(argv=None):
     limits.add_flags(parser)
     flag = parser.add_argument_group("method").add_argument
     flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
-    flag("--algo", choices=["avatar", "grpo"], default="avatar", help="grpo: 8 fresh, nothing else")
+    told = "avatar-gspo: one ratio a completion, not a token [U22]; grpo: 8 fresh, nothing else"
+    flag("--algo", choices=["avatar", "avatar-gspo", "grpo"], default="avatar", help=told)
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
     flag("--judge-model", help="the judge's name on its server")
@@ -295,8 +296,7 @@ def main():
         ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
     folders.save(policy, out / "final", build.processor)
     if before is not None and accuracy is not None:
-        after = f"{accuracy:.3f} after {num_generated} completions"
-        processes.print0(f"held-out accuracy: {before:.3f} before, {after}")
+        processes.print0(f"held-out accuracy: {before:.3f} before, {accuracy:.3f} after {num_generated} completions")
     processes.print0(f"saved {out / 'final'}")
 
 

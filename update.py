@@ -103,7 +103,7 @@ def gradient(policy, reference, groups, filler, step, args):
         token_advantages = tas.shape_advantages(torch.tensor(advantages).to(logprobs), *shape)
         loss, info = grpo_loss(
             logprobs, old_logprobs, ref_logprobs, token_advantages, mask,
-            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef,
+            torch.tensor(weights).to(logprobs), args.clip_eps, args.kl_coef, args.algo == "avatar-gspo",
         )  # fmt: skip
         # the weights are those of a sum over all ranks, and FSDP takes the mean over ranks
         (loss * processes.world_size()).backward()
@@ -181,8 +181,7 @@ def stored_kls(policy, stored, filler, temperature):
     for (prompt_id, (prompt, entries)), _ in processes.rounds(list(stored.items()), (None, filler)):
         completions = [e.completion_ids.long() for e in entries]
         with torch.no_grad():
-            inputs = ([prompt], [completions], temperature)
-            logprobs, mask, _ = model.completion_logprobs(policy, *inputs)
+            logprobs, mask, _ = model.completion_logprobs(policy, [prompt], [completions], temperature)
         old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
         kls[prompt_id] = hints.behavior_kl(logprobs, old_logprobs, mask)
     kls.pop(None, None)

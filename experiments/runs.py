@@ -165,7 +165,7 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "newest completions": f"newest {AVATAR}",
     "best completions": f"best {AVATAR}",
     "prompts by p (1 - p)": f"learnability {AVATAR}",
-    "one ratio a completion": f"sequence-ratio {AVATAR}",
+    "one ratio a completion": f"{AVATAR} --algo avatar-gspo",
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}

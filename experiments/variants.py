@@ -12,13 +12,9 @@ from pathlib import Path
 import train_rl
 from run import UserError, ending
 
-import torch
-
 import buffer
-import grpo
 import hints
 import toy
-import update
 from rows.clips import BadRow
 
 
@@ -66,13 +62,6 @@ def learnability(items, mean_reward):
     return p * (1 - p)
 
 
-def sequence_ratio(logprobs, old_logprobs, ref_logprobs, token_advantages, mask, *given):
-    """One ratio a completion, the geometric mean of its tokens' (GSPO-token): each token keeps its gradient."""
-    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).detach()
-    mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return grpo.grpo_loss(logprobs, logprobs.detach() - mean, ref_logprobs, token_advantages, mask, *given)
-
-
 def write_visits(step, step_rows, *given, score=train_rl.score):
     """train_rl.score, which also notes every visit: OUT/visits.jsonl has the share of right fresh completions."""
     made = score(step, step_rows, *given)
@@ -92,7 +81,6 @@ VARIANTS = {
     "newest": (buffer, "_farthest", newest),
     "best": (buffer, "_farthest", best),
     "learnability": (buffer, "_usefulness", learnability),
-    "sequence-ratio": (update, "grpo_loss", sequence_ratio),
     "visits": (train_rl, "score", write_visits),
 }
 

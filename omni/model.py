@@ -75,8 +75,7 @@ class Policy(nn.Module):
 
     def reference(self):
         """A context in which a LoRA policy is its frozen base."""
-        lora = hasattr(self.model, "disable_adapter")
-        return self.model.disable_adapter() if lora else nullcontext()
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
     def encode(self, prompts):
         """
@@ -270,8 +269,7 @@ def prepare(thinker, lora_rank, train_towers):
             if isinstance(module, Linear):
                 module.forward = MethodType(adapted, module)
     if sum(p.numel() for p in thinker.parameters()) > SMALL:
-        kwargs = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-        thinker.activation_checkpointing_enable(kwargs)
+        thinker.activation_checkpointing_enable(dict(use_reentrant=False, preserve_rng_state=False))  # no dropout
     return policy.train()
 
 

@@ -11,7 +11,7 @@ from statistics import fmean as mean
 
 import torch
 
-METRICS = {  # name -> formula or meaning; the README's table is this one
+METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
     "step": "optimizer steps so far",
     "completions_generated": "fresh completions so far: hinted, unjudged and warm-up ones too",
     "loss": "-J, see [J]",

@@ -244,19 +244,6 @@ def test_what_is_replayed_in_other_ways():
     assert variants.learnability(items[3:], 0.5) == 0
 
 
-def test_a_ratio_of_the_whole_completion():
-    """Log-ratios .3 and -.1: each token's ratio is exp(.1); a pad takes no part."""
-    old = torch.tensor([[-1.0, -2.0, 7.0]])
-    logprobs = (old + torch.tensor([[0.3, -0.1, 5.0]])).requires_grad_()
-    mask, given = torch.tensor([[True, True, False]]), (torch.ones(1), 10.0, 0.0)
-    loss, info = variants.sequence_ratio(logprobs, old, None, torch.ones(1, 3), mask, *given)
-    ratio = math.exp(0.1)
-    assert loss.item() == pytest.approx(-ratio)
-    assert info["ratio_max"].item() == pytest.approx(ratio)
-    (grad,) = torch.autograd.grad(loss, logprobs)
-    torch.testing.assert_close(grad, torch.tensor([[-ratio / 2, -ratio / 2, 0.0]]))
-
-
 @pytest.mark.parametrize("kind, share", [("plan", 0.5), ("middle", 0.3), ("busy", 0.5)])
 def test_a_long_reasoning_is_decided_where_it_says(kind, share):
     """Of 200 rows: the lines follow from the clip, and the answer from the line that decides."""

@@ -68,14 +68,19 @@ def random_case(seed, n=6, t=9):
     return logprobs, old, ref, advantages, mask, weights
 
 
-def oracle_objective(logprobs, old, ref, advantages, mask, weights, eps, beta):
+def oracle_objective(logprobs, old, ref, advantages, mask, weights, eps, beta, at=None):
+    """at: log-probs at which the mean of a completion's log-ratios is taken, and held fixed [U22]."""
     total = 0.0
     for i in range(len(logprobs)):
         tokens = [t for t in range(logprobs.shape[1]) if mask[i, t]]
         value = 0.0
         for t in tokens:
             r, a = math.exp(logprobs[i, t] - old[i, t]), float(advantages[i, t])
-            term = min(r * a, min(max(r, 1 - eps), 1 + eps) * a)
+            s = r
+            if at is not None:
+                mean = sum(float(at[i, u] - old[i, u]) for u in tokens) / len(tokens)
+                s = math.exp(mean + float(logprobs[i, t] - at[i, t]))
+            term = min(s * a, min(max(s, 1 - eps), 1 + eps) * a)
             if a < 0:
                 term = max(term, grpo.DUAL_CLIP * a)
             d = float(ref[i, t] - logprobs[i, t])
@@ -84,12 +89,31 @@ def oracle_objective(logprobs, old, ref, advantages, mask, weights, eps, beta):
     return total
 
 
+@pytest.mark.parametrize("sequence_ratio", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_equals_the_slow_loop(seed):
+def test_loss_equals_the_slow_loop(seed, sequence_ratio):
     case = random_case(seed)
-    loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
-    assert loss.item() == pytest.approx(-oracle_objective(*case, 0.2, 0.1), rel=1e-4)
+    loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio)
+    oracle = oracle_objective(*case, 0.2, 0.1, at=case[0] if sequence_ratio else None)
+    assert loss.item() == pytest.approx(-oracle, rel=1e-4)
     assert (info["kl"] >= -1e-6).all()  # of tokens it is never negative but for rounding
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_of_one_ratio_equals_finite_differences(seed):
+    case = [x.double() if x.is_floating_point() else x for x in random_case(seed, n=4, t=4)]
+    case[1] = torch.where(case[0] - case[1] > 1, case[0] - 1, case[1])  # else see the truncation's test
+    logprobs = case[0].requires_grad_()
+    loss, info = grpo_loss(logprobs, *case[1:], clip_eps=0.2, kl_coef=0.1, sequence_ratio=True)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    h, at = 1e-6, logprobs.detach()
+    for i, t in np.ndindex(*at.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = at.clone()
+            moved[i, t] += sign * h
+            ends.append(-oracle_objective(moved, *case[1:], 0.2, 0.1, at=at))
+        assert grad[i, t].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-5)
 
 
 def test_gradient_equals_finite_differences():
@@ -141,6 +165,68 @@ def test_kl_is_not_shaped():
     _, plain = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
     case[3] = case[3] * 7  # whatever TAS does to the advantages
     torch.testing.assert_close(grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)[1]["kl"], plain["kl"])
+
+
+# ---- one ratio a completion [U22]
+
+
+def test_one_ratio_by_hand():
+    """Log-ratios .3 and -.1: each token's ratio is exp(.1), within the clip; a pad takes no part."""
+    old = torch.tensor([[-1.0, -2.0, 7.0]])
+    logprobs = (old + torch.tensor([[0.3, -0.1, 5.0]])).requires_grad_()
+    mask, advantages = torch.tensor([[True, True, False]]), torch.tensor([[2.0, 4.0, 9.0]])
+    given = (logprobs, old, None, advantages, mask, torch.ones(1), 0.2, 0.0)
+    loss, info = grpo_loss(*given, sequence_ratio=True)
+    ratio = math.exp(0.1)
+    assert loss.item() == pytest.approx(-3 * ratio)
+    assert info["ratio_max"].item() == pytest.approx(ratio) and info["clip_frac"] == 0
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(grad, torch.tensor([[-ratio, -2 * ratio, 0.0]]))
+    assert info["surrogate_pull"].item() == pytest.approx(3 * ratio)
+    # token by token, the first is clipped: exp(.3) > 1.2
+    loss, info = grpo_loss(*given)
+    assert loss.item() == pytest.approx(-(2 * 1.2 + 4 * math.exp(-0.1)) / 2) and info["clip_frac"] == 0.5
+    # what is told of the tokens themselves stays
+    again = grpo_loss(*given, sequence_ratio=True)[1]
+    assert all(again[name] == info[name] for name in ("gap", "log_ratio", "num_tokens"))
+
+
+def test_one_ratio_is_clipped_as_one():
+    """Log-ratios .7 and -.1, mean .3 > log 1.2: with A > 0 no token pulls, with A < 0 all do."""
+    old = torch.tensor([[-1.0, -2.0]])
+    for advantage, slope in ((1.0, 0.0), (-1.0, math.exp(0.3) / 2)):
+        logprobs = (old + torch.tensor([[0.7, -0.1]])).requires_grad_()
+        rest = (torch.full((1, 2), advantage), torch.ones(1, 2), torch.ones(1), 0.2, 0.0)
+        loss, info = grpo_loss(logprobs, old, None, *rest, sequence_ratio=True)
+        (grad,) = torch.autograd.grad(loss, logprobs)
+        torch.testing.assert_close(grad, torch.full((1, 2), slope))
+        assert info["clip_frac"] == (advantage > 0)
+
+
+def test_one_ratio_of_equal_advantages_has_the_gradient_of_gspo():
+    """There the ratio itself is differentiated: s = exp(mean_t log r_t), J = min(s A, clip(s) A)."""
+    case = list(random_case(5))
+    logprobs, old, mask, weights = case[0].requires_grad_(), case[1], case[4], case[5]
+    advantage = torch.randn(len(mask), generator=torch.Generator().manual_seed(0))
+    s = (((logprobs - old) * mask).sum(1) / mask.sum(1)).exp()
+    assert (s < grpo.DUAL_CLIP).all()
+    gspo = -(weights * torch.min(s * advantage, s.clamp(0.8, 1.2) * advantage)).sum()
+    rest = (advantage[:, None].expand_as(old), mask, weights, 0.2, 0.0)
+    ours, _ = grpo_loss(logprobs, old, None, *rest, sequence_ratio=True)
+    torch.testing.assert_close(ours, gspo)
+    grads = (torch.autograd.grad(loss, logprobs)[0] for loss in (ours, gspo))
+    torch.testing.assert_close(*grads)
+
+
+def test_one_ratio_leaves_the_kl_as_it_was():
+    case = list(random_case(1))
+    case[3] = torch.zeros_like(case[3])  # no surrogate
+    losses = []
+    for sequence_ratio in (False, True):
+        case[0] = case[0].detach().requires_grad_()
+        loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.7, sequence_ratio=sequence_ratio)
+        losses.append([loss.detach(), *torch.autograd.grad(loss, case[0]), info["kl"], info["kl_pull"]])
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
 # ---- the KL: exact on samples of b [KL] [U20]
