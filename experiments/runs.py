@@ -40,7 +40,6 @@ HARD = (
     "--data toy/stage3/hard.jsonl --eval-data toy/stage3/never.jsonl"
 )
 
-
 # tasks of long reasonings -> the folder of their start; tasks.py makes both
 STARTS = dict(plan="sft", middle="middle-sft", busy="busy-sft")
 
@@ -168,6 +167,9 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "one ratio a completion": f"{AVATAR} --algo avatar-gspo",
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
+for kind in ("dense", "long", "longer", "sparse"):  # which ratio, where even the fresh ones are soon off-policy
+    AVATAR = EXPERIMENTS[kind]["AVATAR, 4 updates"]
+    EXPERIMENTS[f"ratio-{kind}"] = {"a token": AVATAR, "a completion": f"{AVATAR} --algo avatar-gspo"}
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
 

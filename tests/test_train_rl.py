@@ -123,6 +123,20 @@ def test_a_second_update_learns_more_from_the_same_completions(toy_dir, tmp_path
     assert two[1]["kl"] > one[1]["kl"] > 0  # one gradient step from the reference, and two
 
 
+def test_one_ratio_a_completion(toy_dir, tmp_path):
+    """[U22] Fresh completions of a first update have ratio 1 either way; replayed ones tell the two apart."""
+    for algo in ("avatar", "avatar-gspo"):
+        launch(*rl_flags(toy_dir, 2, tmp_path / algo, "--eval-every", 0, "--lr", 1e-3, "--algo", algo))
+    token, sequence = (read_metrics(tmp_path / algo) for algo in ("avatar", "avatar-gspo"))
+    same = ("loss", "grad_norm", "kl")
+    assert [token[0][name] for name in same] == pytest.approx([sequence[0][name] for name in same], rel=1e-5)
+    token, sequence = token[1], sequence[1]  # of the same policy, by the same completions
+    for name in ("kl", "off/ratio_mean", "reward", "logprob_gap"):
+        assert token[name] == pytest.approx(sequence[name], rel=1e-5), name
+    assert token["off/ratio_max"] > sequence["off/ratio_max"] and token["off/ess_frac"] < sequence["off/ess_frac"]
+    assert token["grad_norm"] != pytest.approx(sequence["grad_norm"], rel=1e-4)
+
+
 def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     """On the shipped model: all plain completions wrong, then one with the hint is right [HINT]."""
     folder = tmp_path / "rows"
