@@ -3,8 +3,9 @@ Records what trl's GRPOTrainer makes of given tensors: tests/trl_loss.json, for 
 
     pip install trl==1.16.0 datasets && python tests/record_trl.py        # not needed to run the tests
 
-With `use_bias_correction_kl`: its KL is r k3, the gradient also through r. `_compute_loss` is called
-unbound, on a stand-in that holds its settings and hands it our log-probs.
+With `use_bias_correction_kl`: its KL is r k3, the gradient also through r. With one ratio a completion
+(`importance_sampling_level="sequence"`) without a KL: there its r is that one, ours is the token's [U22].
+`_compute_loss` is called unbound, on a stand-in that holds its settings and hands it our log-probs.
 """
 
 import json
@@ -33,13 +34,13 @@ def random_case(seed, per_token):
     return dict(logprobs=logprobs, old=old, ref=ref, advantages=advantages, mask=mask)
 
 
-def trl_loss(case):
+def trl_loss(case, level, beta):
     logprobs = case["logprobs"].clone().requires_grad_()
     alone = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
     stand_in = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level="token", beta=BETA, epsilon_low=EPS, epsilon_high=EPS, loss_type="grpo",
+        importance_sampling_level=level, beta=beta, epsilon_low=EPS, epsilon_high=EPS, loss_type="grpo",
         args=SimpleNamespace(delta=DELTA, use_bias_correction_kl=True), use_vllm=False,
         current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, accelerator=alone,
         model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)),
@@ -55,9 +56,11 @@ def trl_loss(case):
 
 if __name__ == "__main__":
     recorded = []
-    for seed in range(4):
-        case = random_case(seed, per_token=seed % 2 == 1)
-        loss, grad = trl_loss(case)
-        recorded.append({k: v.tolist() for k, v in case.items()} | dict(loss=loss, grad=grad.tolist()))
-    about = dict(trl=version("trl"), torch=torch.__version__, eps=EPS, beta=BETA, delta=DELTA)
+    for seed in range(6):
+        level, beta = ("sequence", 0.0) if seed > 3 else ("token", BETA)
+        case = random_case(seed, per_token=level == "token" and seed % 2 == 1)
+        loss, grad = trl_loss(case, level, beta)
+        told = dict(level=level, beta=beta, loss=loss, grad=grad.tolist())
+        recorded.append({k: v.tolist() for k, v in case.items()} | told)
+    about = dict(trl=version("trl"), torch=torch.__version__, eps=EPS, delta=DELTA)
     Path(__file__).with_name("trl_loss.json").write_text(json.dumps(about | dict(cases=recorded)))

@@ -347,7 +347,8 @@ def test_loss_and_gradient_equal_trl(case):
         advantages = advantages[:, None].expand_as(logprobs)
     logprobs.requires_grad_()
     weights = torch.full((len(logprobs),), 1 / len(logprobs))  # trl's mean over the batch
-    loss, _ = grpo_loss(logprobs, old, ref, advantages, mask, weights, TRL["eps"], TRL["beta"])
+    given = (logprobs, old, ref, advantages, mask, weights, TRL["eps"], case["beta"])
+    loss, _ = grpo_loss(*given, sequence_ratio=case["level"] == "sequence")
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), atol=1e-6, rtol=1e-5)
