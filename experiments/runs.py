@@ -93,12 +93,12 @@ EXPERIMENTS = {  # tuned on seed 100
     }),
     "tune-long": tuning(long_task("plan", 128), 512, {
         2: "grpo 1 5e-5, grpo 4 2e-5, avatar 1 5e-5, avatar 4 2e-5",
-        4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 2e-5 5e-5 1e-4,"
-        "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 2e-5 5e-5 1e-4",
+        4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 1e-5 2e-5 5e-5 1e-4,"
+        "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 1e-5 2e-5 5e-5 1e-4",
         8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
     }),
     "tune-longer": tuning(long_task("busy", 128), 512, {
-        4: "grpo 1 5e-5 1e-4, grpo 4 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 2e-5 5e-5",
+        4: "grpo 1 5e-5 1e-4, grpo 4 1e-5 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 1e-5 2e-5 5e-5",
     }, evaluations=4),
     "tune-sparse": tuning(HARD, 2048, {
         4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
