@@ -53,7 +53,7 @@ def grpo_loss(
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
     r_t = pi(c_t) / b(c_t), b the policy that sampled the completion                     [RATIO]
-    with sequence_ratio: exp(mean_t log r_t), one of all tokens, in min(...) alone       [U22]
+    with sequence_ratio: exp(mean_t log r_t) in its place, for all tokens; not in the KL [U22]
     KL_t = r (exp(d) - d - 1),  d = log pi_ref(c_t) - log pi(c_t)                        [KL]
 
     logprobs          (N, T) float   present policy pi, with gradient
@@ -78,9 +78,9 @@ def grpo_loss(
     mask, num_tokens = completion_mask.bool(), completion_mask.sum(1).clamp(min=1)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (N, T)
     ratio = token_ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
-    if sequence_ratio:  # as GSPO-token: the value of all tokens, the gradient of each its own
+    if sequence_ratio:  # GSPO-token: one value for all tokens, and each token's own gradient
         mean = (log_ratio.sum(1) / num_tokens)[:, None]
-        ratio = (mean.detach() + log_ratio - log_ratio.detach()).clamp(max=LOG_RATIO_MAX).exp()
+        ratio = (mean.detach() + (log_ratio - log_ratio.detach())).clamp(max=LOG_RATIO_MAX).exp()
     advantages = torch.where(mask, token_advantages, 0.0)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.min(ratio * advantages, clipped * advantages)

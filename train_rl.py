@@ -57,7 +57,7 @@ def parse_args(argv=None):
     limits.add_flags(parser)
     flag = parser.add_argument_group("method").add_argument
     flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
-    told = "avatar-gspo: one ratio a completion, not a token [U22]; grpo: 8 fresh, nothing else"
+    told = "avatar-gspo: one ratio per completion [U22]; grpo: 8 fresh, nothing else"
     flag("--algo", choices=["avatar", "avatar-gspo", "grpo"], default="avatar", help=told)
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")

@@ -329,7 +329,7 @@ def bench_steps(args, policy):
         print("\nstep beside TRL: not run (pip install trl datasets)")
         return None
     rows, settings = [], argparse.Namespace(
-        micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="uniform",
+        algo="avatar", micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="uniform",
         tas_lambda=0.0,
     )  # fmt: skip
     for size in [(1024, 64, 8, 1)] if args.quick else STEPS:

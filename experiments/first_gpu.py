@@ -43,7 +43,7 @@ LIMIT = 480  # seconds, after which no step begins; a minute later a step that h
 SHAPE = dict(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064)
 TINY = dict(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 STEP = argparse.Namespace(  # the flags of train_rl.py that a gradient reads
-    micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="parabolic",
+    algo="avatar", micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="parabolic",
     tas_lambda=0.3,
 )  # fmt: skip
 

@@ -168,8 +168,8 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
 for kind in ("dense", "long", "longer", "sparse"):  # which ratio, where even the fresh ones are soon off-policy
-    AVATAR = EXPERIMENTS[kind]["AVATAR, 4 updates"]
-    EXPERIMENTS[f"ratio-{kind}"] = {"a token": AVATAR, "a completion": f"{AVATAR} --algo avatar-gspo"}
+    flags = EXPERIMENTS[kind]["AVATAR, 4 updates"]
+    EXPERIMENTS[f"ratio-{kind}"] = {"a token": flags, "a completion": f"{flags} --algo avatar-gspo"}
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
 

@@ -132,12 +132,12 @@ def test_gradient_equals_finite_differences():
         assert grad[i, t].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-5)
 
 
-def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2):
+def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2, sequence_ratio=False):
     """A token of b = exp(-1), pi = b exp(log_ratio), pi_ref = pi exp(d) -> loss, its slope, info."""
     logprobs = torch.tensor([[-1.0 + log_ratio]], requires_grad=True)
     old, ref = torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_ratio + d]])
     one = torch.ones(1, 1, dtype=torch.bool)
-    given = (torch.tensor([[advantage]]), one, torch.ones(1), clip_eps, kl_coef)
+    given = (torch.tensor([[advantage]]), one, torch.ones(1), clip_eps, kl_coef, sequence_ratio)
     loss, info = grpo_loss(logprobs, old, ref, *given)
     loss.backward()
     return loss.item(), logprobs.grad.item(), info
@@ -152,11 +152,12 @@ def test_gradient_facts():
     assert one_token(0.1, 1.0)[2]["clip_frac"] == 0 and one_token(0.5, 1.0)[2]["clip_frac"] == 1
 
 
-def test_dual_clip_and_log_ratio_clamp():
-    loss, grad, info = one_token(5.0, -1.0)  # ratio 148
+@pytest.mark.parametrize("sequence_ratio", [False, True])
+def test_dual_clip_and_log_ratio_clamp(sequence_ratio):
+    loss, grad, info = one_token(5.0, -1.0, sequence_ratio=sequence_ratio)  # ratio 148
     assert info["clip_frac"] == 1
     assert loss == pytest.approx(grpo.DUAL_CLIP) and grad == 0
-    loss, grad, info = one_token(1000.0, -1.0)  # exp would be inf
+    loss, grad, info = one_token(1000.0, -1.0, sequence_ratio=sequence_ratio)  # exp would be inf
     assert math.isfinite(loss) and math.isfinite(grad) and math.isfinite(info["ratio_max"].item())
 
 
@@ -191,16 +192,21 @@ def test_one_ratio_by_hand():
     assert all(again[name] == info[name] for name in ("gap", "log_ratio", "num_tokens"))
 
 
-def test_one_ratio_is_clipped_as_one():
-    """Log-ratios .7 and -.1, mean .3 > log 1.2: with A > 0 no token pulls, with A < 0 all do."""
-    old = torch.tensor([[-1.0, -2.0]])
-    for advantage, slope in ((1.0, 0.0), (-1.0, math.exp(0.3) / 2)):
-        logprobs = (old + torch.tensor([[0.7, -0.1]])).requires_grad_()
-        rest = (torch.full((1, 2), advantage), torch.ones(1, 2), torch.ones(1), 0.2, 0.0)
-        loss, info = grpo_loss(logprobs, old, None, *rest, sequence_ratio=True)
-        (grad,) = torch.autograd.grad(loss, logprobs)
-        torch.testing.assert_close(grad, torch.full((1, 2), slope))
-        assert info["clip_frac"] == (advantage > 0)
+@pytest.mark.parametrize("first, advantage, ratio", [
+    (0.7, 1.0, 0), (0.7, -1.0, math.exp(0.3)),  # mean .3 > log 1.2, though the second token is within
+    (-0.7, 1.0, math.exp(-0.4)), (-0.7, -1.0, 0),  # mean -.4 < log .8
+    (3.0, -1.0, 0), (2.1, -1.0, math.exp(1.0)),  # mean 1.45 > log 3, and 1: the dual clip
+])  # fmt: skip
+def test_one_ratio_is_clipped_as_one(first, advantage, ratio):
+    """Log-ratios `first` and -.1, A of both tokens: all of them pull, with one ratio, or none does."""
+    old, slope = torch.tensor([[-1.0, -2.0]]), -advantage * ratio / 2
+    logprobs = (old + torch.tensor([[first, -0.1]])).requires_grad_()
+    rest = (torch.full((1, 2), advantage), torch.ones(1, 2), torch.ones(1), 0.2, 0.0)
+    loss, info = grpo_loss(logprobs, old, None, *rest, sequence_ratio=True)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(grad, torch.full((1, 2), slope))
+    assert info["clip_frac"] == (ratio == 0)
+    assert info["surrogate_pull"].item() == pytest.approx(ratio)
 
 
 def test_one_ratio_of_equal_advantages_has_the_gradient_of_gspo():
@@ -297,14 +303,16 @@ def test_kl_counts_a_token_that_became_likely_at_most_three_times():
 def test_pulls_are_what_stands_before_the_gradient():
     loss, slope, info = one_token(-0.1, 2.0, kl_coef=0.0)
     assert info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
-    _, slope, info = one_token(-1.0, 0.0, kl_coef=0.7, d=0.4)
-    assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
+    for log_ratio, d in ((-1.0, 0.4), (3.0, 0.4)):  # the second counts with a ratio of 3
+        _, slope, info = one_token(log_ratio, 0.0, kl_coef=0.7, d=d)
+        assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
 
 
-def test_nothing_off_the_mask_matters():
-    case = [x.clone() for x in random_case(2)]
+@pytest.mark.parametrize("sequence_ratio", [False, True])
+def test_nothing_off_the_mask_matters(sequence_ratio):
+    case, given = [x.clone() for x in random_case(2)], dict(clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio)
     case[0].requires_grad_()
-    loss, _ = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)
+    loss, info = grpo_loss(*case, **given)
     (grad,) = torch.autograd.grad(loss, case[0])
     assert (grad[~case[4]] == 0).all() and (grad[case[4]] != 0).any()
     wild = [x.detach().clone() for x in case]
@@ -312,12 +320,13 @@ def test_nothing_off_the_mask_matters():
         for x in wild[:4]:
             x[~wild[4]] = off
         wild[0].requires_grad_()
-        again, _ = grpo_loss(*wild, clip_eps=0.2, kl_coef=0.1)
+        again, told = grpo_loss(*wild, **given)
         torch.testing.assert_close(again, loss)
+        torch.testing.assert_close(told, info)
         torch.testing.assert_close(torch.autograd.grad(again, wild[0])[0], grad)
         wild[0].requires_grad_(False)
     wider = [torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case]  # more padding
-    torch.testing.assert_close(grpo_loss(*wider, clip_eps=0.2, kl_coef=0.1)[0], loss.detach())
+    torch.testing.assert_close(grpo_loss(*wider, **given)[0], loss.detach())
 
 
 def test_split_and_order_do_not_change_the_sum():

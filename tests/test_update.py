@@ -15,7 +15,7 @@ from buffer import Entry
 from omni import model
 
 ARGS = Namespace(
-    temperature=1.0, micro_tokens=4096, kl_coef=0.1, clip_eps=0.2, tas_shape="parabolic",
+    algo="avatar", temperature=1.0, micro_tokens=4096, kl_coef=0.1, clip_eps=0.2, tas_shape="parabolic",
     tas_lambda=0.3, off_policy_coef=0.6,
 )  # fmt: skip
 
@@ -71,6 +71,19 @@ def test_the_reference_reads_a_completion_once(setup, monkeypatch):
     given = (policy, reference, drawn, made, mean, filler, 9, ARGS)
     replayed, _ = gradient_of(policy, lambda: update.replayed_gradient(*given))
     assert sum(calls) == 1 and not replayed["fresh"].any() and (replayed["age"] == 6).all()
+
+
+@pytest.mark.parametrize("algo", ["avatar", "avatar-gspo", "grpo"])
+def test_whose_ratio_counts(setup, algo):
+    """[RATIO] [U22] That of each token, or one of the whole completion."""
+    policy, reference, prompts, filler = setup
+    drawn, args = dict(enumerate(prompts)), Namespace(**vars(ARGS) | dict(algo=algo))
+    given = (policy, reference, drawn, groups_of(prompts, born_step=3), lambda q: 0.4, filler, 9, args)
+    info, _ = gradient_of(policy, lambda: update.replayed_gradient(*given))
+    largest = torch.tensor([max(row) for row in info["log_ratios"]])
+    mean = info["log_ratio"] / info["num_tokens"]
+    assert (largest - mean)[info["num_tokens"] > 1].min() > 0.01
+    torch.testing.assert_close(info["ratio_max"].log(), mean if algo == "avatar-gspo" else largest)
 
 
 def test_one_unknown_completion_has_all_of_them_read(setup):
