@@ -304,6 +304,7 @@ def write_all(folder):
         section(f"tune-{name}", f"What was tried, {task}", tuning_table)
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
+    section("tune-ratio", "Clips that were tried with one ratio a completion", tuning_table)
     section("withdrawn", "What happens to a prompt after its hint has left", withdrawn_table)
     (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
     return missing
