@@ -172,7 +172,7 @@ for kind in ("dense", "long", "longer", "sparse"):  # which ratio, where even th
     EXPERIMENTS[f"ratio-{kind}"] = {"a token": flags, "a completion": f"{flags} --algo avatar-gspo"}
 EXPERIMENTS["tune-ratio"] = {
     f"{kind}, clip {eps}": f"{EXPERIMENTS[f'ratio-{kind}']['a completion']} --clip-eps {eps}"
-    for kind in ("dense", "longer") for eps in "0.2 0.05 0.02 0.005 0.001".split()
+    for kind in ("dense", "longer") for eps in "0.2 0.05 0.02 0.005 0.001 0.0004".split()
 }  # fmt: skip
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
