@@ -170,9 +170,10 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
 for kind in ("dense", "long", "longer", "sparse"):  # which ratio, where even the fresh ones are soon off-policy
     flags = EXPERIMENTS[kind]["AVATAR, 4 updates"]
     EXPERIMENTS[f"ratio-{kind}"] = {"a token": flags, "a completion": f"{flags} --algo avatar-gspo"}
+CLIPS = dict(dense="0.2 0.05 0.02 0.005 0.001", long="0.2 0.02 0.005 0.001", longer="0.2 0.05 0.02 0.005 0.001 0.0004")
 EXPERIMENTS["tune-ratio"] = {
     f"{kind}, clip {eps}": f"{EXPERIMENTS[f'ratio-{kind}']['a completion']} --clip-eps {eps}"
-    for kind in ("dense", "longer") for eps in "0.2 0.05 0.02 0.005 0.001 0.0004".split()
+    for kind, tried in CLIPS.items() for eps in tried.split()
 }  # fmt: skip
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
