@@ -45,7 +45,11 @@ STAGES = {  # a typed flag wins
     2: dict(reward_weights="format=.2,acc=.4,self=.4"),  # paper: audio-visual
     3: dict(reward_weights="format=.5,judge=.5"),  # paper: format + judge; the weights are [U14]
 }
-GRPO = dict(num_on=8, num_off=0, tas_shape="uniform", hints=False)  # paper: 8 fresh, nothing else
+ALGOS = {
+    "avatar": {},
+    "avatar-gspo": dict(clip_eps=0.005),  # one ratio per completion: a mean, which moves less than its tokens [U22]
+    "grpo": dict(num_on=8, num_off=0, tas_shape="uniform", hints=False),  # paper: 8 fresh, nothing else
+}
 
 
 def parse_args(argv=None):
@@ -57,8 +61,7 @@ def parse_args(argv=None):
     limits.add_flags(parser)
     flag = parser.add_argument_group("method").add_argument
     flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
-    told = "avatar-gspo: one ratio per completion [U22]; grpo: 8 fresh, nothing else"
-    flag("--algo", choices=["avatar", "avatar-gspo", "grpo"], default="avatar", help=told)
+    flag("--algo", choices=[*ALGOS], default="avatar", help="avatar-gspo: one ratio a completion [U22]; grpo: 8 fresh")
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
     flag("--judge-model", help="the judge's name on its server")
@@ -91,8 +94,7 @@ def parse_args(argv=None):
     def overrides(first):
         common = dict(out=f"runs/stage{first.stage}", steps=400)  # paper, Fig. 5: 400 iterations
         yield f"stage {first.stage}", common | STAGES[first.stage]
-        if first.algo == "grpo":
-            yield "grpo", GRPO
+        yield first.algo, ALGOS[first.algo]
         if toy.is_toy(first.model):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["rl"]
         if first.data is None:
@@ -247,8 +249,7 @@ def main():
             if again:
                 drawn = draw(replay, args, step, again)
                 past, off_advantages = replayed_gradient(drawn)
-            given = (policy, reference, prompts, made, filler, step, args)
-            fresh, advantages = update.fresh_gradient(*given)
+            fresh, advantages = update.fresh_gradient(policy, reference, prompts, made, filler, step, args)
             info = update.joined(past + fresh)
             grad_norm = optim.clip_grad_norm(policy)
             if not again:

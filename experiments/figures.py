@@ -41,7 +41,7 @@ TABLES = {
     "busy": ("Shapes, decided at both ends, longer", "parabolic is best, inverse worst", "uniform"),
     "middle": ("Shapes, decided in the middle", "silent", "uniform"),
     "replay": ("What is replayed, and how it is weighted", "silent", "AVATAR"),
-    **{f"ratio-{name}": (f"One ratio a completion, {task}", "silent", "a token") for name, task in TASKS.items()},
+    **{f"ratio-{k}": (f"One ratio a completion, {TASKS[k]}", "silent", "a token") for k in list(TASKS)[:3]},
     "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
 }  # fmt: skip
 

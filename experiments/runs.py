@@ -164,26 +164,32 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "newest completions": f"newest {AVATAR}",
     "best completions": f"best {AVATAR}",
     "prompts by p (1 - p)": f"learnability {AVATAR}",
-    "one ratio a completion": f"{AVATAR} --algo avatar-gspo",
+    "one ratio a completion": f"{AVATAR} --algo avatar-gspo --clip-eps 0.2",
+    "one ratio a completion, clip .05": f"{AVATAR} --algo avatar-gspo --clip-eps 0.05",
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
-for kind in ("dense", "long", "longer", "sparse"):  # which ratio, where even the fresh ones are soon off-policy
-    flags = EXPERIMENTS[kind]["AVATAR, 4 updates"]
-    EXPERIMENTS[f"ratio-{kind}"] = {"a token": flags, "a completion": f"{flags} --algo avatar-gspo"}
-CLIPS = dict(dense="0.2 0.05 0.02 0.005 0.001", long="0.2 0.02 0.005 0.001", longer="0.2 0.05 0.02 0.005 0.001 0.0004")
-EXPERIMENTS["tune-ratio"] = {
-    f"{kind}, clip {eps}": f"{EXPERIMENTS[f'ratio-{kind}']['a completion']} --clip-eps {eps}"
-    for kind, tried in CLIPS.items() for eps in tried.split()
-}  # fmt: skip
+# which ratio, where even the fresh ones are soon off-policy: of a completion with the clip that is best in tune-ratio
+ONE, FRESH = "--algo avatar-gspo --clip-eps", "--num-on 8 --num-off 0 --tas-shape uniform --no-hints"
+for kind, eps in dict(dense=0.05, long=0.005, longer=0.001).items():
+    flags, fresh = EXPERIMENTS[kind]["AVATAR, 4 updates"], EXPERIMENTS[kind]["GRPO, 4 updates"]
+    EXPERIMENTS[f"ratio-{kind}"] = {
+        "a token": flags,
+        "a completion": f"{flags} {ONE} {eps}",
+        "a completion, clip 0.2": f"{flags} {ONE} 0.2",
+        "a completion, fresh only": fresh.replace("--algo grpo", f"{ONE} {eps} {FRESH}"),
+    }
+tried = dict(dense="0.2 0.05 0.02 0.005 0.001", long="0.005 0.001", longer="0.2 0.05 0.02 0.005 0.001 0.0004")
+flags = [(kind, eps, EXPERIMENTS[kind]["AVATAR, 4 updates"]) for kind in tried for eps in tried[kind].split()]
+EXPERIMENTS["tune-ratio"] = {f"{kind}, clip {eps}": f"{words} {ONE} {eps}" for kind, eps, words in flags}
+long = EXPERIMENTS["long"]["AVATAR, 4 updates"]
+EXPERIMENTS["tune-ratio"] |= {f"long, a token, clip {eps}": f"{long} --clip-eps {eps}" for eps in (0.2, 0.05, 0.01)}
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
 
 def command(flags):
     """What to type for a run."""
-    words = flags.split()
-    if words[0].startswith("--"):
-        return f"python train_rl.py {flags} --seed S"
-    return f"python -m experiments.variants {flags} --seed S"
+    script = "train_rl.py" if flags.startswith("--") else "-m experiments.variants"
+    return f"python {script} {flags} --seed S"
 
 
 def quick(flags):

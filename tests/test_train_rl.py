@@ -25,6 +25,8 @@ def test_stage_defaults_and_precedence():
     args, _, _ = train_rl.parse_args(["--stage", "2", "--algo", "grpo", "--model", "some/7B"])
     assert (args.num_on, args.num_off, args.tas_shape, args.hints) == (8, 0, "uniform", False)
     assert args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7  # the paper's, not the toy's
+    args, source, _ = train_rl.parse_args(["--algo", "avatar-gspo"])
+    assert (args.clip_eps, source["clip_eps"], args.num_off) == (0.005, "avatar-gspo", 4)
     args, _, _ = train_rl.parse_args(["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"])
     assert (args.num_on, args.lr, args.buffer_size) == (6, 0.1, 7)  # a typed flag wins
 
