@@ -164,8 +164,7 @@ def write_rows(folder, stage, num_train, num_test, seed):
     for split, count in (("train", num_train), ("test", num_test)):
         rng = np.random.default_rng([seed, stage, split == "test"])
         with open(part / f"{split}.jsonl", "w") as file:
-            title = f"toy stage {stage} {split} clips"
-            for i in tqdm(range(count), desc=title, disable=None, leave=False):
+            for i in tqdm(range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False):
                 row, seconds = make_row(rng, stage, f"{i:05d}", split)
                 write_clip(part / row["video"], seconds, rng)
                 file.write(json.dumps(row) + "\n")

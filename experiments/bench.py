@@ -179,8 +179,7 @@ def _measure_memory(args, side, size):
 
 def resident_mb(what):
     """VmRSS: memory the process holds now; VmHWM: its peak; MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{what}:")[1].split()[0]) / 1024
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024
 
 
 def matrices(config):

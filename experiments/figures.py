@@ -41,7 +41,6 @@ TABLES = {
     "busy": ("Shapes, decided at both ends, longer", "parabolic is best, inverse worst", "uniform"),
     "middle": ("Shapes, decided in the middle", "silent", "uniform"),
     "replay": ("What is replayed, and how it is weighted", "silent", "AVATAR"),
-    **{f"ratio-{k}": (f"One ratio a completion, {TASKS[k]}", "silent", "a token") for k in list(TASKS)[:3]},
     "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
 }  # fmt: skip
 
@@ -278,6 +277,8 @@ def write_all(folder):
         yield f"![advantages]({plot_advantages(result, folder / f'{name}-advantages.png')})"
         yield ""
         yield from efficiency_table(result)
+        if name.startswith("ratio"):
+            yield from ["", *ablation_table(result, "AVATAR, 4 updates")]
 
     def ablation(name, paper, reference, result):
         yield f"Paper: {paper}."
@@ -302,6 +303,8 @@ def write_all(folder):
     for name, task in TASKS.items():
         section(name, f"Completions and seconds, {task}", partial(efficiency, name))
         section(f"tune-{name}", f"What was tried, {task}", tuning_table)
+        if name != "sparse":
+            section(f"ratio-{name}", f"One ratio a completion, {task}", partial(efficiency, f"ratio-{name}"))
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
     section("tune-ratio", "Clips that were tried with one ratio a completion", tuning_table)

@@ -171,12 +171,14 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
 # which ratio, where even the fresh ones are soon off-policy: of a completion with the clip that is best in tune-ratio
 ONE, FRESH = "--algo avatar-gspo --clip-eps", "--num-on 8 --num-off 0 --tas-shape uniform --no-hints"
 for kind, eps in dict(dense=0.05, long=0.005, longer=0.001).items():
-    flags, fresh = EXPERIMENTS[kind]["AVATAR, 4 updates"], EXPERIMENTS[kind]["GRPO, 4 updates"]
+    grpo, avatar = (EXPERIMENTS[kind][f"{name}, 4 updates"] for name in ("GRPO", "AVATAR"))
     EXPERIMENTS[f"ratio-{kind}"] = {
-        "a token": flags,
-        "a completion": f"{flags} {ONE} {eps}",
-        "a completion, clip 0.2": f"{flags} {ONE} 0.2",
-        "a completion, fresh only": fresh.replace("--algo grpo", f"{ONE} {eps} {FRESH}"),
+        "GRPO": EXPERIMENTS[kind]["GRPO"],
+        "GRPO, 4 updates": grpo,
+        "GRPO, 4 updates, one ratio": grpo.replace("--algo grpo", f"{ONE} {eps} {FRESH}"),
+        "AVATAR, 4 updates": avatar,
+        "AVATAR, 4 updates, one ratio, clip .2": f"{avatar} {ONE} 0.2",
+        "AVATAR, 4 updates, one ratio": f"{avatar} {ONE} {eps}",
     }
 tried = dict(dense="0.2 0.05 0.02 0.005 0.001", long="0.005 0.001", longer="0.2 0.05 0.02 0.005 0.001 0.0004")
 flags = [(kind, eps, EXPERIMENTS[kind]["AVATAR, 4 updates"]) for kind in tried for eps in tried[kind].split()]

@@ -51,14 +51,13 @@ def newest(items, mean_reward, num_off):
 
 def best(items, mean_reward, num_off):
     """Of a stored prompt its best completions, the newest of equals (as ExGRPO's are right ones)."""
-    ranked = sorted(sorted(items, reverse=True), key=lambda item: -item.entry.reward)
+    ranked = sorted(items, key=lambda item: (item.entry.reward, item), reverse=True)
     return [item.entry for item in ranked[:num_off]]
 
 
 def learnability(items, mean_reward):
     """A prompt's weight in the draw: p (1 - p), p the share of its stored completions that are right."""
-    right = [item.entry.reward_parts["acc"] == 1 for item in items]
-    p = sum(right) / len(right)
+    p = sum(item.entry.reward_parts["acc"] == 1 for item in items) / len(items)
     return p * (1 - p)
 
 

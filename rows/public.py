@@ -183,8 +183,7 @@ def avsbench_semantic(record, context):
 @functools.cache
 def class_colours(path):
     """-> {name: colour} of the classes but the background, once for all clips."""
-    indices = json.loads(path.read_text())
-    return {name.replace("_", " "): colour(i) for name, i in indices.items() if i}
+    return {name.replace("_", " "): colour(i) for name, i in json.loads(path.read_text()).items() if i}
 
 
 def colour(index):

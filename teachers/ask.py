@@ -193,8 +193,7 @@ def http_parts(clip, frames_as):
     """A Clip -> the content parts of a chat message."""
 
     def jpeg(x):
-        encoded = torchvision.io.encode_jpeg(x.contiguous(), quality=90)
-        return base64.b64encode(encoded.numpy()).decode()
+        return base64.b64encode(torchvision.io.encode_jpeg(x.contiguous(), quality=90).numpy()).decode()
 
     url = lambda kind, text: {"type": kind, kind: {"url": text}}  # noqa: E731
     frames = [jpeg(x) for x in ([] if clip.frames is None else clip.frames)]

@@ -143,7 +143,7 @@ def test_everything_is_redrawn_from_the_json(tmp_path):
     printed = launch("experiments/figures.py", "--results", tmp_path)
     for name in ("tas.png", "dense.png", "dense-advantages.png", "plan.png", "plan-lengths.png"):
         assert (tmp_path / name).stat().st_size > 5000
-    assert not (tmp_path / "middle.png").exists() and "not run: long, tune-long" in printed
+    assert not (tmp_path / "middle.png").exists() and "not run: ratio-dense, long, tune-long" in printed
     text = (tmp_path / "tables.md").read_text()
     # every target takes GRPO twice as many completions, and seconds
     assert len(re.findall(r"\| GRPO \| \d+ \| 2.0 \| 2.0 – 2.0 \| \d+ \| 2.0 \| 2.0 – 2.0 \|", text)) == 3
