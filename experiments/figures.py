@@ -107,7 +107,7 @@ def plot_advantages(result, path):
 
 def plot_curves(axes, runs):
     """Held-out accuracy over completions: mean and, where they can be told apart, 95 % band -> colors of the labels."""
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab10").colors[1:])  # the first is too near to BLUE
+    axes.set_prop_cycle(color=np.roll(pyplot.get_cmap("tab10").colors, -3, axis=0))  # last those that are like COLOR's
     colors = {}
     for label, found in runs.items():
         curves = curves_of(found)
@@ -135,7 +135,7 @@ def plot_efficiency(result, path):
     for target in targets_of(*map(curves_of, runs.values()))[2]:
         left.axhline(target, color=GREY, linewidth=0.7, linestyle=":")
     right.set(xlabel="completions generated", ylabel="training reward (mean of up to 9 steps)")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8 if len(runs) < 6 else 6, framealpha=0.5)
     return save(figure, path)
 
 
