@@ -170,8 +170,11 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
 }
 # which ratio, where even the fresh ones are soon off-policy: of a completion with the clip that is best in tune-ratio
 ONE, FRESH = "--algo avatar-gspo --clip-eps", "--num-on 8 --num-off 0 --tas-shape uniform --no-hints"
-for kind, eps in dict(dense=0.05, long=0.005, longer=0.001).items():
+EXPERIMENTS["tune-ratio"] = {}
+for kind, eps, tried in (("dense", 0.05, "0.2 0.05 0.02 0.005 0.001"), ("long", 0.005, "0.005 0.001"),
+                         ("longer", 0.001, "0.2 0.05 0.02 0.005 0.001 0.0004")):  # fmt: skip
     grpo, avatar = (EXPERIMENTS[kind][f"{name}, 4 updates"] for name in ("GRPO", "AVATAR"))
+    EXPERIMENTS["tune-ratio"] |= {f"{kind}, clip {e}": f"{avatar} {ONE} {e}" for e in tried.split()}
     EXPERIMENTS[f"ratio-{kind}"] = {
         "GRPO": EXPERIMENTS[kind]["GRPO"],
         "GRPO, 4 updates": grpo,
@@ -180,9 +183,6 @@ for kind, eps in dict(dense=0.05, long=0.005, longer=0.001).items():
         "AVATAR, 4 updates, one ratio, clip .2": f"{avatar} {ONE} 0.2",
         "AVATAR, 4 updates, one ratio": f"{avatar} {ONE} {eps}",
     }
-tried = dict(dense="0.2 0.05 0.02 0.005 0.001", long="0.005 0.001", longer="0.2 0.05 0.02 0.005 0.001 0.0004")
-flags = [(kind, eps, EXPERIMENTS[kind]["AVATAR, 4 updates"]) for kind in tried for eps in tried[kind].split()]
-EXPERIMENTS["tune-ratio"] = {f"{kind}, clip {eps}": f"{words} {ONE} {eps}" for kind, eps, words in flags}
 long = EXPERIMENTS["long"]["AVATAR, 4 updates"]
 EXPERIMENTS["tune-ratio"] |= {f"long, a token, clip {eps}": f"{long} --clip-eps {eps}" for eps in (0.2, 0.05, 0.01)}
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
