@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from conftest import launch
+from conftest import assert_same_values, launch
 from pretended_gpu import GPU, Graph, pretended_gpu
 
 from experiments import bench, first_gpu
@@ -61,7 +61,7 @@ def test_the_plain_way_is_the_same_model(at):
     ours, _, _ = model.completion_logprobs(at.policy, *inputs, 1.0)
     with first_gpu.plain_attention(at.policy):
         plain = bench.copies_logprobs(at.policy.thinker, *inputs)
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+    assert_same_values(ours, plain)
 
 
 def test_the_steps_on_a_pretended_gpu(at):

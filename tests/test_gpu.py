@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from conftest import launch, random_completions, toy_prompts
+from conftest import assert_same_values, launch, random_completions, toy_prompts
 from pretended_gpu import GPU, Graph, capture, on_gpu, pretended_gpu
 
 from omni import attention
@@ -83,7 +83,7 @@ def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
     for group, expected_group in zip(rolled, expected, strict=True):
         for one, two in zip(group, expected_group, strict=True):
             assert one.ids.tolist() == two.ids.tolist()
-            torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
+            assert_same_values(one.logprobs, two.logprobs)
 
 
 def test_encoded_clips_come_and_go_without_a_wait(setup):
@@ -96,7 +96,7 @@ def test_encoded_clips_come_and_go_without_a_wait(setup):
         kept = [there.encoded(prompt) for prompt in prompts]
         assert all(f.on_its_way for prompt in kept for f in prompt.media.values())
         logprobs, _, _ = model.completion_logprobs(there, kept, completions, 0.9)
-    torch.testing.assert_close(logprobs.cpu(), expected, atol=2e-5, rtol=0)
+    assert_same_values(logprobs.cpu(), expected)
 
 
 def test_windows_of_a_clip_at_once_are_those_one_by_one(setup):
@@ -122,7 +122,7 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
         there = copy.deepcopy(policy).to(GPU)
         again, _, _ = model.completion_logprobs(there, prompts, completions, 0.9)
         again.sum().backward()
-        torch.testing.assert_close(again.cpu(), logprobs.detach(), atol=2e-5, rtol=0)
+        assert_same_values(again.cpu(), logprobs)
         for (name, p), q in zip(policy.named_parameters(), there.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:  # one of the audio tower is not used

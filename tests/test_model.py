@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, launch, random_completions, toy_prompts
+from conftest import RECIPE, assert_same_values, launch, random_completions, toy_prompts
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
@@ -63,7 +63,7 @@ def test_packed_logprobs_equal_hf(setup, temperature):
     assert mask.sum(1).tolist() == [len(c) for _, c in flat]
     for i, (prompt, completion) in enumerate(flat):
         expected = oracle_logprobs(hf, prompt, completion, temperature)
-        torch.testing.assert_close(logprobs[i, : len(completion)], expected, atol=1e-5, rtol=1e-6)
+        assert_same_values(logprobs[i, : len(completion)], expected)
     assert (logprobs[~mask] == 0).all() and (entropy[mask] > 0).all()
 
 
@@ -119,8 +119,8 @@ def test_one_prompt_does_not_change_another(setup):
         alone = [model.completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
     rows = together.split([len(s) for s in SIZES])
     for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
-        torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
-        torch.testing.assert_close(row[:, : single.shape[1]], single, atol=1e-5, rtol=0)
+        assert_same_values(row, other)
+        assert_same_values(row[:, : single.shape[1]], single)
 
 
 def test_rollout_logprobs_are_the_recomputed_ones(setup):
@@ -325,7 +325,7 @@ def test_an_adapter_adds_in_one_pass_what_peft_adds(toy_dir):
             y = forward(x)
             found.append((y, *torch.autograd.grad((y * y).sum(), [x, b, layer.lora_A["default"].weight])))
         for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            assert_same_values(ours, theirs)
         with policy.reference():
             torch.testing.assert_close(layer(x), layer.base_layer(x))
 
@@ -374,7 +374,7 @@ def test_questions_about_one_clip_share_it(setup, toy_dir, counts):
         for group, other in zip(made, known, strict=True):
             assert [c.ids.tolist() for c in group] == [c.ids.tolist() for c in other]
             for c, o in zip(group, other):
-                torch.testing.assert_close(c.logprobs, o.logprobs, atol=1e-5, rtol=0)
+                assert_same_values(c.logprobs, o.logprobs)
 
 
 def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):

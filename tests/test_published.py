@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from published_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
-from conftest import RECIPE, launch
+from conftest import RECIPE, assert_same_values, launch
 
 from evaluation import annotations
 from evaluation import published
@@ -488,6 +488,6 @@ def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  #
         ((ours,),) = model.rollout(policy, [prompt], [1], 0.0, 8, build.eos_ids, seeds=[0])
         assert ours.ids.tolist() == theirs.sequences[0, ids.shape[1] :].tolist()
         logprobs = torch.cat(theirs.logits).log_softmax(-1).gather(1, ours.ids[:, None])[:, 0]
-        torch.testing.assert_close(ours.logprobs, logprobs, atol=1e-4, rtol=0)
+        assert_same_values(ours.logprobs, logprobs)
         seen.append(ours.logprobs[0].item())
     assert seen[0] != seen[1]
