@@ -285,8 +285,10 @@ class ReplayBuffer:
         items = [item for items in self._items.values() for item in items]
         entries = [item.entry for item in sorted(items, key=lambda item: item.order)]
         ids, old = [e.completion_ids for e in entries], [e.old_logprobs for e in entries]
-        ref = [torch.full_like(e.old_logprobs, math.nan) if e.ref_logprobs is None else e.ref_logprobs
-               for e in entries]  # fmt: skip
+        ref = [
+            torch.full_like(e.old_logprobs, math.nan) if e.ref_logprobs is None else e.ref_logprobs
+            for e in entries
+        ]
         fields = ("prompt_id", "reward", "reward_parts", "born_step", "hinted")
         return {
             "capacity": self.capacity,

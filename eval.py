@@ -13,6 +13,8 @@ Intervals: 95 % bootstrap over clips, since questions about one clip stand or fa
 is decoded, encoded and read once for all questions about it.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import json
 import os
@@ -21,19 +23,26 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run import UserError, arguments, ending, files, optim, processes  # before torch
-from run.folders import base_folder, of_run
-from run.sharding import cast
-
 import numpy as np
 from tqdm import tqdm
 
 import toy
-from evaluation import items, page, protocol, published, tables
-from omni import attention, model
-from rows import data, limits
-from rows.reader import num_decoders
-
+from data.clip_cache import num_decoders
+from data.clips import BadRow
+from data.media_flags import add_media_flags, media_config_from
+from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
+from evaluation import benchmarks, items, page, protocol, tables
+from models import attention
+from models.inputs import InputBuilder
+from models.loading import load_policy
+from models.paths import base_model, resolve_run_dir
+from models.rollout import rollout
+from models.sharding import cast_params
+from run import arguments, optim, processes
+from run.errors import UserError
+from run.io import write_text
+from run.launch import run_main
+from run.run_dir import git_commit, lock_run_dir
 
 MANY = 0.1  # of a file's items: if the media of more (and of more than 2) are out of reach, it is no bad item
 
@@ -43,19 +52,34 @@ def parse_args(argv=None):
     flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
     flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
     flag("--data", nargs="+", help="JSONL files (default: the toy's held-out rows, all stages)")
-    names = list(published.BENCHMARKS)
-    flag("--benchmark", nargs="+", choices=["all", *names], metavar="NAME",
-         help=f"of the paper: all (fifteen), {', '.join(names)}")  # fmt: skip
-    flag("--root", help="folder that holds the benchmarks, each in a folder of its name, or the one")
-    flag("--allow-missing", action="store_true", help="go on without media that are not there: wrong")
-    flag("--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'")
+    names = list(benchmarks.BENCHMARKS)
+    flag(
+        "--benchmark",
+        nargs="+",
+        choices=["all", *names],
+        metavar="NAME",
+        help=f"of the paper: all (fifteen), {', '.join(names)}",
+    )
+    flag(
+        "--root", help="folder that holds the benchmarks, each in a folder of its name, or the one"
+    )
+    flag(
+        "--allow-missing", action="store_true", help="go on without media that are not there: wrong"
+    )
+    flag(
+        "--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'"
+    )
     flag("--template", metavar="FILE", help="the user's turn in other words, with {question} in it")
     flag("--out", default="scores/toy", help="folder for records.jsonl and scores.json")
     flag("--against", metavar="DIR", help="an earlier --out: report the paired difference too")
     flag("--resume", action="store_true", help="keep the items that --out already holds")
     flag("--html", type=int, default=0, metavar="N", help="N items to look at, wrong ones first")
-    flag("--table", nargs="+", metavar="DIR", help="only print Markdown tables of these --outs, "
-         "differences to the first")  # fmt: skip
+    flag(
+        "--table",
+        nargs="+",
+        metavar="DIR",
+        help="only print Markdown tables of these --outs, differences to the first",
+    )
     flag("--seed", type=int, default=0, help="of sampling and of the bootstrap")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
     flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="to compute in")
@@ -63,7 +87,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=2048, help="enough to reason and still to answer")
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
     flag("--audio-captions", action=boolean, default=False, help="put audio_caption in the prompt")
-    limits.add_flags(parser, keeps_clips=False)
+    add_media_flags(parser, keeps_clips=False)
 
     def overrides(first):
         if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
@@ -95,20 +119,20 @@ def read_template(path):
 
 def recipe_of(args, folder, template, dtype):
     """What a score depends on beside the items: kept with it, and the same where it is resumed."""
-    folders = {str(folder), base_folder(folder)}  # of a hub id no file
+    folders = {str(folder), base_model(folder)}  # of a hub id no file
     inside = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
     recipe = dict(model=str(folder), protocol=args.protocol, template=template)
     recipe["weights"] = max((path.stat().st_mtime for path in inside), default=None)  # of when
     recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
-    limited = limits.recipe_from(args)._asdict()
+    limited = media_config_from(args)._asdict()
     del limited["side"]  # the model's
     recipe |= dict(recipe=limited, temperature=args.temperature)
     recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
-    recipe |= dict(dtype=str(dtype), commit=files.commit(), arguments=vars(args))
+    recipe |= dict(dtype=str(dtype), commit=git_commit(), arguments=vars(args))
     if args.protocol == "paper":
         words = dict(system=protocol.SYSTEM, instructions=protocol.ASKED)
         return recipe | words | dict(max_new_tokens=args.max_new_tokens or protocol.TOKENS)
-    words = dict(system=data.SYSTEM_PROMPT, instructions=data.INSTRUCTIONS)
+    words = dict(system=SYSTEM_PROMPT, instructions=INSTRUCTIONS)
     return recipe | words | dict(max_new_tokens=args.max_new_tokens)
 
 
@@ -125,20 +149,20 @@ def load_sets(args, toy_tests):
     """-> {name: (folder of its media, rows)}: of files as they are, of benchmarks raw."""
     sets, absent = {}, []
     for file in args.data or ([] if args.benchmark else toy_tests):
-        rows = data.Rows(file)
+        rows = Rows(file)
         sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
     for name in chosen_benchmarks(args):
         if args.protocol == "paper" and name not in protocol.TOKENS:
             raise UserError(f"--protocol paper: the authors published no script for {name}")
-        sets[name] = published.load(name, args.root)
-    recipe = limits.recipe_from(args)
+        sets[name] = benchmarks.load(name, args.root)
+    recipe = media_config_from(args)
     for name, (folder, rows) in sets.items():
         lost = items.out_of_reach(folder, rows, recipe)
         # a few of a file of one's own are bad items; many are a fault of the set-up
-        if lost and (name in published.BENCHMARKS or len(lost) > max(2, MANY * len(rows))):
+        if lost and (name in benchmarks.BENCHMARKS or len(lost) > max(2, MANY * len(rows))):
             for problem in lost[:10]:
                 processes.print0(f"out of reach: {problem}")
-            source = getattr(published.BENCHMARKS.get(name), "source", None)
+            source = getattr(benchmarks.BENCHMARKS.get(name), "source", None)
             told = f"{name}: media of {len(lost)} of {len(rows)} items are out of reach in {folder}"
             told += ", the first are above: put them there" + f", from {source}" * bool(source)
             absent.append(told)
@@ -149,7 +173,7 @@ def load_sets(args, toy_tests):
 
 def chosen_benchmarks(args):
     """Names in the order of the table; of "all" those that lie in --root, the others are told."""
-    chosen, known = set(args.benchmark or []), published.BENCHMARKS
+    chosen, known = set(args.benchmark or []), benchmarks.BENCHMARKS
     if "all" in chosen:
         fifteen = [name for name in known if not name.endswith("-ref")]
         there = [name for name in fifteen if (Path(args.root) / name).is_dir()]
@@ -166,7 +190,7 @@ def answer(policy, build, name, pairs, prompts, args):
     """Asks the model about the pairs (row, record) that have a Prompt; fills in their records."""
     asked = []
     for (row, record), prompt in zip(pairs, prompts):
-        if isinstance(prompt, data.BadRow):  # wrong, and named at the end
+        if isinstance(prompt, BadRow):  # wrong, and named at the end
             record["failure"] = str(prompt)
         else:
             asked.append((row, record, prompt))
@@ -175,17 +199,22 @@ def answer(policy, build, name, pairs, prompts, args):
     authors = args.protocol == "paper"
     tokens = args.max_new_tokens or protocol.TOKENS[name]
     ids = [f"{name} {row['prompt_id']}".encode() for row, _, _ in asked]
-    groups = model.rollout(
-        policy, [prompt for _, _, prompt in asked], [1] * len(asked), args.temperature, tokens,
-        build.eos_ids, [processes.seed(args.seed, zlib.crc32(i)) for i in ids],
-    )  # fmt: skip
+    groups = rollout(
+        policy,
+        [prompt for _, _, prompt in asked],
+        [1] * len(asked),
+        args.temperature,
+        tokens,
+        build.eos_ids,
+        [processes.seed(args.seed, zlib.crc32(i)) for i in ids],
+    )
     for (row, record, _), (made,) in zip(asked, groups):
         items.judge(record, row, build.texts([made])[0], made.truncated, name, authors)
 
 
 def keep(out, records):
     """Writes whole records in one file, and removes what single ranks had written."""
-    files.write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     for path in out.glob("records-*.jsonl"):
         path.unlink()
 
@@ -202,16 +231,16 @@ def main():
         return tables.print_tables(args.table, args.seed)
     device = processes.init(args.device)
     out = Path(args.out)
-    files.lock(out)  # two evaluations would mix their records
+    lock_run_dir(out)  # two evaluations would mix their records
     done = tables.read_records(out)
-    processes.gather(None)  # every rank has looked before one writes
+    processes.all_gather_object(None)  # every rank has looked before one writes
     if done and not args.resume:
         raise UserError(f"{out} already holds records: add --resume, or choose another --out")
     others = tables.read_records(args.against) if args.against else None
     if others == []:
         raise UserError(f"--against: no records in {args.against}")
     toy_paths = [] if args.benchmark else [toy.defaults(args, stage) for stage in (1, 2, 3)]
-    folder = of_run(args.model or (toy_paths or [toy.defaults(args, 1)])[0][0])
+    folder = resolve_run_dir(args.model or (toy_paths or [toy.defaults(args, 1)])[0][0])
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same
@@ -232,17 +261,17 @@ def main():
         done += settled
     if again := sum((n, r["prompt_id"]) in have for n, asked in to_ask.items() for _, r in asked):
         processes.print0(f"{again} items are asked again: changed since, or not read then")
-    processes.gather(None)
+    processes.all_gather_object(None)
     if processes.rank() == 0:
-        files.write_text(out / "recipe.json", json.dumps(result, indent=1))
+        write_text(out / "recipe.json", json.dumps(result, indent=1))
         keep(out, done)
-    processes.gather(None)
+    processes.all_gather_object(None)
 
-    policy = model.load(folder, lora_rank=0, train_towers=False)
-    cast(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
+    policy = load_policy(folder, lora_rank=0, train_towers=False)
+    cast_params(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
     policy.to(device)
-    attention.choose("auto", device, dtype)
-    build = model.InputBuilder(folder, limits.recipe_from(args), ".", args.audio_captions)
+    attention.set_attention_kernel("auto", device, dtype)
+    build = InputBuilder(folder, media_config_from(args), ".", args.audio_captions)
 
     # ---- this rank's clips; those with as many questions are decoded together
     packs, records = [], []
@@ -278,7 +307,7 @@ def main():
     bar.close()
 
     # ---- what all ranks found
-    records = done + [r for part in processes.gather(records) for r in part]
+    records = done + [r for part in processes.all_gather_object(records) for r in part]
     if processes.rank():
         return
     result |= dict(seconds=time.perf_counter() - began, scores=tables.summary(records, args.seed))
@@ -287,7 +316,7 @@ def main():
     if others:
         result["against"] = tables.compare(records, others, args.seed)
     keep(out, records)
-    files.write_text(out / "scores.json", json.dumps(result, indent=1))
+    write_text(out / "scores.json", json.dumps(result, indent=1))
     for record in records:
         if record["failure"] and record["completion"] is None:
             print(f"wrong: {record['failure']}")
@@ -309,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ending.main_guard(main, data.BadRow)
+    run_main(main, BadRow)

@@ -47,9 +47,16 @@ def replay_advantages(replayed_rewards, mean_rewards):
 
 
 def grpo_loss(
-    logprobs, old_logprobs, ref_logprobs, token_advantages, completion_mask, weights, clip_eps, kl_coef,
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    token_advantages,
+    completion_mask,
+    weights,
+    clip_eps,
+    kl_coef,
     sequence_ratio=False,
-):  # fmt: skip
+):
     """
     J = sum_i weight_i mean_t [ min(r A, clip(r, 1-eps, 1+eps) A) - beta KL ]            [J]
     r_t = pi(c_t) / b(c_t), b the policy that sampled the completion                     [RATIO]

@@ -12,6 +12,8 @@ frozen models know of them.
 In the place of a URL a Hugging Face folder may stand: then the model is asked in this process.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import hashlib
 import json
@@ -23,20 +25,31 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run import UserError, files  # before torch
-from run.arguments import PARSER
-from run.ending import main_guard
-
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import page, published
-from omni.model import InputBuilder
-from rows import data, limits, public, sources
-from rows.clips import BadRow, decode_clip
-from rows.reader import num_decoders
+from data import converters, readers
+from data.clip_cache import num_decoders
+from data.clips import BadRow, decode_clip
+from data.media_flags import add_media_flags, media_config_from
+from data.rows import (
+    answer_spec,
+    check_file,
+    clip_of,
+    media_paths,
+    normalize_row,
+    parse_line,
+    question_text,
+    row_id,
+)
+from evaluation import benchmarks, page
+from models.inputs import InputBuilder
+from run.arguments import PARSER
+from run.errors import UserError
+from run.io import write_text
+from run.launch import run_main
+from teachers.annotate import add_flags, fill, from_args
 from teachers.captions import find_caption
-from teachers.fill import add_flags, fill, from_args
 from teachers.hint_writer import ask_hint
 from teachers.leaks import hint_leak
 
@@ -48,28 +61,49 @@ def parse_args(argv=None):
     def command(name, told):
         return commands.add_parser(name, help=told, description=told, **PARSER)
 
-    rows = command("rows", "public data, or another trainer's files, as rows, with a report of every one left out")
+    rows = command(
+        "rows",
+        "public data, or another trainer's files, as rows, with a report of every one left out",
+    )
     flag = rows.add_argument
     flag("files", nargs="+", help="JSON, JSONL, CSV or parquet")
-    flag("--out", required=True, help="JSONL to write; beside it OUT.report.json and OUT.held-out.jsonl")
-    flag("--from", dest="form", default="auto", choices=["auto", *public.FORMATS], metavar="NAME",
-         help=f"auto: told by the keys of a record; {', '.join(public.FORMATS)}")  # fmt: skip
+    flag(
+        "--out",
+        required=True,
+        help="JSONL to write; beside it OUT.report.json and OUT.held-out.jsonl",
+    )
+    flag(
+        "--from",
+        dest="form",
+        default="auto",
+        choices=["auto", *converters.FORMATS],
+        metavar="NAME",
+        help=f"auto: told by the keys of a record; {', '.join(converters.FORMATS)}",
+    )
     flag("--media", help="folder that media paths are relative to (default: the first file's)")
     flag("--stage", type=int, choices=[1, 2, 3], help="from 2 on a video's own sound is heard")
     flag("--held-out", type=int, default=0, metavar="N", help="about N rows apart, by clip")
-    flag("--limit", type=int, default=0, metavar="N", help="N rows at most, chosen by --seed; 0: all")
+    flag(
+        "--limit", type=int, default=0, metavar="N", help="N rows at most, chosen by --seed; 0: all"
+    )
     flag("--seed", type=int, default=0, help="of wording, wrong options, choices")
-    flag("--against", metavar="ROOT", help="benchmarks, each in a folder of its name: what is theirs is dropped")
+    flag(
+        "--against",
+        metavar="ROOT",
+        help="benchmarks, each in a folder of its name: what is theirs is dropped",
+    )
     flag("--html", type=int, default=0, metavar="N", help="N rows to look at, in OUT.html")
     flag("--check-media", action="store_true", help="decode every clip")
     flag("--allow-missing", action="store_true", help="keep rows whose media are not there")
-    flag("--max-bad-frac", type=float, default=0.1, help="share of broken rows, above which it fails")
+    flag(
+        "--max-bad-frac", type=float, default=0.1, help="share of broken rows, above which it fails"
+    )
     flag("--force", action="store_true", help="write over what --out holds")
-    limits.add_flags(rows, keeps_clips=False)
+    add_media_flags(rows, keeps_clips=False)
     check = command("check", "decode every row of a JSONL, report each that would not train")
     check.add_argument("file", help="JSONL of rows")
     check.add_argument("--model", help="also count prompt tokens with this model's processor")
-    limits.add_flags(check, keeps_clips=False)
+    add_media_flags(check, keeps_clips=False)
     captions = command("captions", "write audio_caption into every row that has sound (stage 2)")
     add_flags(captions, "captioner")
     hints = command("hints", "write a hint into every row, one that does not give the answer away")
@@ -95,37 +129,45 @@ class Report:
         self.examples.setdefault(reason, str(example)[:200])
 
     def as_dict(self, **more):
-        dropped = {k: dict(count=n, example=self.examples[k]) for k, n in self.dropped.most_common()}
-        return dict(read=self.read, **more, dropped=dropped, answer_types=dict(self.kinds.most_common()))
+        dropped = {
+            k: dict(count=n, example=self.examples[k]) for k, n in self.dropped.most_common()
+        }
+        return dict(
+            read=self.read, **more, dropped=dropped, answer_types=dict(self.kinds.most_common())
+        )
 
 
 def digest(*words):
     """A number that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def converted(args, report):
     """Yields the rows of all files; what is left out is counted in the report, by its reason."""
     media = Path(args.media or Path(args.files[0]).parent)
-    context = public.Context(media, args.stage, args.seed)
+    context = converters.Context(media, args.stage, args.seed)
     for file in map(Path, args.files):
-        data.check_file(file)
-        first = next((r for r in sources.records(file) if isinstance(r, dict)), {})
-        if form_of(args, first) in public.INDEXED:
-            for record in filter(lambda r: isinstance(r, dict), sources.records(file)):
-                public.index(form_of(args, record), record, context)
-        for number, record in enumerate(tqdm(sources.records(file), file.name, unit=" rows", disable=None)):
+        check_file(file)
+        first = next((r for r in readers.records(file) if isinstance(r, dict)), {})
+        if form_of(args, first) in converters.INDEXED:
+            for record in filter(lambda r: isinstance(r, dict), readers.records(file)):
+                converters.index(form_of(args, record), record, context)
+        for number, record in enumerate(
+            tqdm(readers.records(file), file.name, unit=" rows", disable=None)
+        ):
             made = 0
             try:
                 if isinstance(record, BadRow):
-                    raise public.Dropped("unreadable", record)
+                    raise converters.Dropped("unreadable", record)
                 record = unpacked(record, Path(args.out).parent / "media")
-                name = form_of(args, record) or public.format_of(record)
-                for row in public.FORMATS[name][1](record, context):
+                name = form_of(args, record) or converters.format_of(record)
+                for row in converters.FORMATS[name][1](record, context):
                     report.read, made = report.read + 1, made + 1
                     row["prompt_id"] = str(row.get("prompt_id") or f"{file.stem}-{number}")
                     yield file, media, row
-            except public.Dropped as left_out:
+            except converters.Dropped as left_out:
                 report.read += 1
                 report.drop(left_out.args[0], f"{file.name}, record {number}: {left_out.args[-1]}")
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -142,7 +184,9 @@ def unpacked(value, folder):
         return value
     if not isinstance(content := value.get("bytes"), bytes):
         return {key: unpacked(item, folder) for key, item in value.items()}
-    name = hashlib.blake2b(content, digest_size=12).hexdigest() + Path(str(value.get("path"))).suffix
+    name = (
+        hashlib.blake2b(content, digest_size=12).hexdigest() + Path(str(value.get("path"))).suffix
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():
         (folder / f"{name}.part").write_bytes(content)
@@ -153,8 +197,8 @@ def unpacked(value, folder):
 def form_of(args, record):
     """The name of a record's format; None if nothing tells it."""
     try:
-        return args.form if args.form != "auto" else public.format_of(record)
-    except public.Dropped:
+        return args.form if args.form != "auto" else converters.format_of(record)
+    except converters.Dropped:
         return None
 
 
@@ -176,9 +220,9 @@ def placed(row, media, folder, allow_missing):
 def theirs(root):
     """-> {benchmark: its clips' names, YouTube ids and questions}, of those that lie in the folder."""
     found = {}
-    for name in published.BENCHMARKS:
+    for name in benchmarks.BENCHMARKS:
         if (Path(root) / name).is_dir():
-            _, rows = published.load(name, root)
+            _, rows = benchmarks.load(name, root)
             found[name] = set().union(*(marks(row) for row in rows))
     if not found:
         raise UserError(f"--against: no benchmark lies in {root}: give each a folder of its name")
@@ -187,7 +231,7 @@ def theirs(root):
 
 def marks(row):
     """What tells that a row is of a benchmark: names of its clips, YouTube ids in them, its question."""
-    stems = {Path(str(path)).stem for path in data.media_paths(row)}
+    stems = {Path(str(path)).stem for path in media_paths(row)}
     ids = {found[0] for stem in stems if (found := re.match(r"[\w-]{11}(?=_\d|_video|$)", stem))}
     question = " ".join(str(row.get("question")).lower().split())
     return stems | ids | {question}
@@ -206,19 +250,21 @@ def rows(args):
             for source, media, row in converted(args, report):
                 try:
                     row = placed(row, media, out.parent, args.allow_missing)
-                    row = {k: v for k, v in data.normalize_row(row).items() if v not in (None, [], "")}
+                    row = {k: v for k, v in normalize_row(row).items() if v not in (None, [], "")}
                 except FileNotFoundError as problem:
                     report.drop("media missing", problem)
                     continue
                 except BadRow as problem:
                     report.drop("breaks the format", problem)
                     continue
-                clip, text = digest(*data.clip_of(row)[:-2]), (row["question"], row["answer"])
+                clip, text = digest(*clip_of(row)[:-2]), (row["question"], row["answer"])
                 if (same := digest(clip, *text)) in seen:
                     report.drop("the same question about the same clip", row["prompt_id"])
                     continue
                 seen.add(same)
-                if benchmark := next((n for n, all_of in known.items() if marks(row) & all_of), None):
+                if benchmark := next(
+                    (n for n, all_of in known.items() if marks(row) & all_of), None
+                ):
                     report.drop(f"in {benchmark}", row["prompt_id"])
                     continue
                 count, own = 1, row["prompt_id"]
@@ -240,7 +286,7 @@ def finish(args, out, part, report, clips, order, two_files):
     """From the rows that could be made: the broken ones out, the limit, the held-out clips, the report."""
     good = np.ones(len(clips), dtype=bool)
     if args.check_media:
-        recipe = limits.recipe_from(args)._replace(allow_outside=True)
+        recipe = media_config_from(args)._replace(allow_outside=True)
         told = examine(part, recipe, None, num_decoders())
         for i, problem in enumerate(tqdm(told, "decode", len(clips), disable=None)):
             if problem:
@@ -248,7 +294,9 @@ def finish(args, out, part, report, clips, order, two_files):
                 report.drop("media broken", problem)
     broken = sum(report.dropped[reason] for reason in BAD)
     if broken > args.max_bad_frac * max(report.read, 1):
-        told = "; ".join(f"{n} {k} ({report.examples[k]})" for k, n in report.dropped.most_common() if k in BAD)
+        told = "; ".join(
+            f"{n} {k} ({report.examples[k]})" for k, n in report.dropped.most_common() if k in BAD
+        )
         raise UserError(f"{broken} of {report.read} rows are broken, over --max-bad-frac: {told}")
     taken = np.flatnonzero(good)
     if args.limit and len(taken) > args.limit:
@@ -264,7 +312,9 @@ def finish(args, out, part, report, clips, order, two_files):
     good[:] = False
     good[taken] = True
     names = out, out.with_name(f"{out.stem}.held-out.jsonl")
-    outputs = [open(f"{name}.part2", "w", encoding="utf-8") for name in names[: 1 + bool(args.held_out)]]
+    outputs = [
+        open(f"{name}.part2", "w", encoding="utf-8") for name in names[: 1 + bool(args.held_out)]
+    ]
     counts = [0, 0]
     with open(part, encoding="utf-8") as file:
         for i, line in enumerate(file):
@@ -280,19 +330,27 @@ def finish(args, out, part, report, clips, order, two_files):
         file.close()
         os.replace(file.name, name)
     told = report.as_dict(kept=counts[0], held_out=counts[1], clips_in_two_files=two_files)
-    files.write_text(out.with_name(f"{out.stem}.report.json"), json.dumps(told, indent=1, ensure_ascii=False))
+    write_text(
+        out.with_name(f"{out.stem}.report.json"), json.dumps(told, indent=1, ensure_ascii=False)
+    )
     if args.html:
         records = [as_record(row, out.name) for row in shown]
-        recipe = limits.recipe_from(args)._replace(allow_outside=True)
-        page.write(out.with_suffix(".html"), out.name, records, {out.name: out.parent}, args.html, recipe)
+        recipe = media_config_from(args)._replace(allow_outside=True)
+        page.write(
+            out.with_suffix(".html"), out.name, records, {out.name: out.parent}, args.html, recipe
+        )
     tell(told, out)
 
 
 def as_record(row, name):
     """A row as page.py shows it: as the model gets it, and what is known of it."""
     keys = "prompt_id video audio images start end use_audio".split()
-    record = {key: row.get(key) for key in keys} | dict(file=name, score=None, failure=None, parsed=None)
-    record |= dict(prompt=data.question_text(row, False), truth=row["answer"], images=row.get("images") or [])
+    record = {key: row.get(key) for key in keys} | dict(
+        file=name, score=None, failure=None, parsed=None
+    )
+    record |= dict(
+        prompt=question_text(row, False), truth=row["answer"], images=row.get("images") or []
+    )
     reasoning = row.get("reasoning")
     return record | dict(completion=reasoning and f"<think>{reasoning}</think>")
 
@@ -301,10 +359,14 @@ def tell(report, out):
     """The report as a table."""
     lines = [("read", report["read"], ""), ("kept", report["kept"], str(out))]
     lines += [("held out", report["held_out"], "by clip")] * bool(report["held_out"])
-    lines += [(f"dropped: {k}", v["count"], v["example"][:60]) for k, v in report["dropped"].items()]
+    lines += [
+        (f"dropped: {k}", v["count"], v["example"][:60]) for k, v in report["dropped"].items()
+    ]
     lines += [(f"answers: {k}", n, "") for k, n in report["answer_types"].items()]
     if report["clips_in_two_files"]:
-        lines.append(("clips in two of the files", report["clips_in_two_files"], "train and test overlap?"))
+        lines.append(
+            ("clips in two of the files", report["clips_in_two_files"], "train and test overlap?")
+        )
     for name, count, more in lines:
         print(f"{name:40} {count:9}  {more}")
 
@@ -319,7 +381,7 @@ def examine(path, recipe, count_tokens, workers):
     def look(row):
         if isinstance(row, BadRow):
             raise row
-        row = data.normalize_row(row)
+        row = normalize_row(row)
         clip = decode_clip(row, path.parent, recipe)
         if count_tokens:
             count_tokens(row, clip)
@@ -335,8 +397,8 @@ def examine(path, recipe, count_tokens, workers):
             if line.strip():
                 where = f"{path.name}:{number}"
                 try:
-                    row = data.parse_line(line, where)
-                    if (key := hash(prompt_id := data.row_id(row, where))) in seen:
+                    row = parse_line(line, where)
+                    if (key := hash(prompt_id := row_id(row, where))) in seen:
                         raise BadRow(f"row {prompt_id}: the id occurs twice: make ids unique")
                     seen.add(key)
                 except BadRow as problem:
@@ -348,8 +410,8 @@ def examine(path, recipe, count_tokens, workers):
 
 
 def check(args):
-    recipe, count_tokens, num_rows, num_bad = limits.recipe_from(args), None, 0, 0
-    data.check_file(args.file)
+    recipe, count_tokens, num_rows, num_bad = media_config_from(args), None, 0, 0
+    check_file(args.file)
     if args.model:
         build = InputBuilder(args.model, recipe, Path(args.file).parent, audio_captions=True)
         recipe = build.recipe
@@ -377,7 +439,7 @@ def captions(args):
 def hints(args):
     with from_args(args, args.teacher, args.teacher_model) as teacher:
         find = lambda row: ask_hint(teacher, row, max(args.attempts, 1))  # noqa: E731
-        keep = lambda row, hint: hint_leak(hint, *data.truth(row))  # noqa: E731
+        keep = lambda row, hint: hint_leak(hint, *answer_spec(row))  # noqa: E731
         return fill(teacher, args.data, args.out, "hint", find, keep, args.concurrency)
 
 
@@ -390,4 +452,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main_guard(main, BadRow)
+    run_main(main, BadRow)

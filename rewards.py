@@ -70,7 +70,9 @@ _MATH = re.compile(r"\$([^$]*)\$|\\\(([^\\]*)\\\)")
 def _written(text):
     r"""The same in plain characters: \boxed{\text{B}}, $B$ and a full-width B are B; so are digits."""
     if not text.isascii():  # a power is no digit: 10² is not 102
-        plain = [c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text]
+        plain = [
+            c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text
+        ]
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in plain)
     for _ in range(3):  # one inside the other
         text = _LATEX.sub(r"\1", _FRACTION.sub(r"\1/\2", text))
@@ -92,7 +94,11 @@ _AFTER = re.compile(  # what parts a letter from the words after it; a space doe
 _MENTION = re.compile(  # a letter by itself; a or i before a word is an article or a pronoun
     r"(?i)(?<!\w)(?<!\w['’.])(?:[b-hj]|[ai](?!\s+\w\w))(?!\w|['’.]\w)"
 )
-_SEPARATORS = (r"[;|\n]", r"[,、]", r"[&+/]|\b(?i:and)\b")  # tried in turn: an option may hold commas
+_SEPARATORS = (
+    r"[;|\n]",
+    r"[,、]",
+    r"[&+/]|\b(?i:and)\b",
+)  # tried in turn: an option may hold commas
 
 
 def _plain(text):
@@ -201,7 +207,9 @@ def _read_number(text):
 
 
 def _read_yesno(text):
-    polarity = dict.fromkeys("yes true y 是".split(), "yes") | dict.fromkeys("no false n 否".split(), "no")
+    polarity = dict.fromkeys("yes true y 是".split(), "yes") | dict.fromkeys(
+        "no false n 否".split(), "no"
+    )
     words = _plain(text).split()
     said = {polarity[word] for word in words if word in polarity}
     return polarity.get(words[0]) if len(said) == 1 else None

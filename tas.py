@@ -38,7 +38,9 @@ def tas_weights(completion_mask, shape, tas_lambda, equal_mean=False):
         raise ValueError(f"unknown TAS shape {shape!r}, choose one of {', '.join(SHAPES)}")
     if not (math.isfinite(tas_lambda) and tas_lambda >= 0):
         raise ValueError(f"tas_lambda must be finite and >= 0, got {tas_lambda}")
-    assert completion_mask.ndim == 2, f"completion_mask is (B, T), got {tuple(completion_mask.shape)}"
+    assert completion_mask.ndim == 2, (
+        f"completion_mask is (B, T), got {tuple(completion_mask.shape)}"
+    )
     mask = completion_mask.bool()
     length = mask.sum(1, keepdim=True)  # (B, 1) each row its own, not T
     t = mask.long().cumsum(1) - 1  # (B, T) 0 on the first valid token

@@ -16,15 +16,11 @@ The cold-start reasonings are imperfect on purpose, as scraped ones are: some lo
 some at one, and some jump to an answer. Reinforcement has to find out which kind pays.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import json
 from pathlib import Path
-
-from run.arguments import PARSER, check_bounds  # before torch
-from run.ending import main_guard
-from run.files import alone, empty_part
-from run.folders import base_folder, read_config
-from run.processes import gather, print0, rank
 
 import numpy as np
 import torch
@@ -33,16 +29,25 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig, Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor, WhisperFeatureExtractor,
-)  # fmt: skip
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from data.clips import BadRow
+from data.rows import SYSTEM_PROMPT, completion_text, question_text
+from data.toy_clips import COLORS, PLACES, SHAPES, SIZE, TONES, describe, random_seconds, write_clip
 from hints import place_hint
-from omni import ola, qwen
-from rows.clips import BadRow
-from rows.data import SYSTEM_PROMPT, completion_text, question_text
-from rows.synthetic import COLORS, PLACES, SHAPES, SIZE, TONES, describe, random_seconds, write_clip
+from models import ola, qwen
+from models.paths import base_model, read_config
+from run.arguments import PARSER, check_bounds
+from run.io import file_lock, temp_dir
+from run.launch import run_main
+from run.processes import all_gather_object, print0, rank
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
@@ -55,11 +60,18 @@ NUM_ROWS = {0: (2048, 128), 1: (128, 128), 2: (128, 128), 3: (128, 128)}
 OVERRIDES = {
     "sft": dict(lr=3e-4, steps=40, batch_size=16, lora_rank=0, train_towers=True),
     "rl": dict(
-        lr=1e-4, steps=90, prompts_per_step=16, max_new_tokens=80, lora_rank=0, buffer_size=2000,
+        lr=1e-4,
+        steps=90,
+        prompts_per_step=16,
+        max_new_tokens=80,
+        lora_rank=0,
+        buffer_size=2000,
         eval_every=30,
     ),
-    "media": dict(max_frames=16, max_pixels=64 * 64, max_audio_seconds=8.0),  # 64: Ola's multiples of 32
-}  # fmt: skip
+    "media": dict(
+        max_frames=16, max_pixels=64 * 64, max_audio_seconds=8.0
+    ),  # 64: Ola's multiples of 32
+}
 
 
 # ---- questions ---------------------------------------------------------------------------------
@@ -76,7 +88,9 @@ def ask(rng, kind, seconds):
         return shown[k] and choice(rng, question, shown[k], hint, [k])
     if kind == "color after":
         k = int(rng.integers(num_seconds - 1))
-        clear = shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]
+        clear = (
+            shown[k] and shown[k + 1] and shown.count(shown[k]) == 1 and shown[k] != shown[k + 1]
+        )
         question = f"Which color comes right after {shown[k]}?"
         hint = f"find the {shown[k]} shape, then look one second later"
         return clear and choice(rng, question, shown[k + 1], hint, [k, k + 1])
@@ -159,12 +173,14 @@ def make_row(rng, stage, name, split):
 
 def write_rows(folder, stage, num_train, num_test, seed):
     """Writes folder/{train,test}.jsonl and folder/clips; the folder appears only when complete."""
-    part = empty_part(folder)
+    part = temp_dir(folder)
     (part / "clips").mkdir()
     for split, count in (("train", num_train), ("test", num_test)):
         rng = np.random.default_rng([seed, stage, split == "test"])
         with open(part / f"{split}.jsonl", "w") as file:
-            for i in tqdm(range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False):
+            for i in tqdm(
+                range(count), desc=f"toy stage {stage} {split} clips", disable=None, leave=False
+            ):
                 row, seconds = make_row(rng, stage, f"{i:05d}", split)
                 write_clip(part / row["video"], seconds, rng)
                 file.write(json.dumps(row) + "\n")
@@ -183,10 +199,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = {
-    "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
-}  # fmt: skip
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
 
 
 def make_tokenizer_json(corpus, vocab_size):
@@ -220,35 +240,57 @@ def build_processor(tokenizer):
         image_processor=Qwen2VLImageProcessor(size=pixels),
         video_processor=Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=False),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
-        tokenizer=tokenizer, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_config(tokenizer):
     token_id = tokenizer.convert_tokens_to_ids
     return Qwen2_5OmniThinkerConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
-            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=32768, initializer_range=0.08, tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            initializer_range=0.08,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             # time gets half of the rotary pairs: a clip spans 150 positions of it
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4]),
         ),
         vision_config=dict(
-            depth=2, hidden_size=128, intermediate_size=256, num_heads=4,
-            out_hidden_size=128, fullatt_block_indexes=[1], initializer_range=0.08,
+            depth=2,
+            hidden_size=128,
+            intermediate_size=256,
+            num_heads=4,
+            out_hidden_size=128,
+            fullatt_block_indexes=[1],
+            initializer_range=0.08,
         ),
         audio_config=dict(
-            d_model=128, encoder_layers=2, encoder_attention_heads=4,
-            encoder_ffn_dim=256, output_dim=128, initializer_range=0.08,
+            d_model=128,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=256,
+            output_dim=128,
+            initializer_range=0.08,
         ),
-        audio_token_index=token_id("<|AUDIO|>"), image_token_index=token_id("<|IMAGE|>"),
-        video_token_index=token_id("<|VIDEO|>"), audio_start_token_id=token_id("<|audio_bos|>"),
-        audio_end_token_id=token_id("<|audio_eos|>"), tie_word_embeddings=False,
+        audio_token_index=token_id("<|AUDIO|>"),
+        image_token_index=token_id("<|IMAGE|>"),
+        video_token_index=token_id("<|VIDEO|>"),
+        audio_start_token_id=token_id("<|audio_bos|>"),
+        audio_end_token_id=token_id("<|audio_eos|>"),
+        tie_word_embeddings=False,
         vision_start_token_id=token_id("<|vision_bos|>"),
-        vision_end_token_id=token_id("<|vision_eos|>"), initializer_range=0.08, avatar_toy=True,
-    )  # fmt: skip
+        vision_end_token_id=token_id("<|vision_eos|>"),
+        initializer_range=0.08,
+        avatar_toy=True,
+    )
 
 
 def build_ola(tokenizer):
@@ -257,24 +299,50 @@ def build_ola(tokenizer):
     ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(t) for k, t in tokens.items()}
     config = ola.OlaConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0, initializer_range=0.08,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_theta=10000.0,
+            initializer_range=0.08,
         ),
         vision_config=dict(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            image_size=256, patch_size=16, hidden_act="gelu",
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=256,
+            patch_size=16,
+            hidden_act="gelu",
         ),
         speech_config=dict(
-            d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
-            max_source_positions=500, num_mel_bins=128,
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            max_source_positions=500,
+            num_mel_bins=128,
         ),
         music_config=dict(
-            hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128, embed_size=64,
-            conv_pos=16, conv_pos_groups=4, num_buckets=32, max_distance=80,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=128,
+            embed_size=64,
+            conv_pos=16,
+            conv_pos_groups=4,
+            num_buckets=32,
+            max_distance=80,
         ),
-        **ids, projector_size=128, min_frame_pixels=0, low_view_pixels=64 * 64,
-        initializer_range=0.08, avatar_toy=True,
-    )  # fmt: skip
+        **ids,
+        projector_size=128,
+        min_frame_pixels=0,
+        low_view_pixels=64 * 64,
+        initializer_range=0.08,
+        avatar_toy=True,
+    )
     extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=10)
     return ola.OlaProcessor(extractor, tokenizer, chat_template=ola.chat_template(tokens)), config
 
@@ -289,8 +357,10 @@ def write_model(folder, weights, backbone="qwen"):
         tokenizer_json = make_tokenizer_json(toy_corpus(seed=0), vocab_size=640)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS,
-    )  # fmt: skip
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS,
+    )
     torch.manual_seed(0)
     if backbone == "ola":
         processor, config = build_ola(tokenizer)
@@ -299,7 +369,7 @@ def write_model(folder, weights, backbone="qwen"):
         processor, thinker = build_processor(tokenizer), qwen.Thinker(build_config(tokenizer))
         if weights:
             thinker.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-    part = empty_part(folder)
+    part = temp_dir(folder)
     thinker.save_pretrained(part)
     processor.save_pretrained(part)
     part.rename(folder)
@@ -317,14 +387,14 @@ def is_toy(folder):
     """True for None (the default), the toy's folder, and every model trained from it."""
     if folder is None:
         return True
-    config = Path(base_folder(folder)) / "config.json"
+    config = Path(base_model(folder)) / "config.json"
     return config.is_file() and read_config(config).get("avatar_toy", False)
 
 
 def once(folder, write, *given):
     """write(folder, *given), unless it is there, or another run is just making it."""
     if not folder.exists():
-        with alone(folder.parent):
+        with file_lock(folder.parent):
             if not folder.exists():
                 write(folder, *given)
 
@@ -340,10 +410,12 @@ def defaults(args, stage, root=HERE / "toy"):
         once(root / "model", write_model, WEIGHTS)
     if rank() == 0 and not args.data:
         once(folder, write_rows, stage, *NUM_ROWS[stage], 0)
-    gather(None)  # a barrier
+    all_gather_object(None)  # a barrier
     count = 0 if args.data else (folder / "train.jsonl").read_bytes().count(b"\n")
     if not args.data and count != NUM_ROWS[stage][0]:
-        told = f"{folder} was made with {count} training rows, not the {NUM_ROWS[stage][0]} of today"
+        told = (
+            f"{folder} was made with {count} training rows, not the {NUM_ROWS[stage][0]} of today"
+        )
         print0(f"  {told}: remove it to have it made anew")
     return root / "model", folder / "train.jsonl", folder / "test.jsonl"
 
@@ -359,7 +431,9 @@ def judge(row, steps):
     It sees the reasoning and the clip's events, never the answer.
     """
     if "events" not in row:
-        raise BadRow(f"row {row['prompt_id']}: no events: --judge toy knows only the toy's: give a URL")
+        raise BadRow(
+            f"row {row['prompt_id']}: no events: --judge toy knows only the toy's: give a URL"
+        )
     scores = []
     for step in steps:
         number, _, said = step.partition(":")
@@ -375,7 +449,12 @@ def main(argv=None):
     flag("--seed", type=int, default=0, help="of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
     flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
-    flag("--backbone", choices=["qwen", "ola"], default="qwen", help="whose architecture the model has")
+    flag(
+        "--backbone",
+        choices=["qwen", "ola"],
+        default="qwen",
+        help="whose architecture the model has",
+    )
     flag("--random-init", action="store_true", help="random weights, not the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)
@@ -392,4 +471,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main_guard(main, BadRow)
+    run_main(main, BadRow)

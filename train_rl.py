@@ -14,11 +14,10 @@ An Entry (buffer.py) is one completion with its reward; it is fresh if it was bo
 P prompts a step, over all ranks; `mine` is this rank's slice of them.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import functools
-
-from run import UserError, arguments, checkpoint, ending, files  # before torch
-from run import folders, health, logs, metrics, optim, processes
 
 import numpy as np
 import torch
@@ -27,15 +26,25 @@ import hints
 import rewards
 import tas
 import toy
-import update
 from buffer import Entry, ReplayBuffer
-from evaluation import held_out, samples
+from data.clip_cache import ClipCache
+from data.clips import BadRow
+from data.media_flags import add_media_flags, media_config_from
+from data.row_stream import MAX_BAD_FRAC, RowStream
+from data.rows import Rows
 from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
-from omni import model
-from rows import data, limits
-from rows.clips import BadRow
-from rows.reader import Reader
-from rows.stream import MAX_BAD_FRAC, Stream
+from models.inputs import InputBuilder
+from models.loading import open_policies, write_merged
+from models.paths import resolve_start_model, save_model
+from models.rollout import rollout
+from rl import gradient, guards, held_out, metrics, samples
+from rl.gradient import concat_infos, fresh_gradient
+from rl.hint_visits import give_hints
+from run import arguments, checkpoint, logs, optim, processes
+from run.errors import UserError
+from run.launch import run_main
+from run.run_dir import open_run_dir
+from run.signals import save_and_maybe_stop, watch_signals
 from teachers import judge
 
 WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
@@ -47,8 +56,12 @@ STAGES = {  # a typed flag wins
 }
 ALGOS = {
     "avatar": {},
-    "avatar-gspo": dict(clip_eps=0.005),  # one ratio per completion: a mean, which moves less than its tokens [U22]
-    "grpo": dict(num_on=8, num_off=0, tas_shape="uniform", hints=False),  # paper: 8 fresh, nothing else
+    "avatar-gspo": dict(
+        clip_eps=0.005
+    ),  # one ratio per completion: a mean, which moves less than its tokens [U22]
+    "grpo": dict(
+        num_on=8, num_off=0, tas_shape="uniform", hints=False
+    ),  # paper: 8 fresh, nothing else
 }
 
 
@@ -58,10 +71,15 @@ def parse_args(argv=None):
     flag = arguments.add_flags(parser)
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
-    limits.add_flags(parser)
+    add_media_flags(parser)
     flag = parser.add_argument_group("method").add_argument
     flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
-    flag("--algo", choices=[*ALGOS], default="avatar", help="avatar-gspo: one ratio a completion [U22]; grpo: 8 fresh")
+    flag(
+        "--algo",
+        choices=[*ALGOS],
+        default="avatar",
+        help="avatar-gspo: one ratio a completion [U22]; grpo: 8 fresh",
+    )
     flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
     flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
     flag("--judge-model", help="the judge's name on its server")
@@ -105,11 +123,27 @@ def parse_args(argv=None):
     if "judge" in weights and not args.judge:
         raise UserError("the judge part of the reward needs --judge: a URL or a folder")
     arguments.check_bounds(
-        args, **arguments.BOUNDS, num_off=0, num_on=1 if args.num_off else 2, prompts_per_step=1,
-        buffer_size=max(1, -(-5 * args.num_off // 2)),  # Hard's 40 % have to hold what is drawn at once
-        max_new_tokens=1, temperature=1e-3, clip_eps=0, kl_coef=0, tas_lambda=0, hint_patience=1, hint_kl=1e-9,
-        eval_every=0, eval_samples=1, updates_per_rollout=1, max_ratio=0, off_policy_coef=0,
-    )  # fmt: skip
+        args,
+        **arguments.BOUNDS,
+        num_off=0,
+        num_on=1 if args.num_off else 2,
+        prompts_per_step=1,
+        buffer_size=max(
+            1, -(-5 * args.num_off // 2)
+        ),  # Hard's 40 % have to hold what is drawn at once
+        max_new_tokens=1,
+        temperature=1e-3,
+        clip_eps=0,
+        kl_coef=0,
+        tas_lambda=0,
+        hint_patience=1,
+        hint_kl=1e-9,
+        eval_every=0,
+        eval_samples=1,
+        updates_per_rollout=1,
+        max_ratio=0,
+        off_policy_coef=0,
+    )
     return args, source, weights
 
 
@@ -134,12 +168,14 @@ def score(step, step_rows, groups, texts, weights, judged, hinted):
     for row, group, group_texts in zip(step_rows, groups, texts):
         q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
         scored = rewards.reward_completions(row, group_texts, means, weights, judged)
-        made.append([
-            Entry(q, c.ids, c.logprobs, reward, parts, step, q in hinted)
-            for c, (reward, parts) in zip(group, scored)
-            if reward is not None
-        ])  # fmt: skip
-    return [group for part in processes.gather(made) for group in part]
+        made.append(
+            [
+                Entry(q, c.ids, c.logprobs, reward, parts, step, q in hinted)
+                for c, (reward, parts) in zip(group, scored)
+                if reward is not None
+            ]
+        )
+    return [group for part in processes.all_gather_object(made) for group in part]
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -148,38 +184,46 @@ def score(step, step_rows, groups, texts, weights, judged, hinted):
 def main():
     args, source, reward_weights = parse_args()
     device = processes.init(args.device)
-    out = files.open_folder(args, source)
+    out = open_run_dir(args, source)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
     toy_model, toy_train, toy_test = toy.defaults(args, args.stage)
 
     # ---- rows, the policy, the reference it stays close to
-    rows = data.Rows(args.data or toy_train)
-    folder = folders.start_folder(args.model or toy_model, args.lora_rank, out, model.write_merged)
-    recipe, root = limits.recipe_from(args), rows.path.parent
-    build = model.InputBuilder(folder, recipe, root, audio_captions=args.stage == 2)  # [U16]
+    rows = Rows(args.data or toy_train)
+    folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
+    recipe, root = media_config_from(args), rows.path.parent
+    build = InputBuilder(folder, recipe, root, audio_captions=args.stage == 2)  # [U16]
     judged = None
     if "judge" in reward_weights:
         judged = judge.open_judge(args, root, recipe, out, device, toy.judge)
-    policy, reference = model.open_policies(folder, args, device, with_reference=args.kl_coef > 0)
+    policy, reference = open_policies(folder, args, device, with_reference=args.kl_coef > 0)
     optimizer = optim.adamw(policy, args.lr)
     filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
     encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip
     room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
-    reader = Reader(build, room, encode)
+    reader = ClipCache(build, room, encode)
     evaluate = held_out.evaluator(held_out_file, policy, build, room, encode, args)
 
     # ---- what a checkpoint holds beside the weights
     replay = ReplayBuffer(args.buffer_size, WINDOW)
     schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
     given = (rows, reader.prefetch, reader.get, args.prompts_per_step, args.seed, MAX_BAD_FRAC)
-    stream, watch, start, num_generated, before = Stream(*given), health.Health(args.max_ratio), 0, 0, None
+    stream, watch, start, num_generated, before = (
+        RowStream(*given),
+        guards.StepGuard(args.max_ratio),
+        0,
+        0,
+        None,
+    )
     if args.resume and (found := checkpoint.load(out, policy, optimizer)):
         start, num_generated, before = found["step"], found["num_generated"], found.get("before")
         checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
     count = args.steps or -(-len(rows) // args.prompts_per_step)
     log, shown = logs.begin(out, args, start), samples.Samples(out, rows, build, count)
-    processes.print0(f"  {len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}")
+    processes.print0(
+        f"  {len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
+    )
 
     def small_state():
         """What a step changes before it is sure to count."""
@@ -194,14 +238,14 @@ def main():
         """That of alpha J_off; a clip that is gone by now leaves `drawn` and the buffer."""
         stored = stream.read_stored(drawn, replay.forget, steps.tell)
         given = (policy, reference, stored, drawn, replay.mean_reward, filler, steps.step, args)
-        return update.replayed_gradient(*given)
+        return gradient.replayed_gradient(*given)
 
     accuracy = None
     if start == 0 and (before := evaluate()) is not None:
         processes.print0(f"held-out accuracy before training: {before:.3f}")
-    mine = processes.share(args.prompts_per_step)
+    mine = processes.local_slice(args.prompts_per_step)
     stream.read_ahead()
-    ending.watch_signals()
+    watch_signals()
     steps = processes.Steps(start, count, f"stage {args.stage} {args.algo}")
     for step in steps:
         clock, before_step = metrics.Clock(), small_state()
@@ -219,14 +263,20 @@ def main():
         hinted = set()
         if args.hints:
             given = (policy, filler, steps, step_rows, prompts, args)
-            prompts, hinted = update.give_hints(replay, schedule, stream.read, *given)
+            prompts, hinted = give_hints(replay, schedule, stream.read, *given)
         clock.lap("data")
 
         # ---- roll out; a judge begins to think
         seeds = [processes.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, seeds[mine], args.micro_tokens)
-        groups = model.rollout(policy, prompts, num_fresh[mine], *sampling)
-        health.stop_if_broken(step, groups)
+        sampling = (
+            args.temperature,
+            args.max_new_tokens,
+            build.eos_ids,
+            seeds[mine],
+            args.micro_tokens,
+        )
+        groups = rollout(policy, prompts, num_fresh[mine], *sampling)
+        guards.stop_if_broken(step, groups)
         texts = [build.texts(group) for group in groups]
         if judged:
             judged.begin(step_rows[mine], texts)
@@ -249,14 +299,14 @@ def main():
             if again:
                 drawn = draw(replay, args, step, again)
                 past, off_advantages = replayed_gradient(drawn)
-            fresh, advantages = update.fresh_gradient(policy, reference, prompts, made, filler, step, args)
-            info = update.joined(past + fresh)
+            fresh, advantages = fresh_gradient(policy, reference, prompts, made, filler, step, args)
+            info = concat_infos(past + fresh)
             grad_norm = optim.clip_grad_norm(policy)
             if not again:
                 watch.tell_spike(info, grad_norm, steps.tell)
                 first = (info, made, advantages, drawn, off_advantages, grad_norm)  # is reported
             loss = info["loss"].sum().item()
-            problem = watch.bad_step(loss, grad_norm, health.worst_ratio(info), again)
+            problem = watch.bad_step(loss, grad_norm, guards.worst_ratio(info), again)
             seen = {*ids, *(e.prompt_id for group in drawn for e in group)}
             saves = None if again else save_before
             if watch.refuses(problem, seen, steps, args.on_bad_step, saves):
@@ -281,25 +331,33 @@ def main():
         accuracy = evaluate() if evaluated else accuracy
         report = dict(step=step, completions_generated=num_generated)
         report |= metrics.step_metrics(info, made, advantages, off_advantages, build.eos_ids)
-        report |= replay.stats(step) | watch.report() | schedule.report() | clock.report(judged) | {
-            "rewards/unjudged_frac": unjudged_frac,
-            "data/bad_rows": len(stream.bad),
-            "hints/frac": sum(q in hinted for q in ids) / len(ids),
-            "grad_norm": grad_norm,
-            "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_s": report["num_valid_tokens"] / step_s,
-        }  # fmt: skip
+        report |= (
+            replay.stats(step)
+            | watch.report()
+            | schedule.report()
+            | clock.report(judged)
+            | {
+                "rewards/unjudged_frac": unjudged_frac,
+                "data/bad_rows": len(stream.bad),
+                "hints/frac": sum(q in hinted for q in ids) / len(ids),
+                "grad_norm": grad_norm,
+                "lr": optimizer.param_groups[0]["lr"],
+                "tokens_per_s": report["num_valid_tokens"] / step_s,
+            }
+        )
         if evaluated and accuracy is not None:
             report |= {"eval/acc": accuracy} | ({} if before is None else {"eval/before": before})
         log(report, show=evaluated)
         steps.tell(metrics.step_line(report))
         watch.stop_if_collapsed(report)
-        ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
-    folders.save(policy, out / "final", build.processor)
+        save_and_maybe_stop(step, count, args.save_every, lambda: save(step, small_state()))
+    save_model(policy, out / "final", build.processor)
     if before is not None and accuracy is not None:
-        processes.print0(f"held-out accuracy: {before:.3f} before, {accuracy:.3f} after {num_generated} completions")
+        processes.print0(
+            f"held-out accuracy: {before:.3f} before, {accuracy:.3f} after {num_generated} completions"
+        )
     processes.print0(f"saved {out / 'final'}")
 
 
 if __name__ == "__main__":
-    ending.main_guard(main, BadRow)
+    run_main(main, BadRow)

@@ -8,21 +8,29 @@ train along by default: this is the stage in which the model may still learn to 
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import functools
-
-from run import arguments, checkpoint, ending, files  # before torch
-from run import folders, health, logs, metrics, optim, processes
 
 import torch
 import torch.distributed as dist
 
 import toy
-from omni import model
-from rows import data, limits
-from rows.clips import BadRow
-from rows.reader import Reader
-from rows.stream import MAX_BAD_FRAC, Stream
+from data.clip_cache import ClipCache
+from data.clips import BadRow
+from data.media_flags import add_media_flags, media_config_from
+from data.row_stream import MAX_BAD_FRAC, RowStream
+from data.rows import Rows, completion_text
+from models.inputs import InputBuilder
+from models.loading import open_policies, write_merged
+from models.paths import resolve_start_model, save_model
+from models.policy import completion_logprobs
+from rl import guards, metrics
+from run import arguments, checkpoint, logs, optim, processes
+from run.launch import run_main
+from run.run_dir import open_run_dir
+from run.signals import save_and_maybe_stop, watch_signals
 
 
 def parse_args(argv=None):
@@ -31,7 +39,7 @@ def parse_args(argv=None):
     flag = arguments.add_flags(parser)
     flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
     flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
-    limits.add_flags(parser)
+    add_media_flags(parser)
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch-size", type=int, default=64, help="rows a step, over all ranks [U18]")
     flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine [U18]")
@@ -58,11 +66,11 @@ def gradient(policy, prompts, completions, micro_tokens):
     sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
     packs = optim.micro_batches(sizes, micro_tokens)
     # of the whole step on all ranks, so that no split of it changes the gradient
-    num_valid_tokens = sum(processes.gather(sum(map(len, completions))))
+    num_valid_tokens = sum(processes.all_gather_object(sum(map(len, completions))))
     loss_sum = torch.zeros((), device=policy.device)
-    for pack, counts in processes.rounds(packs, packs[-1]):
+    for pack, counts in processes.even_rounds(packs, packs[-1]):
         taken = [prompts[i] for i in pack], [[completions[i]] for i in pack]
-        logprobs, _, _ = model.completion_logprobs(policy, *taken, temperature=1.0)
+        logprobs, _, _ = completion_logprobs(policy, *taken, temperature=1.0)
         loss = -float(counts) * logprobs.sum() / num_valid_tokens
         (loss * processes.world_size()).backward()  # FSDP takes the mean over ranks
         loss_sum += loss.detach()
@@ -74,16 +82,16 @@ def gradient(policy, prompts, completions, micro_tokens):
 def main():
     args, source = parse_args()
     device = processes.init(args.device)
-    out = files.open_folder(args, source)
+    out = open_run_dir(args, source)
     processes.check_multiple("--batch-size", args.batch_size)
     toy_model, toy_train, _ = toy.defaults(args, stage=0)
 
-    rows = data.Rows(args.data or toy_train)
-    folder = folders.start_folder(args.model or toy_model, args.lora_rank, out, model.write_merged)
-    build = model.InputBuilder(folder, limits.recipe_from(args), rows.path.parent, False)
-    policy, _ = model.open_policies(folder, args, device, with_reference=False)
+    rows = Rows(args.data or toy_train)
+    folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
+    build = InputBuilder(folder, media_config_from(args), rows.path.parent, False)
+    policy, _ = open_policies(folder, args, device, with_reference=False)
     optimizer = optim.adamw(policy, args.lr)
-    reader = Reader(build, int(args.cache_gb * 1e9))
+    reader = ClipCache(build, int(args.cache_gb * 1e9))
 
     def read(row):
         """-> Prompt, completion (T,)"""
@@ -91,8 +99,8 @@ def main():
             raise BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
         return reader.get(row, row.get("hint")), encode_completion(build.tokenizer, row)
 
-    stream = Stream(rows, reader.prefetch, read, args.batch_size, args.seed, MAX_BAD_FRAC)
-    watch, start = health.Health(max_ratio=0), 0
+    stream = RowStream(rows, reader.prefetch, read, args.batch_size, args.seed, MAX_BAD_FRAC)
+    watch, start = guards.StepGuard(max_ratio=0), 0
     if args.resume and (found := checkpoint.load(out, policy, optimizer)):
         start = found["step"]
         checkpoint.restore(found, health=watch, rows=stream)
@@ -104,7 +112,7 @@ def main():
 
     stream.read_ahead()
     log = logs.begin(out, args, start)
-    ending.watch_signals()
+    watch_signals()
     steps = processes.Steps(start, count, "stage 0")
     for step in steps:
         clock, before_step = metrics.Clock(), checkpoint.states(health=watch, rows=stream)
@@ -133,15 +141,15 @@ def main():
         log(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
         small_state = functools.partial(checkpoint.states, health=watch, rows=stream)
-        ending.end_of_step(step, count, args.save_every, lambda: save(step, small_state()))
-    folders.save(policy, out / "final", build.processor)
+        save_and_maybe_stop(step, count, args.save_every, lambda: save(step, small_state()))
+    save_model(policy, out / "final", build.processor)
     processes.print0(f"saved {out / 'final'}")
 
 
 def encode_completion(tokenizer, row):
     """The reasoning and the answer as tokens, with the end token that a rollout stops at."""
-    return torch.tensor([*tokenizer(data.completion_text(row)).input_ids, tokenizer.eos_token_id])
+    return torch.tensor([*tokenizer(completion_text(row)).input_ids, tokenizer.eos_token_id])
 
 
 if __name__ == "__main__":
-    ending.main_guard(main, BadRow)
+    run_main(main, BadRow)

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from rows.clips import BadRow
-from rows.data import LETTERS, cut_options  # noqa: F401  part of what this file offers
+from data.clips import BadRow
+from data.rows import LETTERS, cut_options  # noqa: F401
 
 
 def annotations(root, *patterns):

@@ -1,7 +1,7 @@
 """
 An item of an evaluation: what is asked, whether it has been asked before, its record, its score.
 
-A row is one of rows/data.py; a record is what records.jsonl keeps of it.
+A row is one of data/rows.py; a record is what records.jsonl keeps of it.
 """
 
 import json
@@ -9,8 +9,10 @@ import json
 import numpy as np
 
 import rewards
-from evaluation import protocol, published, scores
-from rows import clips, data
+from data import clips
+from data.clips import BadRow, decode_clip
+from data.rows import SYSTEM_PROMPT, answer_spec, media_paths, normalize_row, question_text
+from evaluation import benchmarks, protocol, scores
 
 
 def out_of_reach(folder, rows, recipe):
@@ -18,11 +20,11 @@ def out_of_reach(folder, rows, recipe):
     lost = []
     for row in rows:
         # what is no text is a row that breaks the format, and is told as such
-        paths = [path for path in data.media_paths(row) if isinstance(path, str) and "\0" not in path]
+        paths = [path for path in media_paths(row) if isinstance(path, str) and "\0" not in path]
         try:
             for path in paths:
                 clips.find_media(f"row {row['prompt_id']}", folder, path, recipe)
-        except data.BadRow as problem:
+        except BadRow as problem:
             lost.append(str(problem))
     return lost
 
@@ -41,7 +43,7 @@ def new_record(name, row):
     keys = "prompt_id answer_type options video audio images start end use_audio groups".split()
     record = dict(file=name) | {key: row.get(key) for key in keys}
     record["groups"] = record["groups"] or {"answer type": row.get("answer_type")}
-    paths = data.media_paths(row)
+    paths = media_paths(row)
     record["clip"] = str(paths[0] if paths else row["prompt_id"])
     record |= dict(question=row.get("question"), truth=row.get("answer"), prompt=None)
     return record | dict(completion=None, parsed=None, score=0.0, failure=None)
@@ -82,13 +84,13 @@ def new_items(name, rows, have, args, template):
     for row in rows:
         record = new_record(name, row)
         try:
-            row = data.normalize_row(row)
-        except data.BadRow as problem:
+            row = normalize_row(row)
+        except BadRow as problem:
             settled.append(record | unanswered(row, authors) | dict(failure=str(problem)))
             continue
         record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
         record |= unanswered(row, authors)
-        if name not in published.BENCHMARKS:  # there it is decided by the clip
+        if name not in benchmarks.BENCHMARKS:  # there it is decided by the clip
             record["use_audio"] = bool(row.get("use_audio"))
         if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
             settled.append(record)
@@ -117,7 +119,7 @@ def asked_text(row, args, template):
         return template.replace("{question}", protocol.question_and_options(row))
     if args.protocol == "paper":
         return protocol.authors_text(row)
-    return data.question_text(row, args.audio_captions)
+    return question_text(row, args.audio_captions)
 
 
 def words_of(name, row, args, template):
@@ -125,7 +127,7 @@ def words_of(name, row, args, template):
     text, authors = asked_text(row, args, template), args.protocol == "paper"
     if row.get("inline") and (template or not authors):  # the authors' have them first
         text = protocol.in_place(text, row)
-    return protocol.SYSTEM[name] if authors else data.SYSTEM_PROMPT, text
+    return protocol.SYSTEM[name] if authors else SYSTEM_PROMPT, text
 
 
 def read_clip(group):
@@ -140,7 +142,7 @@ def read_clip(group):
                 known = record["use_audio"]
                 if known is None and row.get("video") and not row.get("audio"):
                     known = hears(build.root, row, build.recipe)
-                clip = data.decode_clip(row | dict(use_audio=known), build.root, build.recipe)
+                clip = decode_clip(row | dict(use_audio=known), build.root, build.recipe)
             record["use_audio"] = clip.use_audio
             if first is not None and not row.get("inline"):
                 prompts.append(build.with_text(first, row, words=words(row)))
@@ -148,7 +150,7 @@ def read_clip(group):
             prompts.append(build.from_clip(row, clip, words=words(row)))
             if not row.get("inline"):  # there the media stand in other places each time
                 first = prompts[-1]
-        except data.BadRow as problem:
+        except BadRow as problem:
             prompts.append(problem)
     return prompts
 
@@ -161,9 +163,9 @@ def judge(record, row, text, truncated, name, authors):
         answer, form = protocol.our_reading(row, text, truncated)
     record |= dict(completion=text, parsed=answer)
     if row["answer_type"] in ("ocr", "free-form"):
-        record["score"] = rewards.accuracy_reward(answer, *data.truth(row))
+        record["score"] = rewards.accuracy_reward(answer, *answer_spec(row))
     else:
-        truth = rewards.normalize_answer(*data.truth(row))
+        truth = rewards.normalize_answer(*answer_spec(row))
         record |= scores.measure(form, truth, scoring_of(row, authors))
     if form is None:
         why = "cut off by --max-new-tokens" if truncated else "no answer found"

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from torchvision.io import encode_jpeg
 
-from rows import clips
 import rewards
+from data import clips
 
 PICTURES = dict(fps=2.0, max_frames=6, max_pixels=112 * 112)  # six small frames
 SOUND_RATE, SPEECH_RATE = 24000, 6000  # bits a second
@@ -138,8 +138,12 @@ def ogg(samples, bit_rate):
     buffer = io.BytesIO()
     # bitexact: the same bytes twice, with no random number of the stream
     with av.open(buffer, "w", format="ogg", options=dict(fflags="bitexact")) as container:
-        stream = container.add_stream("libopus", rate=clips.AUDIO_RATE, layout="mono", bit_rate=bit_rate)
-        stream.codec_context.options = dict(compression_level="0")  # a third of the time: a run waits for it
+        stream = container.add_stream(
+            "libopus", rate=clips.AUDIO_RATE, layout="mono", bit_rate=bit_rate
+        )
+        stream.codec_context.options = dict(
+            compression_level="0"
+        )  # a third of the time: a run waits for it
         frame = av.AudioFrame.from_ndarray(np.asarray(samples, np.float32)[None], "flt", "mono")
         frame.sample_rate = clips.AUDIO_RATE
         size = stream.codec_context.frame_size or clips.AUDIO_RATE // 50

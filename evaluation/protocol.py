@@ -11,14 +11,25 @@ repeated: items that fail still count as wrong, and a clip without sound changes
 
 import re
 
-from rows import data
 import rewards
+from data.clips import BadRow
+from data.rows import option_table
 
 TOKENS = {  # max_new_tokens of the authors' scripts; there are none for the other benchmarks
-    "omnibench": 1024, "daily-omni": 4096, "av-counting": 1024, "av-counting-ref": 1024,
-    "av-odyssey": 512, "worldsense": 512, "intentbench": 20, "mvbench": 4096, "video-mme": 64,
-    "lvbench": 512, "video-holmes": 512, "mmvu": 512, "tomato": 512,
-}  # fmt: skip
+    "omnibench": 1024,
+    "daily-omni": 4096,
+    "av-counting": 1024,
+    "av-counting-ref": 1024,
+    "av-odyssey": 512,
+    "worldsense": 512,
+    "intentbench": 20,
+    "mvbench": 4096,
+    "video-mme": 64,
+    "lvbench": 512,
+    "video-holmes": 512,
+    "mmvu": 512,
+    "tomato": 512,
+}
 ASSISTANT = "You are a helpful assistant."  # the chat template's own
 QWEN = (  # the model's own, which two of the scripts give
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
@@ -36,7 +47,7 @@ ASKED = {
 
 
 def question_and_options(row):
-    options = data.option_table(row.get("options"))
+    options = option_table(row.get("options"))
     return "\n".join([row["question"], *(f"{k}. {text}" for k, text in options.items())])
 
 
@@ -57,7 +68,7 @@ def in_place(text, row):
     for before, kind, number in zip(parts[::3], parts[1::3], parts[2::3]):
         if not 1 <= int(number) <= held[kind]:
             told = f"[{kind}{number}], and it has {held[kind]}"
-            raise data.BadRow(f"row {row['prompt_id']}: the text names {told}: mend it")
+            raise BadRow(f"row {row['prompt_id']}: the text names {told}: mend it")
         if kind == "video" and (kind, int(number)) in named:
             pieces.append(dict(type="text", text=f"{before}[{kind}{number}]"))
             continue

@@ -42,7 +42,9 @@ def measure(answer, truth, scoring):
     if scoring == "count":
         gap = abs((0 if answer is None else answer) - truth)
         near = float(answer is not None and gap <= 1)
-        return dict(score=exact, off_by_one=near, error=gap if gap <= max(2 * truth, 100) else 2 * truth)
+        return dict(
+            score=exact, off_by_one=near, error=gap if gap <= max(2 * truth, 100) else 2 * truth
+        )
     if scoring == "rounded":
         return dict(score=float(answer is not None and round(answer, 2) == round(truth, 2)))
     if scoring == "open":
@@ -133,7 +135,8 @@ def summarize(records, seed, macro=None, shares=None):
     for name in dict.fromkeys(name for r in scored for name in r["groups"] or {}):
         values = sorted({value for r in scored for value in group_values(r, name)})
         out["groups"][name] = {
-            value: mean_of([r for r in scored if value in group_values(r, name)], seed) for value in values
+            value: mean_of([r for r in scored if value in group_values(r, name)], seed)
+            for value in values
         }
     return out
 

@@ -6,9 +6,8 @@ paper's tables in Markdown. A folder is an `--out` of eval.py.
 import json
 from pathlib import Path
 
-from evaluation import published
-from evaluation import scores
-from rows.clips import BadRow
+from data.clips import BadRow
+from evaluation import benchmarks, scores
 
 # what two runs must share, or they are not compared like with like
 RECIPE = "protocol template system instructions recipe temperature max_new_tokens".split()
@@ -20,7 +19,9 @@ def read_records(folder):
     texts = [path.read_text() for path in sorted(Path(folder).glob("records*.jsonl"))]
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
     try:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last
+        records = [
+            json.loads(line) for line in lines if line.endswith("\n")
+        ]  # a kill cuts the last
     except ValueError as error:
         raise BadRow(f"{folder}: a line of its records is not JSON ({error}): remove it") from None
     return list({(r["file"], r["prompt_id"]): r for r in records}.values())  # or comes between two
@@ -28,17 +29,19 @@ def read_records(folder):
 
 def about(name):
     """-> the keywords that say how a set's score is a mean."""
-    known = published.BENCHMARKS.get(name)
+    known = benchmarks.BENCHMARKS.get(name)
     return dict(macro=known.macro, shares=known.shares) if known else {}
 
 
 def summary(records, seed):
     """-> {name: scores.summarize(...)}: each set, and all files together."""
     table, names = {}, dict.fromkeys(r["file"] for r in records)
-    order = [*(n for n in names if n not in published.BENCHMARKS), *published.BENCHMARKS]
+    order = [*(n for n in names if n not in benchmarks.BENCHMARKS), *benchmarks.BENCHMARKS]
     for name in [name for name in order if name in names]:
-        table[name] = scores.summarize([r for r in records if r["file"] == name], seed, **about(name))
-    files = [r for r in records if r["file"] not in published.BENCHMARKS]
+        table[name] = scores.summarize(
+            [r for r in records if r["file"] == name], seed, **about(name)
+        )
+    files = [r for r in records if r["file"] not in benchmarks.BENCHMARKS]
     # clips of one name in two folders are two
     files = [r | dict(clip=str(Path(r["file"]).parent / str(r["clip"]))) for r in files]
     return {"all": scores.summarize(files, seed), **table} if files else table
@@ -95,7 +98,7 @@ def print_tables(folders, seed):
     sets = {f: summary(records, seed) for f, records in held.items()}
     differences = {f: compare(held[f], held[folders[0]], seed) for f in folders[1:]}
     names = {name for table in sets.values() for name in table}
-    tables = {t: [n for n in ns if n in names] for t, ns in published.PAPER_TABLES.items()}
+    tables = {t: [n for n in ns if n in names] for t, ns in benchmarks.PAPER_TABLES.items()}
     known = {n for ns in tables.values() for n in ns}
     tables["Other"] = sorted(names - known - {"all"})
 
@@ -111,11 +114,13 @@ def print_tables(folders, seed):
 
     for title, columns in tables.items():
         if columns:
-            titles = [getattr(published.BENCHMARKS.get(n), "title", n) for n in columns]
+            titles = [getattr(benchmarks.BENCHMARKS.get(n), "title", n) for n in columns]
             rows = [[str(f), *(cell(f, name) for name in columns)] for f in folders]
             print(scores.markdown(title, titles, rows))
     for folder in folders:
         if any(Path(folder).glob("records-*.jsonl")):
             print(f"not finished: {folder}")
         if changed := recipe_changes(recipe_of(folders[0]), folder):
-            print(f"not like with like: other {', '.join(changed)} in {folder} than in {folders[0]}")
+            print(
+                f"not like with like: other {', '.join(changed)} in {folder} than in {folders[0]}"
+            )

@@ -14,6 +14,8 @@ The whole step stands beside TRL's GRPOTrainer, where that is installed: pip ins
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import copy
 import itertools
@@ -25,17 +27,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-from run import arguments, files  # before torch
-
 import torch
 from transformers import Qwen2_5OmniThinkerConfig
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 import buffer
-from omni import model
-from run import optim
-import update
 from grpo import group_advantages
+from models.inputs import Prompt
+from models.policy import Policy, completion_logprobs
+from models.rollout import rollout
+from rl.gradient import gradient
+from run import arguments, optim
+from run.run_dir import git_commit
 
 SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
 STEPS = [(512, 64, 8, 2), (1024, 64, 8, 2), (2048, 64, 8, 2)]  # P, C, G, B
@@ -66,17 +69,39 @@ def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
     return Qwen2_5OmniThinkerConfig(
         text_config=dict(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            rope_parameters=rope, tie_word_embeddings=False,
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
         ),
-        vision_config=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2,
-                           out_hidden_size=hidden, fullatt_block_indexes=[0], **tower),
-        audio_config=dict(d_model=64, encoder_layers=1, encoder_attention_heads=2,
-                          encoder_ffn_dim=64, output_dim=hidden, **tower),
-        vision_start_token_id=1, audio_token_index=2, image_token_index=3, video_token_index=4,
-        audio_start_token_id=5, audio_end_token_id=6,
-    )  # fmt: skip
+        vision_config=dict(
+            depth=1,
+            hidden_size=64,
+            intermediate_size=64,
+            num_heads=2,
+            out_hidden_size=hidden,
+            fullatt_block_indexes=[0],
+            **tower,
+        ),
+        audio_config=dict(
+            d_model=64,
+            encoder_layers=1,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            output_dim=hidden,
+            **tower,
+        ),
+        vision_start_token_id=1,
+        audio_token_index=2,
+        image_token_index=3,
+        video_token_index=4,
+        audio_start_token_id=5,
+        audio_end_token_id=6,
+    )
 
 
 def build_models(args):
@@ -89,7 +114,7 @@ def build_models(args):
     plain.model.audio_tower.requires_grad_(False)
     ours = Thinker(copy.deepcopy(config))  # a config also says which attention is used
     ours.load_state_dict(plain.state_dict())
-    return model.Policy(ours, train_towers=False), plain
+    return Policy(ours, train_towers=False), plain
 
 
 def make_inputs(args, num_prompt, num_completion, group_size, num_prompts=1):
@@ -97,14 +122,14 @@ def make_inputs(args, num_prompt, num_completion, group_size, num_prompts=1):
     prompts, completions = [], []
     for _ in range(num_prompts):
         ids = torch.randint(10, args.vocab, (num_prompt,), generator=generator)
-        prompts.append(model.Prompt(ids, torch.arange(num_prompt).expand(3, -1), {}))
+        prompts.append(Prompt(ids, torch.arange(num_prompt).expand(3, -1), {}))
         group = torch.randint(10, args.vocab, (group_size, num_completion), generator=generator)
         completions.append(list(group))
     return prompts, completions
 
 
 def update_ours(policy, prompts, completions):
-    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
+    logprobs, _, _ = completion_logprobs(policy, prompts, completions, 1.0)
     logprobs.mean().backward()
     policy.zero_grad()
     return logprobs.detach()
@@ -112,10 +137,12 @@ def update_ours(policy, prompts, completions):
 
 def copies_logprobs(plain, prompts, completions):
     """G copies of each prompt in one batch, with full logits."""
-    ids = torch.cat([
-        torch.cat([p.input_ids.expand(len(g), -1), torch.stack(g)], dim=1)
-        for p, g in zip(prompts, completions)
-    ]).to(plain.device)  # fmt: skip
+    ids = torch.cat(
+        [
+            torch.cat([p.input_ids.expand(len(g), -1), torch.stack(g)], dim=1)
+            for p, g in zip(prompts, completions)
+        ]
+    ).to(plain.device)
     num_prompt = len(prompts[0].input_ids)
     logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     logprobs = logits[:, num_prompt - 1 : -1].log_softmax(-1)
@@ -131,17 +158,25 @@ def update_copies(plain, prompts, completions):
 
 def rollout_ours(policy, prompts, group_size, num_tokens):
     counts, seeds = [group_size] * len(prompts), range(len(prompts))
-    return model.rollout(policy, prompts, counts, 1.0, num_tokens, [-1], seeds)
+    return rollout(policy, prompts, counts, 1.0, num_tokens, [-1], seeds)
 
 
 def rollout_generate(plain, prompts, group_size, num_tokens):
     ids = torch.stack([p.input_ids for p in prompts]).repeat_interleave(group_size, dim=0)
     ids = ids.to(plain.device)
     return plain.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
-        output_logits=True, return_dict_in_generate=True,  # the log-probs are part of the job
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,  # the log-probs are part of the job
+    )
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -222,10 +257,18 @@ def bench_updates(args, policy, plain):
         ours_mb, copies_mb = (peak_memory(args, side, size) for side in ("ours", "copies"))
         tokens = num_prompt + group_size * num_completion
         ideal = group_size * (num_prompt + num_completion) / tokens
-        rows.append(dict(
-            size=size, ours_s=ours, copies_s=copies, ratio=copies / ours, token_ratio=ideal,
-            ours_mb=ours_mb, copies_mb=copies_mb, logprob_gap=gap,
-        ))  # fmt: skip
+        rows.append(
+            dict(
+                size=size,
+                ours_s=ours,
+                copies_s=copies,
+                ratio=copies / ours,
+                token_ratio=ideal,
+                ours_mb=ours_mb,
+                copies_mb=copies_mb,
+                logprob_gap=gap,
+            )
+        )
     print_table("update P/C/G", rows)
     return rows
 
@@ -257,10 +300,13 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
     rewards = [torch.tensor([float(c.ids[0] % 7) for c in group]) for group in rolled]
     groups = []
     for prompt, group, reward in zip(prompts, rolled, rewards):
-        entries = [buffer.Entry("q", c.ids, c.logprobs, r, {}, step, False) for c, r in zip(group, reward.tolist())]
+        entries = [
+            buffer.Entry("q", c.ids, c.logprobs, r, {}, step, False)
+            for c, r in zip(group, reward.tolist())
+        ]
         weight = 1 / (num_prompts * group_size)
         groups.append((prompt, entries, group_advantages(reward), weight))
-    update.gradient(policy, reference, groups, groups[0][:2], step, args)
+    gradient(policy, reference, groups, groups[0][:2], step, args)
     optim.clip_grad_norm(policy)
     optimizer.step()
     optimizer.zero_grad()
@@ -280,21 +326,40 @@ def trl_trainer(args, size, folder, between):
     inputs, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
     texts = [" ".join(f"w{i}" for i in prompt.input_ids.tolist()) for prompt in inputs]
     config = Qwen2Config(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 128), tie_word_embeddings=False,
-        max_position_embeddings=32768, eos_token_id=2, pad_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 128),
+        tie_word_embeddings=False,
+        max_position_embeddings=32768,
+        eos_token_id=2,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)  # TRL loads the reference from there
     settings = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, max_steps=args.repeats + 1, learning_rate=1e-6,
-        per_device_train_batch_size=group_size, gradient_accumulation_steps=num_prompts,
-        num_generations=group_size, max_completion_length=num_tokens, beta=0.1,
-        loss_type="grpo", generation_kwargs=dict(min_new_tokens=num_tokens), top_k=0,
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=args.repeats + 1,
+        learning_rate=1e-6,
+        per_device_train_batch_size=group_size,
+        gradient_accumulation_steps=num_prompts,
+        num_generations=group_size,
+        max_completion_length=num_tokens,
+        beta=0.1,
+        loss_type="grpo",
+        generation_kwargs=dict(min_new_tokens=num_tokens),
+        top_k=0,
         gradient_checkpointing=False,
-    )  # fmt: skip
+    )
 
     class InTurn(TrainerCallback):
         """Our step just before each of TRL's."""
@@ -315,9 +380,13 @@ def trl_trainer(args, size, folder, between):
 
     data = Dataset.from_dict(dict(prompt=texts * (args.repeats + 1)))
     return GRPOTrainer(
-        folder, reward, args=settings, train_dataset=data, processing_class=tokenizer,
+        folder,
+        reward,
+        args=settings,
+        train_dataset=data,
+        processing_class=tokenizer,
         callbacks=[timer := InTurn()],
-    ), timer.times  # fmt: skip
+    ), timer.times
 
 
 def bench_steps(args, policy):
@@ -327,10 +396,18 @@ def bench_steps(args, policy):
     except ImportError:
         print("\nstep beside TRL: not run (pip install trl datasets)")
         return None
-    rows, settings = [], argparse.Namespace(
-        algo="avatar", micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="uniform",
-        tas_lambda=0.0,
-    )  # fmt: skip
+    rows, settings = (
+        [],
+        argparse.Namespace(
+            algo="avatar",
+            micro_tokens=16384,
+            kl_coef=0.1,
+            temperature=1.0,
+            clip_eps=0.2,
+            tas_shape="uniform",
+            tas_lambda=0.0,
+        ),
+    )
     for size in [(1024, 64, 8, 1)] if args.quick else STEPS:
         reference, count = copy.deepcopy(policy).requires_grad_(False), itertools.count(1)
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -368,7 +445,7 @@ def main():
     )
     for name in args.only or parts:
         result[name] = parts[name]()
-        result[f"{name} measured with"] = dict(arguments=vars(args), commit=files.commit())
+        result[f"{name} measured with"] = dict(arguments=vars(args), commit=git_commit())
     with open(args.out, "w") as file:
         json.dump(result, file, indent=1)
     print(f"\nwrote {args.out}")

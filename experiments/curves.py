@@ -10,7 +10,14 @@ import numpy as np
 FRACTIONS = (0.25, 0.5, 0.75)  # of the way from the start to the best that any method reaches
 RESAMPLES = 2000
 # visits of a prompt whose hint left; plain: without its hint
-PHASES = ("plain, before it enters", "with it", "plain, in between", "1st after", "2nd", "3rd and later")
+PHASES = (
+    "plain, before it enters",
+    "with it",
+    "plain, in between",
+    "1st after",
+    "2nd",
+    "3rd and later",
+)
 
 
 def mean_curve(curves):
@@ -149,7 +156,9 @@ def length_gains(result, edges):
         for plain, shaped in pairs:
             lengths, scores = map(np.array, zip(*plain["items"]))
             picked = (lengths > low) & (lengths <= high)
-            gains.append((np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist())
+            gains.append(
+                (np.array([s for _, s in shaped["items"]])[picked] - scores[picked]).tolist()
+            )
         total = lambda pick: np.mean([g for i in pick for g in gains[i]] or [0])  # noqa: B023
         name = f"{low + 1}–{high}" if np.isfinite(high) else f"over {low}"
         items = sum(map(len, gains))

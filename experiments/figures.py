@@ -7,12 +7,12 @@ The runs themselves are made by runs.py, which leaves their numbers in results/N
 such file is not drawn, and is said to be not run.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import json
 from functools import partial
 from pathlib import Path
-
-from run import HERE, UserError, arguments, ending  # before torch
 
 import matplotlib
 import numpy as np
@@ -20,29 +20,59 @@ import torch
 from matplotlib import pyplot
 
 import tas
-from experiments.curves import FRACTIONS, PHASES, area, bootstrap, by_label, completions_to, gains
-from experiments.curves import hint_phases, length_gains, mean_curve, ratio_at, targets_of
+from experiments.curves import (
+    FRACTIONS,
+    PHASES,
+    area,
+    bootstrap,
+    by_label,
+    completions_to,
+    gains,
+    hint_phases,
+    length_gains,
+    mean_curve,
+    ratio_at,
+    targets_of,
+)
+from run import arguments
+from run.errors import UserError
+from run.io import REPOSITORY
+from run.launch import run_main
 
 matplotlib.use("Agg")
 
 HIST = np.linspace(-3, 3, 61)  # edges of advantage_hist in metrics.jsonl
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#888888"
-COLOR = {"AVATAR": BLUE, "AVATAR, 4 updates": "#0b2f5a", "GRPO": ORANGE, "GRPO, 4 updates": "#3b8f4a"}
+COLOR = {
+    "AVATAR": BLUE,
+    "AVATAR, 4 updates": "#0b2f5a",
+    "GRPO": ORANGE,
+    "GRPO, 4 updates": "#3b8f4a",
+}
 
 # tokens; the paper's 1, 201, 401, 601
 LENGTH_EDGES = dict.fromkeys(("plan", "middle"), [0, 130, 150, 170]) | {"busy": [0, 230, 260, 290]}
 
 # in which methods are compared, each at the best of tune-NAME
-TASKS = dict(dense="short reasonings", long="long reasonings", longer="longer reasonings", sparse="rare rewards")
+TASKS = dict(
+    dense="short reasonings",
+    long="long reasonings",
+    longer="longer reasonings",
+    sparse="rare rewards",
+)
 # name -> title, what the paper finds, the label that the others are compared with
 TABLES = {
-    "hints": ("Hints for prompts that are never solved", "they unlock the hardest 20 %", "no hints"),
+    "hints": (
+        "Hints for prompts that are never solved",
+        "they unlock the hardest 20 %",
+        "no hints",
+    ),
     "plan": ("Shapes, decided at both ends", "parabolic is best, inverse worst", "uniform"),
     "busy": ("Shapes, decided at both ends, longer", "parabolic is best, inverse worst", "uniform"),
     "middle": ("Shapes, decided in the middle", "silent", "uniform"),
     "replay": ("What is replayed, and how it is weighted", "silent", "AVATAR"),
     "stage3": ("Reward of stage 3", "format and judge", "format, judge"),
-}  # fmt: skip
+}
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -107,7 +137,9 @@ def plot_advantages(result, path):
 
 def plot_curves(axes, runs):
     """Held-out accuracy over completions: mean and, where they can be told apart, 95 % band -> colors of the labels."""
-    axes.set_prop_cycle(color=np.roll(pyplot.get_cmap("tab10").colors, -3, axis=0))  # last those that are like COLOR's
+    axes.set_prop_cycle(
+        color=np.roll(pyplot.get_cmap("tab10").colors, -3, axis=0)
+    )  # last those that are like COLOR's
     colors = {}
     for label, found in runs.items():
         curves = curves_of(found)
@@ -115,7 +147,9 @@ def plot_curves(axes, runs):
         (line,) = axes.plot(*mean.T, color=COLOR.get(label), label=f"{label} ({len(found)} seeds)")
         colors[label] = line.get_color()
         if len(runs) <= 6:
-            at = np.array([[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves])
+            at = np.array(
+                [[np.interp(x, *np.asarray(c, float).T) for x in mean[:, 0]] for c in curves]
+            )
             band = bootstrap(len(at), lambda pick: at[pick].mean(0))  # noqa: B023
             axes.fill_between(mean[:, 0], *band, color=colors[label], alpha=0.2, linewidth=0)
     axes.set(xlabel="completions generated", ylabel="held-out accuracy")
@@ -193,7 +227,10 @@ def ablation_table(result, reference):
         cells = [label, str(len(runs[label]))]
         for mean, gain, low, high in pair:
             minus = [f"{gain:+.3f}", f"{low:+.3f} – {high:+.3f}".replace("+nan", "?")]
-            cells += [f"{mean:.3f}", *(minus if label != reference and not np.isnan(gain) else ["–", "–"])]
+            cells += [
+                f"{mean:.3f}",
+                *(minus if label != reference and not np.isnan(gain) else ["–", "–"]),
+            ]
         yield f"| {' | '.join(cells)} | {share(runs[label], 'advantage_zero_frac'):.1%} |"
 
 
@@ -215,7 +252,10 @@ def hints_table(result):
     for label, found in by_label(result).items():
         ends = np.array([one["accuracy"][-1][1] for one in found])
         low, high = bootstrap(len(ends), lambda pick: ends[pick].mean())  # noqa: B023
-        last = [np.mean([one["series"][f"hints/{k}"][-1] for one in found]) for k in ("entered", "withdrawn")]
+        last = [
+            np.mean([one["series"][f"hints/{k}"][-1] for one in found])
+            for k in ("entered", "withdrawn")
+        ]
         last.append(np.mean([one["hints_back"] for one in found]))
         told = " | ".join(f"{n:.1f}" for n in last) + f" | {share(found, 'hints/frac'):.0%}"
         yield f"| {label} | {ends.mean():.3f} | {low:.3f} – {high:.3f} | {told} |"
@@ -227,7 +267,9 @@ def withdrawn_table(result):
     cells = []  # of each seed: [phase, right with the schedule, right without]
     for hinted, plain in zip(runs["hints by need"], runs["no hints"]):
         same = {(step, q): right for step, q, _, right in plain["visits"]}
-        cells.append([(phase, right, same[step, q]) for phase, step, q, right in hint_phases(hinted)])
+        cells.append(
+            [(phase, right, same[step, q]) for phase, step, q, right in hint_phases(hinted)]
+        )
     yield "| visits of prompts whose hint left | visits | solved | same visits, no hints | minus | 95 % interval |"
     yield "|---" * 6 + "|"
     for phase, name in enumerate(PHASES):
@@ -267,7 +309,9 @@ def write_all(folder):
         result = results[name]
         seeds = ", ".join(str(s) for s in sorted({one["seed"] for one in result["runs"]}))
         quick = ", quick" if result.get("quick") else ""
-        lines.append(f"`python -m experiments.runs {name}`{quick}, commit {result['commit']}, seeds {seeds}.")
+        lines.append(
+            f"`python -m experiments.runs {name}`{quick}, commit {result['commit']}, seeds {seeds}."
+        )
         lines.extend(["", *(f"- {k}: `{v}`" for k, v in result["commands"].items())])
         lines.extend(["", *write(result), ""])
 
@@ -304,7 +348,11 @@ def write_all(folder):
         section(name, f"Completions and seconds, {task}", partial(efficiency, name))
         section(f"tune-{name}", f"What was tried, {task}", tuning_table)
         if name != "sparse":
-            section(f"ratio-{name}", f"One ratio a completion, {task}", partial(efficiency, f"ratio-{name}"))
+            section(
+                f"ratio-{name}",
+                f"One ratio a completion, {task}",
+                partial(efficiency, f"ratio-{name}"),
+            )
     for name, (title, paper, reference) in TABLES.items():
         section(name, title, partial(ablation, name, paper, reference))
     section("tune-ratio", "Clips that were tried with one ratio a completion", tuning_table)
@@ -316,7 +364,9 @@ def write_all(folder):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     told = "folder of the JSON that runs.py leaves"
-    parser.add_argument("--results", default=HERE / "experiments/results", metavar="DIR", help=told)
+    parser.add_argument(
+        "--results", default=REPOSITORY / "experiments/results", metavar="DIR", help=told
+    )
     return parser.parse_args(argv)
 
 
@@ -329,4 +379,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

@@ -13,6 +13,8 @@ transformers' attention: copies of the prompt and full logits, `generate` for th
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import faulthandler
 import gc
@@ -28,24 +30,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from run import arguments, checkpoint, ending, files, graphs  # before torch
-from run import optim, processes, sharding
-
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from experiments import bench
 from experiments.gpu_attention import decode_is_right, packed_is_right, packed_ms, random, timed
-from omni import model, rollout
+from models import graphs, sharding
+from models.graphs import capture
+from models.loading import wrap_policy
+from models.policy import completion_logprobs
+from run import arguments, checkpoint, optim, processes
+from run.io import write_text
+from run.launch import run_main
+from run.run_dir import git_commit, installed_version
 
 LIMIT = 480  # seconds, after which no step begins; a minute later a step that hangs is cut off
 SHAPE = dict(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064)
 TINY = dict(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 STEP = argparse.Namespace(  # the flags of train_rl.py that a gradient reads
-    algo="avatar", micro_tokens=16384, kl_coef=0.1, temperature=1.0, clip_eps=0.2, tas_shape="parabolic",
+    algo="avatar",
+    micro_tokens=16384,
+    kl_coef=0.1,
+    temperature=1.0,
+    clip_eps=0.2,
+    tas_shape="parabolic",
     tas_lambda=0.3,
-)  # fmt: skip
+)
 
 
 def parse_args(argv=None):
@@ -103,8 +114,8 @@ def build_policy(at):
     torch.manual_seed(0)
     with torch.device(at.device):
         thinker = Thinker(bench.thinker_config(*sizes))
-    policy = model.prepare(thinker, 16, train_towers=False)
-    return sharding.place(policy, torch.device(at.device), "auto")
+    policy = wrap_policy(thinker, 16, train_towers=False)
+    return sharding.to_device(policy, torch.device(at.device), "auto")
 
 
 def build(at):
@@ -122,7 +133,7 @@ def build(at):
 
 
 def eager(decode, inputs):
-    """In the place of rollout.record: no CUDA graph."""
+    """In the place of capture: no CUDA graph."""
     return decode
 
 
@@ -130,12 +141,12 @@ def logprob_gap(at):
     """Log-probs of a rollout, with and without its graph, against the recomputed ones; nats."""
     prompts, _ = bench.make_inputs(at, at.P // 4, 1, 1, 2)
     found = {}
-    for name, record in (("graph", rollout.record), ("eager", eager)):
-        with patch("omni.rollout.record", record):
+    for name, record in (("graph", capture), ("eager", eager)):
+        with patch("models.rollout.capture", record):
             rolled = bench.rollout_ours(at.policy, prompts, at.G, at.few)
         ids = [[c.ids for c in group] for group in rolled]
         with torch.no_grad():
-            logprobs, _, _ = model.completion_logprobs(at.policy, prompts, ids, 1.0)
+            logprobs, _, _ = completion_logprobs(at.policy, prompts, ids, 1.0)
         made = torch.stack([c.logprobs for group in rolled for c in group]).to(logprobs)
         gap = (logprobs - made).abs()
         found[name] = dict(max=gap.max().item(), mean=gap.mean().item())
@@ -164,7 +175,7 @@ def update(at):
 def decode(at, num_prompts):
     """Seconds of reading the prompts, ms of a token, seconds of each recording."""
     prompts, _ = bench.make_inputs(at, at.P, 1, 1, num_prompts)
-    recordings, plain, count = [], rollout.record, at.few * 2 + 1
+    recordings, plain, count = [], capture, at.few * 2 + 1
 
     def record(*given):
         at.sync()
@@ -176,7 +187,7 @@ def decode(at, num_prompts):
 
     task = partial(bench.rollout_ours, at.policy, prompts, at.G)
     prefill_ms = timed(at, partial(task, 1), 1, 1)
-    with patch("omni.rollout.record", record):
+    with patch("models.rollout.capture", record):
         all_ms = timed(at, partial(task, count), 1, 0)
     token_ms = (all_ms - sum(recordings) * 1e3 - prefill_ms) / (count - 1)
     # a token of all rows reads every weight, every prompt's keys and values, and the rows' own
@@ -185,10 +196,12 @@ def decode(at, num_prompts):
     weights = sum(bench.matrices(at.policy.thinker.config.text_config))
     moved = (weights + cached) * torch.finfo(at.dtype).bits / 8
     return dict(
-        prefill_s=prefill_ms / 1e3, token_ms=token_ms, recordings_s=recordings,
+        prefill_s=prefill_ms / 1e3,
+        token_ms=token_ms,
+        recordings_s=recordings,
         bandwidth_share=moved / token_ms / 1e6 / at.gb_per_s,
         no_graph=[str(error) for error in graphs._no_graph],
-    )  # fmt: skip
+    )
 
 
 def whole_step(at):
@@ -249,7 +262,7 @@ def plain_rollout(at):
     ours = timed(at, partial(bench.rollout_ours, at.policy, prompts, at.G, at.few), 1, 1) / 1e3
 
     def generate(policy):
-        with sharding.gathered(policy):
+        with sharding.unsharded(policy):
             return bench.rollout_generate(policy.thinker, prompts, at.G, at.few)
 
     with plain_attention(at.policy), torch.no_grad():
@@ -298,18 +311,18 @@ def main():
     at = begin(args.tiny)
     name = torch.cuda.get_device_name() if at.on_gpu else f"CPU, {platform.machine()}"
     packages = "transformers", "peft", "triton", "numpy"
-    versions = {p: files.installed(p) for p in packages} | dict(torch=torch.__version__)
+    versions = {p: installed_version(p) for p in packages} | dict(torch=torch.__version__)
     versions |= dict(cuda=torch.version.cuda, python=platform.python_version())
-    result = dict(device=name, versions=versions, commit=files.commit())
+    result = dict(device=name, versions=versions, commit=git_commit())
     result |= dict(sizes={k: v for k, v in vars(at).items() if isinstance(v, int)}, steps={})
     for title, least, task in STEPS:
         left = LIMIT - (time.perf_counter() - began)
         result["steps"][title] = take(at, least, task, left)
-        files.write_text(Path(args.out), json.dumps(result, indent=1, default=str))
+        write_text(Path(args.out), json.dumps(result, indent=1, default=str))
         print(title, json.dumps(result["steps"][title], default=str)[:2000], flush=True)
     faulthandler.cancel_dump_traceback_later()
     print(f"wrote {args.out} in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

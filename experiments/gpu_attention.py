@@ -6,16 +6,17 @@ P prompt tokens, C completion tokens, G completions of a prompt, B prompts, L pa
 H heads, K key/value heads, E head width.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import time
 from functools import partial
-
-import run  # noqa: F401  before torch: it sets how torch's threads wait
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omni import attention, rollout
+from models import attention
+from models.rollout import sample
 
 
 def timed(at, task, repeats=5, warm_up=2):
@@ -117,5 +118,5 @@ def decode_is_right(at, num_prompts):
     return dict(
         out=difference(out, torch.stack(exact)),
         layer_ms=timed(at, lambda: decode.attend(0, q, k, v, at.width**-0.5), 20),
-        sample_ms=timed(at, lambda: rollout.sample(logits, 1.0, noise)),
+        sample_ms=timed(at, lambda: sample(logits, 1.0, noise)),
     )

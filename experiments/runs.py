@@ -10,6 +10,8 @@ command share it. A finished run is skipped and an interrupted one begins anew, 
 goes on where it stopped. The protocol, and what was found: docs/results.md.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import hashlib
 import json
@@ -18,12 +20,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import run  # before torch: it sets how torch's threads wait
-from run import arguments, ending, files
-
 from transformers import AutoTokenizer  # here: two threads would import it at once
 
 from experiments.tasks import LONG, MAKE, RUNS, make, python, read_lines
+from run import arguments
+from run.io import REPOSITORY, file_lock, write_text
+from run.launch import run_main
 
 SERIES = (  # kept of every step; rounded to 4 digits
     "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
@@ -73,52 +75,82 @@ def methods(task, completions, settings, evaluations=8):
 def tuning(task, completions, tried, evaluations=8):
     """tried: prompts a step -> algorithm, updates a rollout and learning rates of each method."""
     settings = {
-        f"{algo}, {updates} updates, {prompts} prompts, lr {lr}":
-        (algo, updates, prompts, lr, "--no-hints" * (algo == "avatar"))
+        f"{algo}, {updates} updates, {prompts} prompts, lr {lr}": (
+            algo,
+            updates,
+            prompts,
+            lr,
+            "--no-hints" * (algo == "avatar"),
+        )
         for prompts, told in tried.items()
         for algo, updates, *rates in map(str.split, told.split(","))
         for lr in rates
-    }  # fmt: skip
+    }
     return methods(task, completions, settings, evaluations)
 
 
 REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
 EXPERIMENTS = {  # tuned on seed 100
-    "tune-dense": tuning(DENSE, 1536, {
-        2: "grpo 1 1e-4 2e-4, avatar 1 1e-4 2e-4",
-        4: "grpo 1 1e-4 2e-4 4e-4, grpo 2 1e-4 2e-4, grpo 4 2e-5 5e-5 1e-4,"
-        "avatar 1 5e-5 1e-4 2e-4, avatar 2 5e-5 1e-4, avatar 4 2e-5 5e-5",
-        8: "grpo 1 5e-5 1e-4 2e-4, grpo 4 5e-5 1e-4 2e-4, avatar 1 5e-5 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
-        16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
-    }),
-    "tune-long": tuning(long_task("plan", 128), 512, {
-        2: "grpo 1 5e-5, grpo 4 2e-5, avatar 1 5e-5, avatar 4 2e-5",
-        4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 1e-5 2e-5 5e-5 1e-4,"
-        "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 1e-5 2e-5 5e-5 1e-4",
-        8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
-    }),
-    "tune-longer": tuning(long_task("busy", 128), 512, {
-        4: "grpo 1 5e-5 1e-4, grpo 4 1e-5 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 1e-5 2e-5 5e-5",
-    }, evaluations=4),
-    "tune-sparse": tuning(HARD, 2048, {
-        4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
-        8: "grpo 1 1e-4 2e-4 4e-4 8e-4, grpo 2 2e-4 4e-4, grpo 4 5e-5 1e-4 2e-4 4e-4,"
-        "avatar 1 1e-4 2e-4 4e-4, avatar 2 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
-        16: "grpo 1 4e-4, grpo 4 2e-4, avatar 1 2e-4, avatar 4 1e-4",
-    }),  # fmt: skip
-    "dense": methods(DENSE, 1024, {  # each at its best of tune-dense
-        "GRPO": ("grpo", 1, 4, "2e-4", ""),
-        "GRPO, 4 updates": ("grpo", 4, 4, "5e-5", ""),
-        "AVATAR": ("avatar", 1, 4, "1e-4", ""),
-        "AVATAR, 4 updates": ("avatar", 4, 4, "5e-5", ""),
-        "replay only, 4 updates": ("avatar", 4, 4, "5e-5", REPLAY),
-    }),  # fmt: skip
-    "sparse": methods(HARD, 2048, {  # each at its best rate of tune-sparse, with 8 prompts
-        "GRPO": ("grpo", 1, 8, "4e-4", ""),
-        "GRPO, 4 updates": ("grpo", 4, 8, "2e-4", ""),
-        "AVATAR": ("avatar", 1, 8, "2e-4", "--no-hints"),
-        "AVATAR, 4 updates": ("avatar", 4, 8, "1e-4", "--no-hints"),
-    }),  # fmt: skip
+    "tune-dense": tuning(
+        DENSE,
+        1536,
+        {
+            2: "grpo 1 1e-4 2e-4, avatar 1 1e-4 2e-4",
+            4: "grpo 1 1e-4 2e-4 4e-4, grpo 2 1e-4 2e-4, grpo 4 2e-5 5e-5 1e-4,"
+            "avatar 1 5e-5 1e-4 2e-4, avatar 2 5e-5 1e-4, avatar 4 2e-5 5e-5",
+            8: "grpo 1 5e-5 1e-4 2e-4, grpo 4 5e-5 1e-4 2e-4, avatar 1 5e-5 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
+            16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
+        },
+    ),
+    "tune-long": tuning(
+        long_task("plan", 128),
+        512,
+        {
+            2: "grpo 1 5e-5, grpo 4 2e-5, avatar 1 5e-5, avatar 4 2e-5",
+            4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 1e-5 2e-5 5e-5 1e-4,"
+            "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 1e-5 2e-5 5e-5 1e-4",
+            8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
+        },
+    ),
+    "tune-longer": tuning(
+        long_task("busy", 128),
+        512,
+        {
+            4: "grpo 1 5e-5 1e-4, grpo 4 1e-5 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 1e-5 2e-5 5e-5",
+        },
+        evaluations=4,
+    ),
+    "tune-sparse": tuning(
+        HARD,
+        2048,
+        {
+            4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
+            8: "grpo 1 1e-4 2e-4 4e-4 8e-4, grpo 2 2e-4 4e-4, grpo 4 5e-5 1e-4 2e-4 4e-4,"
+            "avatar 1 1e-4 2e-4 4e-4, avatar 2 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
+            16: "grpo 1 4e-4, grpo 4 2e-4, avatar 1 2e-4, avatar 4 1e-4",
+        },
+    ),
+    "dense": methods(
+        DENSE,
+        1024,
+        {  # each at its best of tune-dense
+            "GRPO": ("grpo", 1, 4, "2e-4", ""),
+            "GRPO, 4 updates": ("grpo", 4, 4, "5e-5", ""),
+            "AVATAR": ("avatar", 1, 4, "1e-4", ""),
+            "AVATAR, 4 updates": ("avatar", 4, 4, "5e-5", ""),
+            "replay only, 4 updates": ("avatar", 4, 4, "5e-5", REPLAY),
+        },
+    ),
+    "sparse": methods(
+        HARD,
+        2048,
+        {  # each at its best rate of tune-sparse, with 8 prompts
+            "GRPO": ("grpo", 1, 8, "4e-4", ""),
+            "GRPO, 4 updates": ("grpo", 4, 8, "2e-4", ""),
+            "AVATAR": ("avatar", 1, 8, "2e-4", "--no-hints"),
+            "AVATAR, 4 updates": ("avatar", 4, 8, "1e-4", "--no-hints"),
+        },
+    ),
     "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
         label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
         for label, words, other in (
@@ -138,26 +170,40 @@ EXPERIMENTS = {  # tuned on seed 100
         )
     },
 }
-EXPERIMENTS["withdrawn"] = {k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")}
+EXPERIMENTS["withdrawn"] = {
+    k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")
+}
 SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
 LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
 for kind in STARTS:  # TAS on long reasonings
     shapes = SHAPES if kind == "busy" else SHAPES + LINEAR
-    settings = {shape: ("avatar", 1, 4, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes}
+    settings = {
+        shape: ("avatar", 1, 4, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes
+    }
     EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, settings, evaluations=4)
 PARABOLIC = "--no-hints --tas-shape parabolic"
-EXPERIMENTS["long"] = methods(long_task("plan", 256), 512, {  # each at its best of tune-long
-    "GRPO": ("grpo", 1, 4, "5e-5", ""),
-    "GRPO, 4 updates": ("grpo", 4, 8, "5e-5", ""),
-    "AVATAR": ("avatar", 1, 2, "5e-5", PARABOLIC),
-    "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
-}, evaluations=4)  # fmt: skip
-EXPERIMENTS["longer"] = methods(long_task("busy", 256), 512, {  # each at its best rate of tune-longer
-    "GRPO": ("grpo", 1, 4, "5e-5", ""),
-    "GRPO, 4 updates": ("grpo", 4, 4, "2e-5", ""),
-    "AVATAR": ("avatar", 1, 4, "5e-5", PARABOLIC),
-    "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
-}, evaluations=4)  # fmt: skip
+EXPERIMENTS["long"] = methods(
+    long_task("plan", 256),
+    512,
+    {  # each at its best of tune-long
+        "GRPO": ("grpo", 1, 4, "5e-5", ""),
+        "GRPO, 4 updates": ("grpo", 4, 8, "5e-5", ""),
+        "AVATAR": ("avatar", 1, 2, "5e-5", PARABOLIC),
+        "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
+    },
+    evaluations=4,
+)
+EXPERIMENTS["longer"] = methods(
+    long_task("busy", 256),
+    512,
+    {  # each at its best rate of tune-longer
+        "GRPO": ("grpo", 1, 4, "5e-5", ""),
+        "GRPO, 4 updates": ("grpo", 4, 4, "2e-5", ""),
+        "AVATAR": ("avatar", 1, 4, "5e-5", PARABOLIC),
+        "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
+    },
+    evaluations=4,
+)
 AVATAR = EXPERIMENTS["dense"]["AVATAR"]
 EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "AVATAR": AVATAR,
@@ -169,10 +215,16 @@ EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
     "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
 }
 # which ratio, where even the fresh ones are soon off-policy: of a completion with the clip that is best in tune-ratio
-ONE, FRESH = "--algo avatar-gspo --clip-eps", "--num-on 8 --num-off 0 --tas-shape uniform --no-hints"
+ONE, FRESH = (
+    "--algo avatar-gspo --clip-eps",
+    "--num-on 8 --num-off 0 --tas-shape uniform --no-hints",
+)
 EXPERIMENTS["tune-ratio"] = {}
-for kind, eps, tried in (("dense", 0.05, "0.2 0.05 0.02 0.005 0.001"), ("long", 0.005, "0.005 0.001"),
-                         ("longer", 0.001, "0.2 0.05 0.02 0.005 0.001 0.0004")):  # fmt: skip
+for kind, eps, tried in (
+    ("dense", 0.05, "0.2 0.05 0.02 0.005 0.001"),
+    ("long", 0.005, "0.005 0.001"),
+    ("longer", 0.001, "0.2 0.05 0.02 0.005 0.001 0.0004"),
+):
     grpo, avatar = (EXPERIMENTS[kind][f"{name}, 4 updates"] for name in ("GRPO", "AVATAR"))
     EXPERIMENTS["tune-ratio"] |= {f"{kind}, clip {e}": f"{avatar} {ONE} {e}" for e in tried.split()}
     EXPERIMENTS[f"ratio-{kind}"] = {
@@ -184,7 +236,9 @@ for kind, eps, tried in (("dense", 0.05, "0.2 0.05 0.02 0.005 0.001"), ("long", 
         "AVATAR, 4 updates, one ratio": f"{avatar} {ONE} {eps}",
     }
 long = EXPERIMENTS["long"]["AVATAR, 4 updates"]
-EXPERIMENTS["tune-ratio"] |= {f"long, a token, clip {eps}": f"{long} --clip-eps {eps}" for eps in (0.2, 0.05, 0.01)}
+EXPERIMENTS["tune-ratio"] |= {
+    f"long, a token, clip {eps}": f"{long} --clip-eps {eps}" for eps in (0.2, 0.05, 0.01)
+}
 SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
 
 
@@ -204,7 +258,7 @@ def train(flags, seed):
     words = command(flags).replace(" S", f" {seed}").split()[1:]
     name = " ".join(words)
     out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
-    with files.alone(RUNS / "locks" / out.name):  # another experiment may hold the same command
+    with file_lock(RUNS / "locks" / out.name):  # another experiment may hold the same command
         if (out / "done.json").exists():
             return out
         shutil.rmtree(out, ignore_errors=True)
@@ -216,7 +270,7 @@ def train(flags, seed):
         python(*words, "--out", out, log=log)
         before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
         about = dict(command=f"python {name}", before=before and float(before[1]))
-        files.write_text(out / "done.json", json.dumps(about))
+        write_text(out / "done.json", json.dumps(about))
     return out
 
 
@@ -291,7 +345,9 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=0, help="how many of those listed; 0: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
-    parser.add_argument("--out", default=run.HERE / "experiments/results", help="folder for NAME.json")
+    parser.add_argument(
+        "--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json"
+    )
     return parser.parse_args(argv)
 
 
@@ -303,15 +359,17 @@ def main():
             print(f"{name}: seeds {SEEDS[name][0]} to {SEEDS[name][-1]}")
             for label, flags in commands.items():
                 print(f"  {label:14} {command(flags)}")
-        print("runs/experiments/{hasty,long} and their rows are made by the first run that needs them")
+        print(
+            "runs/experiments/{hasty,long} and their rows are made by the first run that needs them"
+        )
         return
     seeds = SEEDS[args.name][: args.seeds or (1 if args.quick else None)]
     result = experiment(args.name, seeds, args.quick, args.jobs)
     out = Path(args.out) / ("quick" if args.quick else "")
     out.mkdir(parents=True, exist_ok=True)
-    files.write_text(out / f"{args.name}.json", json.dumps(result))
+    write_text(out / f"{args.name}.json", json.dumps(result))
     print(f"{out / args.name}.json: draw it with python -m experiments.figures --results {out}")
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

@@ -19,17 +19,22 @@ import shutil
 import subprocess
 import sys
 
-import run  # before torch: it sets how torch's threads wait
-from run import files, processes
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from rows.synthetic import COLORS, describe, random_seconds, write_clip
+from data.media_flags import media_config_from
+from data.rows import answer_spec, normalize_row
+from data.toy_clips import COLORS, describe, random_seconds, write_clip
+from models.inputs import InputBuilder
+from models.loading import open_policies
+from models.rollout import rollout
+from run import processes
+from run.errors import UserError
+from run.io import REPOSITORY, file_lock, write_text
 
-RUNS = run.HERE / "runs" / "experiments"
-STAGE3, LONG = run.HERE / "toy/stage3", RUNS / "long"  # where rows lie beside their clips
+RUNS = REPOSITORY / "runs" / "experiments"
+STAGE3, LONG = REPOSITORY / "toy/stage3", RUNS / "long"  # where rows lie beside their clips
 SECONDS = (12, 16)  # of a long clip, at least and at most
 NEVER, ROWS = 13, 64  # hard rows that are never solved, and all
 SAMPLES = 256  # completions in which a row that is never solved is not solved
@@ -39,10 +44,12 @@ def python(*words, log):
     """Runs a script of ours on one core; its output goes to a file, whose tail explains a failure."""
     command, env = [sys.executable, *map(str, words)], os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=run.HERE, env=env)
+        done = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=env
+        )
     if done.returncode:
         tail = log.read_text()[-600:]
-        raise run.UserError(f"{words[0]} ended with {done.returncode}, see {log}:\n{tail}")
+        raise UserError(f"{words[0]} ended with {done.returncode}, see {log}:\n{tail}")
 
 
 def read_lines(path):
@@ -50,13 +57,13 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(name):
     """Makes a task, if it is not there."""
     write, made = MAKE[name]
-    with files.alone(RUNS / "locks" / name):  # another experiment may need the same
+    with file_lock(RUNS / "locks" / name):  # another experiment may need the same
         if not made.exists():
             write()
 
@@ -69,14 +76,14 @@ def hasty():
     log, out = RUNS / "hasty.log", RUNS / "hasty"
     shutil.rmtree(out, ignore_errors=True)
     python("toy.py", "--stages", 0, log=log)
-    rows = read_lines(run.HERE / "toy/stage0/train.jsonl")
+    rows = read_lines(REPOSITORY / "toy/stage0/train.jsonl")
     is_hasty = lambda row: row["reasoning"].startswith("it seems")
     kinds = [
         [row for row in rows if is_hasty(row)],
         [row for row in rows if row["reasoning"].startswith("1:") and "hint" not in row][::20],
         [row for row in rows if "hint" in row][::20],
     ]
-    data = run.HERE / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
+    data = REPOSITORY / "toy/stage0/hasty.jsonl"  # beside the clips that its rows name
     write_lines(data, [row for kind in kinds for row in kind])
     flags = "--steps 40 --lr 2e-4 --save-every 0".split()
     python("train_sft.py", "--data", data, "--out", out, *flags, log=log)
@@ -98,34 +105,34 @@ def hard():
     helped = solved_counts(RUNS / "hasty/final", STAGE3, candidates, SAMPLES, with_hint=True)
     best = sorted(range(len(candidates)), key=lambda i: -helped[i])[:NEVER]
     if len(best) < NEVER or not helped[best[-1]]:
-        raise run.UserError(f"fewer than {NEVER} rows are solved with a hint and never without")
+        raise UserError(f"fewer than {NEVER} rows are solved with a hint and never without")
     never = [candidates[i] for i in best]
     others = [row for row, count in zip(rows, solved) if count][: ROWS - NEVER]
     mixed = [(never + others)[i] for i in np.random.default_rng(0).permutation(ROWS)]
     write_lines(STAGE3 / "never.jsonl", never)
     write_lines(STAGE3 / "hard.jsonl", mixed)
-    told = dict(candidates=len(candidates), of=len(rows), with_hint=sorted(helped), plain=sorted(solved))
-    files.write_text(RUNS / "hard.json", json.dumps(told))
+    told = dict(
+        candidates=len(candidates), of=len(rows), with_hint=sorted(helped), plain=sorted(solved)
+    )
+    write_text(RUNS / "hard.json", json.dumps(told))
 
 
 def solved_counts(start, folder, rows, samples, with_hint=False):
     """-> of each row, how many of `samples` completions at temperature 1 are right."""
     import rewards
-    from omni import model
-    from rows import data, limits
     from train_rl import parse_args
 
     args, _, _ = parse_args(["--stage", "3", "--model", str(start)])
-    build = model.InputBuilder(str(start), limits.recipe_from(args), folder, audio_captions=False)
-    policy, _ = model.open_policies(str(start), args, torch.device("cpu"), with_reference=False)
+    build = InputBuilder(str(start), media_config_from(args), folder, audio_captions=False)
+    policy, _ = open_policies(str(start), args, torch.device("cpu"), with_reference=False)
     counts = []
     for i, row in enumerate(tqdm(rows, desc="rows sampled", disable=None)):
-        row = data.normalize_row(row)
+        row = normalize_row(row)
         prompt = build(row, row["hint"] if with_hint else None)
         sampling = (args.temperature, args.max_new_tokens, build.eos_ids, [processes.seed(7, 0, i)])
-        (group,) = model.rollout(policy, [prompt], [samples], *sampling)
+        (group,) = rollout(policy, [prompt], [samples], *sampling)
         answers = map(rewards.parse_answer, build.texts(group))
-        right = [rewards.accuracy_reward(answer, *data.truth(row)) == 1 for answer in answers]
+        right = [rewards.accuracy_reward(answer, *answer_spec(row)) == 1 for answer in answers]
         counts.append(sum(right))
     return counts
 
@@ -151,14 +158,22 @@ def long_row(rng, kind, name, right):
     asked = str(rng.choice(list(COLORS)))
     num_of = lambda color, shapes: sum(shape[1] == color for shape in shapes)
     answer = sum(num_of(asked, shapes) for shapes, _ in seconds[first:])
-    question = f"How many {asked} shapes are shown" + " in the second half" * (kind == "middle") + "?"
-    row = dict(prompt_id=f"{kind}-{name}", question=question, answer=str(answer), answer_type="text")
+    question = (
+        f"How many {asked} shapes are shown" + " in the second half" * (kind == "middle") + "?"
+    )
+    row = dict(
+        prompt_id=f"{kind}-{name}", question=question, answer=str(answer), answer_type="text"
+    )
     row |= dict(video=f"clips/{kind}-{name}.mp4", use_audio=False)
     if not right:
         return row, seconds
     decided = rng.random() < right
     counted = asked if decided else str(rng.choice([c for c in COLORS if c != asked]))
-    lines, count, others = ["plan: look first" if kind == "middle" else f"plan: count {counted}"], 0, 0
+    lines, count, others = (
+        ["plan: look first" if kind == "middle" else f"plan: count {counted}"],
+        0,
+        0,
+    )
     for k, second in enumerate(seconds):
         if kind == "middle" and k == first:
             lines.append(f"now count {counted}")
@@ -194,7 +209,9 @@ def long_start(name, rows, *flags):
 
 
 def long():
-    rows = long_rows("plan", "sft", 512, 0, right=0.5) + long_rows("middle", "sft", 512, 0, right=0.3)
+    rows = long_rows("plan", "sft", 512, 0, right=0.5) + long_rows(
+        "middle", "sft", 512, 0, right=0.3
+    )
     long_start("sft", rows, "--steps", 500)
 
 
@@ -214,7 +231,9 @@ def busy():
     long_kind("busy")
     rows = long_rows("busy", "more", 512, 3, right=0.5)
     long_start("busy-first", rows, "--model", LONG / "sft/final", "--steps", 500)
-    rows = long_rows("busy", "again", 1024, 4, right=0.5)  # after the first its lines are not true enough
+    rows = long_rows(
+        "busy", "again", 1024, 4, right=0.5
+    )  # after the first its lines are not true enough
     long_start("busy-sft", rows, "--model", LONG / "busy-first/final", "--steps", 600)
 
 

@@ -4,18 +4,20 @@ What the experiments compare or note, and no flag offers: train_rl.py with one f
     python -m experiments.variants never-withdrawn --stage 3 ...
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import json
 import sys
 import zlib
 from pathlib import Path
 
-import train_rl
-from run import UserError, ending
-
 import buffer
 import hints
 import toy
-from rows.clips import BadRow
+import train_rl
+from data.clips import BadRow
+from run.errors import UserError
+from run.launch import run_main
 
 
 class NeverWithdrawn(hints.HintSchedule):
@@ -68,7 +70,9 @@ def write_visits(step, step_rows, *given, score=train_rl.score):
     with open(path, "a") as file:
         for group in filter(None, made):
             right = sum(entry.reward_parts["acc"] == 1 for entry in group) / len(group)
-            visit = dict(step=step, prompt_id=group[0].prompt_id, hinted=group[0].hinted, right=right)
+            visit = dict(
+                step=step, prompt_id=group[0].prompt_id, hinted=group[0].hinted, right=right
+            )
             file.write(json.dumps(visit) + "\n")
     return made
 
@@ -94,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ending.main_guard(main, BadRow)
+    run_main(main, BadRow)

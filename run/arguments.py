@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from run import UserError
+from run.errors import UserError
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -18,7 +18,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 
 # what may change when a run is resumed: where and how fast it computes, and what it tolerates
-FREE = """
+MAY_CHANGE = """
     out resume log save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
     on_bad_step max_ratio attn
 """.split()
@@ -41,9 +41,19 @@ the toy's. Tags in [] are explained in README.md and docs/method.md.
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
     kernels = ["auto", "flash", "fa3", "fa4", "sdpa"]
-    flag("--attn", default="auto", choices=kernels, help="kernel of attention; auto: flash, if it can")
+    flag(
+        "--attn",
+        default="auto",
+        choices=kernels,
+        help="kernel of attention; auto: flash, if it can",
+    )
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
-    flag("--keep", type=int, default=2, help="checkpoints kept; one may be cut off by a dying machine")
+    flag(
+        "--keep",
+        type=int,
+        default=2,
+        help="checkpoints kept; one may be cut off by a dying machine",
+    )
     choices = ["stop", "skip"]
     flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
     told = f"metrics also to {' or '.join(TRACKERS)}; may be given twice"
@@ -66,7 +76,7 @@ def parse(parser, argv, overrides):
     words = sys.argv[1:] if argv is None else argv
     first = [word for word in words if word not in ("-h", "--help")]  # help: the final defaults
     first = parser.parse_known_args(first)[0]
-    for name, values in [*overrides(first), ("run.json", begun_with(first))]:
+    for name, values in [*overrides(first), ("run.json", resumed_arguments(first))]:
         parser.set_defaults(**values)
         source |= {key: name for key in values}
     args = parser.parse_args(argv)
@@ -76,7 +86,8 @@ def parse(parser, argv, overrides):
         told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
         raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
     return args, {
-        key: source.get(key) if value == parser.get_default(key) else "typed" for key, value in vars(args).items()
+        key: source.get(key) if value == parser.get_default(key) else "typed"
+        for key, value in vars(args).items()
     }
 
 
@@ -85,14 +96,14 @@ def encodable(text):
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def begun_with(args):
+def resumed_arguments(args):
     """-> {flag: value} of the run in --out that is to be resumed, if one is."""
-    about = read_about(args.out or "") if args.resume else {}
+    about = read_run_json(args.out or "") if args.resume else {}
     kept = about["arguments"] if about.get("script") == Path(sys.argv[0]).name else {}
     return {k: v for k, v in kept.items() if k in vars(args).keys() - {"out", "resume", "device"}}
 
 
-def read_about(out):
+def read_run_json(out):
     """What OUT/run.json holds; {} before there is one."""
     path = Path(out) / "run.json"
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -100,8 +111,15 @@ def read_about(out):
 
 # of the numbers that both trainers take: the least; or the least and the most
 BOUNDS = dict(
-    seed=0, steps=0, keep=1, save_every=0, cache_gb=0, lr=0, micro_tokens=1, lora_rank=0,
-)  # fmt: skip
+    seed=0,
+    steps=0,
+    keep=1,
+    save_every=0,
+    cache_gb=0,
+    lr=0,
+    micro_tokens=1,
+    lora_rank=0,
+)
 
 
 def check_bounds(args, **bounds):

@@ -20,8 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import run  # before torch: it sets how torch's threads wait
-from run import ending, files, processes
+from run import processes
+from run.errors import UserError
+from run.io import temp_dir
+from run.resume import resume_command
+from run.run_dir import LOGS
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -31,29 +34,31 @@ def save(out, step, policy, optimizer, state, keep):
     Writes OUT/checkpoints/step-NNNNNN, and drops all but the newest `keep`.
 
     state    dict of numbers, strings, lists, dicts and tensors: what else the run needs to go on
-    raises   run.UserError    it cannot be written; the one before it is whole
+    raises   UserError    it cannot be written; the one before it is whole
     """
     model_state, optimizer_state = get_model_state_dict(policy, options=WHOLE), None
     if optimizer.state:  # before its first step it has none, and torch would make some
         optimizer_state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
     if processes.rank():
-        return processes.gather(None)  # a rank that ends now would have torchrun end the one that writes
+        return processes.all_gather_object(
+            None
+        )  # a rank that ends now would have torchrun end the one that writes
     folder = out / "checkpoints" / f"step-{step:06d}"
     stale = folder.with_suffix(".stale")
     shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed while it saved
     try:
-        part = files.empty_part(folder)
+        part = temp_dir(folder)
         save_file({k: v.contiguous() for k, v in model_state.items()}, part / "model.safetensors")
         torch.save(dict(step=step, optimizer=optimizer_state, **state), part / "state.pt")
-        logs = [out / name for name in files.LOGS]
+        logs = [out / name for name in LOGS]
         for path in (*filter(os.path.exists, logs), *part.iterdir(), part):
             sync(path)
     except Exception as error:  # safetensors and torch have classes of their own for a full disk
         shutil.rmtree(folder.with_suffix(".part"), ignore_errors=True)
         why = str(error).splitlines()[0]
-        raise run.UserError(
+        raise UserError(
             f"the checkpoint of step {step} could not be written ({why}), the one before it is "
-            f"whole: make room and go on with: {ending.how_to_go_on()}"
+            f"whole: make room and go on with: {resume_command()}"
         ) from None
     if folder.exists():  # cut off by a dying machine: `load` passed it over
         os.rename(folder, stale)
@@ -64,7 +69,7 @@ def save(out, step, policy, optimizer, state, keep):
     at = saved.index(folder)  # beyond it: torn ones, of steps that have run again
     for old in saved[: max(at + 1 - keep, 0)] + saved[at + 1 :]:
         shutil.rmtree(old)
-    processes.gather(None)
+    processes.all_gather_object(None)
 
 
 def states(**parts):
@@ -101,7 +106,7 @@ def newest(out):
     folders = sorted((out / "checkpoints").glob("step-??????"), reverse=True)
     found = next(filter(None, map(read, folders)), None)
     if folders and not found:
-        raise run.UserError(f"no checkpoint in {out} can be read: look at the disk, or start anew")
+        raise UserError(f"no checkpoint in {out} can be read: look at the disk, or start anew")
     return found
 
 
@@ -113,13 +118,13 @@ def load(out, policy, optimizer):
     found = newest(out) if processes.rank() == 0 else None
     weights, state = found or ({}, None)
     moments = state.pop("optimizer") if state else None
-    state, names, stepped = processes.from_first((state, list(weights), bool(moments)))
+    state, names, stepped = processes.broadcast_object((state, list(weights), bool(moments)))
     if state is None:
         return None
     # not WHOLE: of that, only rank 0 gets anything
     trained = get_model_state_dict(policy, options=StateDictOptions(ignore_frozen_params=True))
     if set(names) != trained.keys():
-        raise run.UserError(f"{out} does not hold the weights that this run trains")
+        raise UserError(f"{out} does not hold the weights that this run trains")
     sent = dict(full_state_dict=True, broadcast_from_rank0=processes.world_size() > 1)
     options = StateDictOptions(**sent, strict=False)
     set_model_state_dict(policy, weights, options=options)

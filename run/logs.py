@@ -10,9 +10,14 @@ import math
 import time
 import uuid
 
-from run import UserError, files, page, processes
+from run import page, processes
+from run.errors import UserError
+from run.io import append_json
+from run.run_dir import begin_run_dir, exit_stack
 
-PAGE_FRAC = 0.01  # of a run's time that its page may take: that of a very long run is written less often
+PAGE_FRAC = (
+    0.01  # of a run's time that its page may take: that of a very long run is written less often
+)
 
 
 def begin(out, args, step):
@@ -21,10 +26,10 @@ def begin(out, args, step):
 
     returns  callable(dict of a step's metrics, show=False): logs them; with `show` the page is written too
     """
-    files.begin(out, args, step)
+    begin_run_dir(out, args, step)
     if processes.rank():
         return lambda report, show=False: None
-    files.at_end.callback(last_page, out)
+    exit_stack.callback(last_page, out)
     openers = dict(tensorboard=open_tensorboard, wandb=open_wandb)
     trackers = [openers[name](out, args, step) for name in dict.fromkeys(args.log)]
 
@@ -32,7 +37,7 @@ def begin(out, args, step):
 
     def log(report, show=False):
         nonlocal due
-        files.log(out / "metrics.jsonl", report)
+        append_json(out / "metrics.jsonl", report)
         numbers = {k: v for k, v in report.items() if isinstance(v, (int, float)) and k != "step"}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for tracker in trackers:
@@ -45,7 +50,9 @@ def begin(out, args, step):
 
 
 def last_page(out):
-    with contextlib.suppress(OSError):  # what ended the run has been told: its page is no second reason
+    with contextlib.suppress(
+        OSError
+    ):  # what ended the run has been told: its page is no second reason
         page.write(out)
 
 
@@ -53,7 +60,7 @@ def open_tensorboard(out, args, step):
     from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
     writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # readers drop what runs again
-    files.at_end.callback(writer.close)
+    exit_stack.callback(writer.close)
 
     def log(scalars, step):
         for name, value in scalars.items():
@@ -75,7 +82,7 @@ def open_wandb(out, args, step):
     except wandb.errors.Error as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--log wandb: {why}; without its server: WANDB_MODE=offline") from None
-    files.at_end.callback(run.finish)
+    exit_stack.callback(run.finish)
 
     def log(scalars, step):
         if step > sent["step"]:

@@ -8,6 +8,8 @@ Written anew whenever a run is evaluated, and at its end. It holds what metrics.
 say, thinned to LIMIT bytes, as data: page.js makes elements of it, and every text stays a text.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import base64
 import contextlib
@@ -17,10 +19,14 @@ import json
 import re
 from pathlib import Path
 
-from run import UserError, arguments, ending, files
-from run.arguments import read_about
-
 import numpy as np
+
+from run import arguments
+from run.arguments import read_run_json
+from run.errors import UserError
+from run.io import write_text
+from run.launch import run_main
+from run.run_dir import LOGS
 
 LIMIT = 5_000_000  # bytes of a page
 POINTS = 1500  # of a curve: the least and the greatest value of each of half as many stretches
@@ -29,27 +35,71 @@ DECADES = 50  # largest / small value, from which on a panel begins on a log sca
 RL = [  # title, {metric: its name in the legend}, x axis if it is always the same, what to say if all is 0
     ("held-out accuracy, by completions", {"eval/acc": "held-out"}, "completions", ""),
     ("held-out accuracy, by seconds", {"eval/acc": "held-out"}, "seconds", ""),
-    ("reward", {"reward": "whole", "rewards/format": "format", "rewards/acc": "accuracy",
-                "rewards/self": "self-consistency", "rewards/judge": "judge"}, "", ""),
+    (
+        "reward",
+        {
+            "reward": "whole",
+            "rewards/format": "format",
+            "rewards/acc": "accuracy",
+            "rewards/self": "self-consistency",
+            "rewards/judge": "judge",
+        },
+        "",
+        "",
+    ),
     ("KL to the reference, nats", {"kl": "KL"}, "", ""),
     ("gradient norm", {"grad_norm": "before clipping"}, "", ""),
-    ("share without a signal", {"frac_reward_zero_std": "fresh groups of equal rewards",
-                                "advantage_zero_frac": "advantages of 0"}, "", ""),
-    ("stored completions, by tier", {"buffer/frac_hard": "hard", "buffer/frac_medium": "medium",
-                                     "buffer/frac_easy": "easy"}, "", "nothing is stored"),
-    ("staleness, steps", {"buffer/staleness_mean": "stored", "off/age_mean": "replayed"}, "", "nothing is replayed"),
+    (
+        "share without a signal",
+        {
+            "frac_reward_zero_std": "fresh groups of equal rewards",
+            "advantage_zero_frac": "advantages of 0",
+        },
+        "",
+        "",
+    ),
+    (
+        "stored completions, by tier",
+        {"buffer/frac_hard": "hard", "buffer/frac_medium": "medium", "buffer/frac_easy": "easy"},
+        "",
+        "nothing is stored",
+    ),
+    (
+        "staleness, steps",
+        {"buffer/staleness_mean": "stored", "off/age_mean": "replayed"},
+        "",
+        "nothing is replayed",
+    ),
     ("effective sample size", {"off/ess_frac": "replayed tokens"}, "", ""),
     ("largest ratio of a replayed token", {"off/ratio_max": "pi / b"}, "", ""),
-    ("hints so far", {"hints/entered": "entered", "hints/withdrawn": "withdrawn"}, "",
-     "no hint has entered: a prompt must stay Hard and unsolved"),
+    (
+        "hints so far",
+        {"hints/entered": "entered", "hints/withdrawn": "withdrawn"},
+        "",
+        "no hint has entered: a prompt must stay Hard and unsolved",
+    ),
     ("prompts with a hint", {"hints/frac": "share of the step"}, "", "no prompt carried a hint"),
     ("standard deviation", {"advantage_std": "advantages", "reward_std": "rewards"}, "", ""),
-    ("clipped tokens", {"clip_frac": "all", "off/clip_frac": "replayed"}, "", "no token was clipped"),
+    (
+        "clipped tokens",
+        {"clip_frac": "all", "off/clip_frac": "replayed"},
+        "",
+        "no token was clipped",
+    ),
     ("entropy, nats", {"entropy": "entropy"}, "", ""),
     ("tokens of a completion", {"completions/mean_length": "mean"}, "", ""),
-    ("seconds of a step", {"time/data_s": "data", "time/rollout_s": "rollout", "time/update_s": "update",
-                           "time/judge_wait_s": "waiting for the judge"}, "", ""),
-]  # fmt: skip
+    (
+        "seconds of a step",
+        {
+            "time/data_s": "data",
+            "time/rollout_s": "rollout",
+            "time/update_s": "update",
+            "time/judge_wait_s": "waiting for the judge",
+        },
+        "",
+        "",
+    ),
+]
 SFT = [
     ("loss, nats a token", {"loss": "loss"}, "", ""),
     ("gradient norm", {"grad_norm": "before clipping"}, "", ""),
@@ -65,17 +115,23 @@ def write(folder, against=None):
     steps = runs[0]["steps"]
     panels = SFT if steps and "reward" not in steps[-1] else RL
     curves = [thinned(run, {name for _, names, _, _ in panels for name in names}) for run in runs]
-    data = dict(runs=curves, told=told, panels=[
-        dict(title=title, names=names, axis=axis, why=why, log=spans_decades(curves, names))
-        for title, names, axis, why in panels
-    ])  # fmt: skip
+    data = dict(
+        runs=curves,
+        told=told,
+        panels=[
+            dict(title=title, names=names, axis=axis, why=why, log=spans_decades(curves, names))
+            for title, names, axis, why in panels
+        ],
+    )
     own = Path(__file__)
     template, script = (own.with_suffix(s).read_text(encoding="utf-8") for s in (".html", ".js"))
     data |= samples_of(folder, LIMIT - len(encoded(data)) - len(template) - len(script), told)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = dict(title=html.escape(curves[0]["name"]), data=encoded(data), script=script, digest=digest)
+    parts = dict(
+        title=html.escape(curves[0]["name"]), data=encoded(data), script=script, digest=digest
+    )
     text = re.sub(r"{(title|data|script|digest)}", lambda match: parts[match[1]], template)
-    files.write_text(folder / "index.html", text.encode("ascii", "xmlcharrefreplace").decode())
+    write_text(folder / "index.html", text.encode("ascii", "xmlcharrefreplace").decode())
     return folder / "index.html"
 
 
@@ -107,11 +163,15 @@ def read_run(folder, told):
     """-> name, what run.json says, metrics of every step"""
     name, told_here, about = folder.resolve().name, [], {}
     with contextlib.suppress(ValueError):
-        about = read_about(folder)
+        about = read_run_json(folder)
     given = about.get("arguments") or {}
     if not given:
         told_here.append("run.json is missing or damaged")
-    words = [f"{key} {given[key]}" for key in ("stage", "algo", "seed", "steps") if given.get(key) is not None]
+    words = [
+        f"{key} {given[key]}"
+        for key in ("stage", "algo", "seed", "steps")
+        if given.get(key) is not None
+    ]
     words += [f"commit {about['commit']}"] if about.get("commit") else []
     steps = [item for item, _ in read_lines(folder / "metrics.jsonl", told_here)]
     if not steps and "metrics.jsonl is missing" not in told_here:
@@ -144,11 +204,15 @@ def samples_of(folder, room, told):
     while True:
         chosen = steps[::-1][::every][::-1]
         prompts = {q for step in chosen for _, q in by_step[step]} & clips.keys()
-        if sum(size[s] for s in chosen) + sum(length_of[q] for q in prompts) < room or every > len(steps):
+        if sum(size[s] for s in chosen) + sum(length_of[q] for q in prompts) < room or every > len(
+            steps
+        ):
             break
         every *= 2
     if every > 1:
-        told_here.append(f"of {len(steps)} sampled steps one in {every} is shown: the page has its bound")
+        told_here.append(
+            f"of {len(steps)} sampled steps one in {every} is shown: the page has its bound"
+        )
     if any("tokens" not in item for step in chosen for g in by_step[step].values() for item in g):
         told_here.append("samples of an older version: without tokens, their weights and ratios")
     told += told_here
@@ -171,7 +235,11 @@ def thinned(run, names):
         values = np.array([number(m.get(name)) for m in steps])
         if len(at := np.flatnonzero(np.isfinite(values))):
             series[name] = [extremes(at, values[at]), *smooth(at, values[at])], values
-    rows = np.unique(np.concatenate([np.zeros(0, int), *(at for parts, _ in series.values() for at in parts[:2])]))
+    rows = np.unique(
+        np.concatenate(
+            [np.zeros(0, int), *(at for parts, _ in series.values() for at in parts[:2])]
+        )
+    )
     axes = dict(
         step=np.array([m["step"] for m in steps]),
         completions=np.array([number(m.get("completions_generated")) for m in steps]),
@@ -183,11 +251,15 @@ def thinned(run, names):
         last=steps[-1]["step"] if steps else 0,
         axes={name: listed(x[rows], 7) for name, x in axes.items() if steps},
         series={
-            name: [np.searchsorted(rows, at).tolist(), listed(values[at]), np.searchsorted(rows, mid).tolist(),
-                   listed(means)]
+            name: [
+                np.searchsorted(rows, at).tolist(),
+                listed(values[at]),
+                np.searchsorted(rows, mid).tolist(),
+                listed(means),
+            ]
             for name, ((at, mid, means), values) in series.items()
         },
-    )  # fmt: skip
+    )
 
 
 def number(value):
@@ -198,7 +270,11 @@ def seconds(m):
     """What a step took, evaluation and checkpoints apart."""
     if number(m.get("tokens_per_s")) > 0 and "num_valid_tokens" in m:
         return m["num_valid_tokens"] / m["tokens_per_s"]
-    names = ["time/step_s"] if "time/step_s" in m else [f"time/{part}_s" for part in ("data", "rollout", "update")]
+    names = (
+        ["time/step_s"]
+        if "time/step_s" in m
+        else [f"time/{part}_s" for part in ("data", "rollout", "update")]
+    )
     return float(np.nansum([number(m.get(name)) for name in names]))
 
 
@@ -223,8 +299,12 @@ def smooth(at, values):
 
 
 def spans_decades(curves, names):
-    values = [y for curve in curves for name in names for y in curve["series"].get(name, [0, []])[1]]
-    low = np.percentile(values, 5) if values else 0  # a first step of almost nothing would stretch the axis
+    values = [
+        y for curve in curves for name in names for y in curve["series"].get(name, [0, []])[1]
+    ]
+    low = (
+        np.percentile(values, 5) if values else 0
+    )  # a first step of almost nothing would stretch the axis
     return bool(low > 0 and max(values) > DECADES * low)
 
 
@@ -236,17 +316,21 @@ def listed(values, digits=4):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.add_argument("run", help="folder of a run, finished or not")
-    parser.add_argument("--against", metavar="RUN", help="another run, whose curves are drawn beside")
+    parser.add_argument(
+        "--against", metavar="RUN", help="another run, whose curves are drawn beside"
+    )
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_args()
     for folder in filter(None, (args.run, args.against)):
-        if not any((Path(folder) / name).is_file() for name in ("run.json", *files.LOGS)):
-            raise UserError(f"{folder} is no folder of a run: neither run.json nor metrics.jsonl is there")
+        if not any((Path(folder) / name).is_file() for name in ("run.json", *LOGS)):
+            raise UserError(
+                f"{folder} is no folder of a run: neither run.json nor metrics.jsonl is there"
+            )
     print(write(args.run, args.against))
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

@@ -6,18 +6,18 @@ import os
 import time
 from datetime import timedelta
 
-import run  # before torch: it sets how torch's threads wait
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from run.errors import UserError
+
 # rank 0 may work for long while the others wait for it in `gather`; a dead one ends torchrun anyway
-LONG = timedelta(hours=6)
-# the group that objects go through where tensors have NCCL: no GPU is waited for, or for LONG
+LONG_TIMEOUT = timedelta(hours=6)
+# the group that objects go through where tensors have NCCL: no GPU is waited for, or for LONG_TIMEOUT
 _objects = []
-FIRST = 5  # steps after which the time of the others is estimated
+ESTIMATE_AFTER = 5  # steps after which the time of the others is estimated
 
 
 def rank():
@@ -33,17 +33,17 @@ def init(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise run.UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
+        raise UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(gpu)
     # the same bits twice, with any number of threads; a GPU's kernels are not all so
     torch.use_deterministic_algorithms(device == "cpu")
     if world_size() > 1 and device == "cpu":
-        dist.init_process_group("gloo", timeout=LONG)
+        dist.init_process_group("gloo", timeout=LONG_TIMEOUT)
     elif world_size() > 1:
         dist.init_process_group("nccl", timeout=timedelta(minutes=30), device_id=gpu)
-        _objects.append(dist.new_group(backend="gloo", timeout=LONG))
+        _objects.append(dist.new_group(backend="gloo", timeout=LONG_TIMEOUT))
     elif device == "cuda":  # FSDP keeps float32 master weights on one GPU too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
@@ -55,7 +55,7 @@ def compute_dtype(device, dtype):
     return getattr(torch, dtype)
 
 
-def gather(item):
+def all_gather_object(item):
     """-> list of every rank's item, in the order of the ranks."""
     items = [item] * world_size()
     if world_size() > 1:
@@ -63,7 +63,7 @@ def gather(item):
     return items
 
 
-def from_first(item):
+def broadcast_object(item):
     """-> rank 0's item, on every rank."""
     items = [item]
     if world_size() > 1:
@@ -71,16 +71,16 @@ def from_first(item):
     return items[0]
 
 
-def rounds(items, filler):
+def even_rounds(items, filler):
     """
     As many rounds on every rank, as a forward under FSDP needs: a rank that has fewer items than
     another goes on with fillers. -> pairs of (item, whether it is one of the items)
     """
-    for k in range(max(gather(len(items)))):
+    for k in range(max(all_gather_object(len(items)))):
         yield (items[k], True) if k < len(items) else (filler, False)
 
 
-def share(count):
+def local_slice(count):
     """The slice of `count` things that is this rank's."""
     return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
@@ -92,7 +92,7 @@ def seed(*numbers):
 
 def check_multiple(flag, value):
     if value % world_size():
-        raise run.UserError(f"{flag} {value} must be a multiple of the {world_size()} processes")
+        raise UserError(f"{flag} {value} must be a multiple of the {world_size()} processes")
 
 
 def print0(*words):
@@ -108,7 +108,9 @@ class Steps:
 
     def __init__(self, start, count, title):
         self.step, self.count = start, count
-        self.bar = tqdm(total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None)
+        self.bar = tqdm(
+            total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None
+        )
 
     def __iter__(self):
         began, start = time.monotonic(), self.step
@@ -117,8 +119,8 @@ class Steps:
             yield self.step
             self.bar.update()
             left = self.count - self.step
-            if self.step == start + FIRST and left > FIRST:
-                minutes = (time.monotonic() - began) / FIRST * left / 60
+            if self.step == start + ESTIMATE_AFTER and left > ESTIMATE_AFTER:
+                minutes = (time.monotonic() - began) / ESTIMATE_AFTER * left / 60
                 self.tell(f"about {minutes:.1f} minutes for the other {left} steps")
         self.bar.close()
 

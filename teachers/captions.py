@@ -2,7 +2,7 @@
 A captioner describes what is heard: the audio captions of stage 2.
 """
 
-from teachers.ask import plain
+from teachers.client import plain
 
 CAPTION = (
     "Describe what is heard in this recording in one or two short sentences: voices and what they "

@@ -5,9 +5,9 @@ A teacher writes the hints: one short strategic suggestion a row, that does not 
 import json
 import re
 
-from rows import data
-from teachers.ask import plain
+from data.rows import answer_spec
 from teachers.chat import NoAnswer
+from teachers.client import plain
 from teachers.leaks import hint_leak
 
 PROMPT = """\
@@ -39,9 +39,13 @@ def ask_hint(teacher, row, attempts):
     text, refused = PROMPT.format(request=request, max_words=MAX_WORDS), ""
     for attempt in range(attempts):
         temperature = 0.8 if attempt else 0.0
-        reply = teacher.ask(row, ("frames",), text + refused, 3 * MAX_WORDS, plain, temperature, attempt)
-        hint = re.sub(r"^(?i:(?:strategic )?hint)\s*[:\-]\s*", "", reply.strip("\"' ")).strip("\"' ")
-        reason = hint_leak(hint, *data.truth(row))
+        reply = teacher.ask(
+            row, ("frames",), text + refused, 3 * MAX_WORDS, plain, temperature, attempt
+        )
+        hint = re.sub(r"^(?i:(?:strategic )?hint)\s*[:\-]\s*", "", reply.strip("\"' ")).strip(
+            "\"' "
+        )
+        reason = hint_leak(hint, *answer_spec(row))
         if not any(c.isalnum() for c in hint):
             reason = "it has no words"
         elif len(hint.split()) > MAX_WORDS:

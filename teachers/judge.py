@@ -29,11 +29,12 @@ import time
 import unicodedata
 from concurrent.futures import Future
 
-from run import UserError, ending, processes  # before torch
-
 import rewards
-from rows.clips import BadRow
-from teachers import ask
+from data.clips import BadRow
+from run import processes
+from run.errors import UserError
+from run.resume import resume_command
+from teachers import client
 from teachers.chat import NoAnswer
 
 CONCURRENCY = 32  # requests to the judge at one time, of all ranks: what a vLLM batches well
@@ -142,7 +143,7 @@ def score_steps(teacher, row, steps):
     """
     What a frozen model makes of a reasoning                                            [R.judge]
 
-    teacher  ask.Teacher
+    teacher  client.Teacher
     returns  list of float in [0, 1], one a step
     raises   as teacher.ask
     """
@@ -265,10 +266,10 @@ def stop_if_unjudged(step, unjudged_frac, judged, save):
     """Ends the run, the state before the step saved, where too little of it could be judged."""
     if unjudged_frac > MAX_UNJUDGED_FRAC or unjudged_frac == 1:
         save()
-        whys = processes.gather(judged.why)
+        whys = processes.all_gather_object(judged.why)
         why = next(filter(None, whys), "no reason was given")
         told = f"step {step}: {unjudged_frac:.0%} of the completions could not be judged: {why}"
-        raise UserError(f"{told}; the state before it is saved: {ending.how_to_go_on()}")
+        raise UserError(f"{told}; the state before it is saved: {resume_command()}")
 
 
 def open_judge(args, folder, recipe, out, device, toy_judge):
@@ -278,14 +279,21 @@ def open_judge(args, folder, recipe, out, device, toy_judge):
     folder   Path    that the rows' media paths are relative to
     out      Path    the run's folder; scores are kept in OUT/judged, for a run that is resumed
     toy_judge  callable(row, steps), for --judge toy
-    raises   run.UserError    as ask.Teacher
+    raises   run.UserError    as client.Teacher
     """
     if args.judge == "toy":
         return Judge(toy_judge, (), 1)
     concurrency = max(1, CONCURRENCY // processes.world_size())
-    teacher = ask.Teacher(
-        args.judge, args.judge_model, folder, recipe, out / "judged", concurrency, TIMEOUT, RETRIES,
+    teacher = client.Teacher(
+        args.judge,
+        args.judge_model,
+        folder,
+        recipe,
+        out / "judged",
+        concurrency,
+        TIMEOUT,
+        RETRIES,
         device=device,
-    )  # fmt: skip
+    )
     failures = (NoAnswer, UserError, BadRow)  # a wrong key, a clip that is gone
     return Judge(functools.partial(score_steps, teacher), failures, concurrency)

@@ -19,7 +19,9 @@ PRONOUN = r"\bone by one\b|\b(?:the|each|every|which|this|that|no) one\b|\bone (
 YESNO = {"yes": "(?:yes|true|not no|not false)", "no": "(?:no|false|not yes|not true)"}
 YESNO |= {"true": YESNO["yes"], "false": YESNO["no"]}
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-COMMON = set("a an the of in on at to is are be and or with by for from it its that this as".split())
+COMMON = set(
+    "a an the of in on at to is are be and or with by for from it its that this as".split()
+)
 
 
 def _plain(text):
@@ -119,7 +121,9 @@ def hint_leak(hint, answer, answer_type, options=None):
     for part in map(str, answer):
         text, compact = _plain(re.sub(label, "", part)), re.sub(r"\W", "", part)
         same = {letter for letter in table if _plain(table[letter]) == text}
-        letters = set(compact.upper()) if len(compact) == 1 or multi and compact.isupper() else set()
+        letters = (
+            set(compact.upper()) if len(compact) == 1 or multi and compact.isupper() else set()
+        )
         right |= same or letters
         if not (same or letters) and _tells(hint, text):
             return f"it says {part!r}"

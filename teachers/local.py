@@ -5,10 +5,10 @@ A Hugging Face folder that is asked about clips in this process, as chat.py asks
 import threading
 from pathlib import Path
 
-from run import UserError  # before torch: it sets how torch's threads wait
-
 import torch
 import torchvision
+
+from run.errors import UserError
 
 
 class Local:
@@ -42,11 +42,15 @@ class Local:
         content = [*clip, dict(type="text", text=text)]
         with self.lock, torch.random.fork_rng(enabled=temperature > 0):
             inputs = self.processor.apply_chat_template(
-                [dict(role="user", content=content)], add_generation_prompt=True, tokenize=True,
-                return_dict=True, return_tensors="pt",
-            ).to(self.model.device)  # fmt: skip
-            inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v
-                      for k, v in inputs.items()}  # fmt: skip
+                [dict(role="user", content=content)],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(self.model.device)
+            inputs = {
+                k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()
+            }
             start, draws = inputs["input_ids"].shape[1], dict(do_sample=False)
             if temperature > 0:
                 torch.manual_seed(seed)
@@ -61,7 +65,9 @@ class Local:
 def spelled(pieces, tokenizer, start):
     """-> callable(batch, ids) for generate: the tokens that may follow, so that `pieces` result."""
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    pieces = [[encode(x) for x in ([piece] if isinstance(piece, str) else piece)] for piece in pieces]
+    pieces = [
+        [encode(x) for x in ([piece] if isinstance(piece, str) else piece)] for piece in pieces
+    ]
 
     def allowed(_, ids):
         said = ids[start:].tolist()

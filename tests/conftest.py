@@ -13,20 +13,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import run.before_torch  # noqa: F401  must come before torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # their figures are float32's, on a CPU
 
-from run import ending
 
 import pytest  # noqa: E402
-
 import torch  # noqa: E402
-
-from rows import data  # noqa: E402
-from rows.clips import BadRow  # noqa: E402
 from media_files import RECIPE, media  # noqa: E402, F401  media is a fixture
-from omni import model  # noqa: E402
+
 import toy  # noqa: E402
+from data.clips import BadRow
+from data.rows import Rows
+from models.inputs import InputBuilder
+from run.launch import run_main
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +44,8 @@ def toy_prompts(toy_dir):
     """-> prompts with sound and without, of different lengths; what built the last of them."""
     prompts = []
     for stage, i in ((3, 0), (1, 0), (2, 1)):
-        rows = data.Rows(toy_dir / f"stage{stage}" / "train.jsonl")
-        build = model.InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
+        rows = Rows(toy_dir / f"stage{stage}" / "train.jsonl")
+        build = InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
         prompts.append(build(rows[i]))
     return prompts, build
 
@@ -87,7 +88,7 @@ def launch(script, *flags, code=0, processes=1):
             patch.setattr(sys, "argv", argv)
             try:
                 module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-                ending.main_guard(module.main, BadRow)
+                run_main(module.main, BadRow)
             except SystemExit as end:
                 status = end.code
         printed = out.getvalue()
@@ -97,7 +98,9 @@ def launch(script, *flags, code=0, processes=1):
     return printed
 
 
-needs_browser = pytest.mark.skipif(not find_spec("PySide6"), reason="needs a browser: pip install PySide6")
+needs_browser = pytest.mark.skipif(
+    not find_spec("PySide6"), reason="needs a browser: pip install PySide6"
+)
 
 
 def in_browser(path, expression):
@@ -121,7 +124,7 @@ class Numbers:
         self.threads.add(threading.current_thread())
         self.loads.append(row["prompt_id"])
         if row["prompt_id"] in self.broken:
-            raise data.BadRow(f"row {row['prompt_id']}: broken")
+            raise BadRow(f"row {row['prompt_id']}: broken")
         return torch.full((25,), float(row["prompt_id"]))  # 100 bytes
 
     def key(self, row):

@@ -5,6 +5,8 @@ every rank reads; peaks of memory; a checkpoint and `final/` of it.
     torchrun --nproc-per-node 2 tests/loaded_once.py MODEL OUT
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import gc
 import json
@@ -13,14 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import conftest  # noqa: F401  puts the repository on the path
-from run import checkpoint, ending, folders, optim, processes  # before torch
-
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from experiments.bench import resident_mb
-from omni import model
+from models.loading import load_policy, open_policies
+from models.paths import save_model
+from run import checkpoint, optim, processes
+from run.launch import run_main
 
 
 def peak_mb(task):
@@ -59,17 +62,19 @@ class NoProcessor:
         pass
 
 
-def check_loading(load, open_policies):
+def check_loading(load, load_again):
     """Every parameter and buffer -> the policy, the plain one, MB of each rank at its peak."""
     (policy, _), once = peak_mb(open_policies)
     whole_one, plain = peak_mb(load)
     assert same_policy(policy, whole_one) > 100
     size = sum(p.nbytes for p in whole_one.parameters()) / 2**20
-    found = dict(size=size, plain=processes.gather(plain), once=processes.gather(once))
+    found = dict(
+        size=size, plain=processes.all_gather_object(plain), once=processes.all_gather_object(once)
+    )
     return policy, whole_one, found
 
 
-def check_resuming(policy, plain, open_policies, out):
+def check_resuming(policy, plain, load_again, out):
     """A checkpoint that rank 0 alone can read -> MB of each rank at its peak."""
     optimizer = optim.adamw(policy, 1e-2)
     fake_step(policy, optimizer)
@@ -85,18 +90,18 @@ def check_resuming(policy, plain, open_policies, out):
         assert optimizer.state.get(p, {}).keys() == other.state.get(q, {}).keys()
         for key, value in optimizer.state.get(p, {}).items():
             assert torch.equal(whole(value), whole(other.state[q][key])), key
-    return processes.gather(peak)
+    return processes.all_gather_object(peak)
 
 
 def check(folder, lora_rank, out, device):
     args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32", attn="auto")
-    load = partial(model.load, folder, lora_rank, False)
-    open_policies = partial(model.open_policies, folder, args, device, with_reference=False)
-    policy, plain, found = check_loading(load, open_policies)
+    load = partial(load_policy, folder, lora_rank, False)
+    load_again = partial(open_policies, folder, args, device, with_reference=False)
+    policy, plain, found = check_loading(load, load_again)
     if not lora_rank:
-        found["resumed"] = check_resuming(policy, plain, open_policies, out)
+        found["resumed"] = check_resuming(policy, plain, load_again, out)
     for name, whose in (("final", policy), ("plain", plain)):
-        folders.save(whose, out / f"{name}-{lora_rank}", NoProcessor())
+        save_model(whose, out / f"{name}-{lora_rank}", NoProcessor())
     processes.print0(json.dumps(found))
 
 
@@ -104,10 +109,10 @@ def main():
     folder, out = sys.argv[1], Path(sys.argv[2])
     device = processes.init("cpu")
     processes._objects.append(dist.new_group(backend="gloo"))  # as beside NCCL
-    model.load(folder, 8, False)  # what loading needs once
+    load_policy(folder, 8, False)  # what loading needs once
     for lora_rank in (0, 8):
         check(folder, lora_rank, out, device)
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

@@ -13,12 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from rows import data
-from rows.clips import Recipe
+from data.clips import MediaConfig, decode_clip
+from data.rows import normalize_row
 
-RECIPE = Recipe(fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048)
+RECIPE = MediaConfig(
+    fps=2.0, max_frames=16, max_pixels=56 * 56, max_audio_seconds=8.0, max_prompt_tokens=2048
+)
 BITS = 11  # of a frame's number, and then a white column and a black one
-WIDE = RECIPE._replace(max_frames=64, max_pixels=112 * 112, max_audio_seconds=120.0, max_prompt_tokens=4096)
+WIDE = RECIPE._replace(
+    max_frames=64, max_pixels=112 * 112, max_audio_seconds=120.0, max_prompt_tokens=4096
+)
 TONE = 1000.0  # Hz
 
 
@@ -57,8 +61,19 @@ def write(path, video="libx264", audio=None, format=None, options=None, muxer=No
     return path.name
 
 
-def write_video(container, codec, options, *, fps=10, seconds=6.0, size=(104, 56), gop=12,
-                times=None, begin=0.0, picture=stamp):  # fmt: skip
+def write_video(
+    container,
+    codec,
+    options,
+    *,
+    fps=10,
+    seconds=6.0,
+    size=(104, 56),
+    gop=12,
+    times=None,
+    begin=0.0,
+    picture=stamp,
+):
     """times: of the frames, in seconds, if not regular; begin: the first frame's time stamp."""
     base = Fraction(1, fps) if times is None else Fraction(1, 1000)
     times = np.arange(round(seconds * fps)) / fps if times is None else times
@@ -113,15 +128,19 @@ def onsets(audio):
 
 
 def make_row(**fields):
-    return dict(dict(prompt_id="r7", question="How many?", answer="3", answer_type="number"), **fields)
+    return dict(
+        dict(prompt_id="r7", question="How many?", answer="3", answer_type="number"), **fields
+    )
 
 
 def decode(folder, recipe=WIDE, **fields):
-    return data.decode_clip(data.normalize_row(make_row(**fields)), folder, recipe)
+    return decode_clip(normalize_row(make_row(**fields)), folder, recipe)
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -230,7 +249,10 @@ BAD_MEDIA = [
     (dict(images=["good.jpg", "good.wav"]), "no video stream"),
     (dict(images=["text.mp4"]), "does not open"),
     (dict(video="../outside.mp4"), "is not in the JSONL's folder: .*--allow-outside"),
-    (dict(video="https://x.org/a.mp4"), "r7: https://x.org/a.mp4 is a URL: not fetched: download it"),
+    (
+        dict(video="https://x.org/a.mp4"),
+        "r7: https://x.org/a.mp4 is a URL: not fetched: download it",
+    ),
     (dict(images=["/etc/passwd"]), "is not in the JSONL"),
     (dict(video="list.m3u8"), "is a playlist: give the media file itself"),
     (dict(video="loop.mp4"), "cannot be reached|no file at"),

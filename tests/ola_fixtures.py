@@ -30,35 +30,97 @@ from transformers.models.clip import image_processing_clip, modeling_clip  # noq
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ola_fixtures.safetensors"
-CONFIG = dict(  # the published config.json, as far as it says how the model is built, but for the sizes
-    model_type="ola_qwen", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0,
-    rope_scaling=None, vocab_size=640, max_position_embeddings=32768, tie_word_embeddings=False,
-    mm_hidden_size=64, mm_projector_type="ola_mlp", speech_encoder_ds_rate=10,
-    speech_encoder_hidden_size=48, speech_encoder_type="dual", speech_projector_type="linear",
-    speech_encoder="./pretrained/large-v3.pt",
-    music_encoder="./pretrained/BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
-)  # fmt: skip
+CONFIG = (
+    dict(  # the published config.json, as far as it says how the model is built, but for the sizes
+        model_type="ola_qwen",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        rope_scaling=None,
+        vocab_size=640,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        mm_hidden_size=64,
+        mm_projector_type="ola_mlp",
+        speech_encoder_ds_rate=10,
+        speech_encoder_hidden_size=48,
+        speech_encoder_type="dual",
+        speech_projector_type="linear",
+        speech_encoder="./pretrained/large-v3.pt",
+        music_encoder="./pretrained/BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
+    )
+)
 WHISPER = dict(
-    n_mels=128, n_audio_ctx=100, n_audio_state=32, n_audio_head=4, n_audio_layer=2, n_vocab=8,
-    n_text_ctx=8, n_text_state=8, n_text_head=2, n_text_layer=1,
-)  # fmt: skip
+    n_mels=128,
+    n_audio_ctx=100,
+    n_audio_state=32,
+    n_audio_head=4,
+    n_audio_layer=2,
+    n_vocab=8,
+    n_text_ctx=8,
+    n_text_state=8,
+    n_text_head=2,
+    n_text_layer=1,
+)
 BEATS = dict(  # what the published file says, but for the sizes
-    encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4,
-    embed_dim=12, input_patch_size=16, conv_bias=False, conv_pos=16, conv_pos_groups=4,
-    relative_position_embedding=True, num_buckets=32, max_distance=40, gru_rel_pos=True,
-    deep_norm=True, layer_norm_first=False, activation_fn="gelu", finetuned_model=True,
+    encoder_layers=2,
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=32,
+    encoder_attention_heads=4,
+    embed_dim=12,
+    input_patch_size=16,
+    conv_bias=False,
+    conv_pos=16,
+    conv_pos_groups=4,
+    relative_position_embedding=True,
+    num_buckets=32,
+    max_distance=40,
+    gru_rel_pos=True,
+    deep_norm=True,
+    layer_norm_first=False,
+    activation_fn="gelu",
+    finetuned_model=True,
     predictor_class=5,
-)  # fmt: skip
+)
 TRUE = (  # sizes of the published weights
-    dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-         num_key_value_heads=4, vocab_size=152064, mm_hidden_size=1152, speech_encoder_hidden_size=2048),
-    dict(n_audio_ctx=1500, n_audio_state=1280, n_audio_head=20, n_audio_layer=32, n_vocab=51866,
-         n_text_ctx=448, n_text_state=1280, n_text_head=20, n_text_layer=32),
-    dict(encoder_layers=12, encoder_embed_dim=768, encoder_ffn_embed_dim=3072, embed_dim=512,
-         encoder_attention_heads=12, conv_pos=128, conv_pos_groups=16, num_buckets=320,
-         max_distance=800, predictor_class=527),
-)  # fmt: skip
+    dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        mm_hidden_size=1152,
+        speech_encoder_hidden_size=2048,
+    ),
+    dict(
+        n_audio_ctx=1500,
+        n_audio_state=1280,
+        n_audio_head=20,
+        n_audio_layer=32,
+        n_vocab=51866,
+        n_text_ctx=448,
+        n_text_state=1280,
+        n_text_head=20,
+        n_text_layer=32,
+    ),
+    dict(
+        encoder_layers=12,
+        encoder_embed_dim=768,
+        encoder_ffn_embed_dim=3072,
+        embed_dim=512,
+        encoder_attention_heads=12,
+        conv_pos=128,
+        conv_pos_groups=16,
+        num_buckets=320,
+        max_distance=800,
+        predictor_class=527,
+    ),
+)
 DEPTH = 2, 27  # blocks of the vision tower: tiny, published
 SECONDS = 2  # of a window: that the tiny Whisper takes
 SIZES = [(32, 64), (96, 32), (64, 64)]  # height, width of pictures
@@ -162,22 +224,35 @@ def build(sizes, depth):
     with torch.device("cpu"):  # on the meta device its weights could not be drawn
         beats = BEATs(BEATsConfig(beats))
     return {
-        "text": transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: config[k] for k in keys})),
+        "text": transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**{k: config[k] for k in keys})
+        ),
         "tower": VisionTransformer(
-            img_size=2048, patch_size=16, embed_dim=config["mm_hidden_size"], depth=depth, num_heads=16,
-            mlp_ratio=3.7362, class_token=False, global_pool="map", num_classes=0,
+            img_size=2048,
+            patch_size=16,
+            embed_dim=config["mm_hidden_size"],
+            depth=depth,
+            num_heads=16,
+            mlp_ratio=3.7362,
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
         ),
         "vision": build_vision_projector(namespace),
         "sound": build_speech_projector(namespace),
         "whisper": Whisper(ModelDimensions(**whisper)),
         "beats": beats,
-    }  # fmt: skip
+    }
 
 
 def published(parts):
     """-> {name: tensor} as in the safetensors, in Whisper's file and in BEATs' file"""
-    prefixes = {"text": "", "tower": "model.vision_tower.vision_tower.", "vision": "model.mm_projector.",
-                "sound": "model.speech_projector."}  # fmt: skip
+    prefixes = {
+        "text": "",
+        "tower": "model.vision_tower.vision_tower.",
+        "vision": "model.mm_projector.",
+        "sound": "model.speech_projector.",
+    }
     whole = {}
     for name, prefix in prefixes.items():
         whole |= {prefix + key: value for key, value in parts[name].state_dict().items()}
@@ -197,7 +272,9 @@ def folded(shapes):
 
 
 def unfolded(found):
-    return {name.replace("*", str(i)): shape for name, (n, shape) in found.items() for i in range(n)}
+    return {
+        name.replace("*", str(i)): shape for name, (n, shape) in found.items() for i in range(n)
+    }
 
 
 class Spliced:
@@ -229,19 +306,27 @@ class Spliced:
     def __call__(self, ids, low, high, modality, mel, waves):
         given = [torch.tensor([mel.shape[1]] * len(mel))], torch.tensor([len(mel)]), [waves]
         prepare = self.meta.prepare_inputs_labels_for_speech_vision_text
-        return prepare(ids[None], None, None, None, None, [mel], *given, [low], [modality], None, [high])[4][0]
+        return prepare(
+            ids[None], None, None, None, None, [mel], *given, [low], [modality], None, [high]
+        )[4][0]
 
 
 def main():
     ola_checkout, whisper_checkout = sys.argv[1:]
-    os.environ |= dict(FORCE_NO_DOWNSAMPLE="1", VIDEO_RESIZE="0x64", LOWRES_RESIZE="384x32",
-                       HIGHRES_BASE="0x32", VIDEO_MAXRES="480", VIDEO_MINRES="288")  # fmt: skip
+    os.environ |= dict(
+        FORCE_NO_DOWNSAMPLE="1",
+        VIDEO_RESIZE="0x64",
+        LOWRES_RESIZE="384x32",
+        HIGHRES_BASE="0x32",
+        VIDEO_MAXRES="480",
+        VIDEO_MINRES="288",
+    )
     sys.path.insert(0, ola_checkout)
     substitutes(whisper_checkout)
+    import whisper
     from ola.conversation import conv_templates
     from ola.datasets import preprocess
     from tokenizers import Tokenizer
-    import whisper
 
     parts = build((CONFIG, WHISPER, BEATS), DEPTH[0])
     states = published(parts)
@@ -285,17 +370,31 @@ def main():
     heard = mel.transpose(1, 2), waves
     cases = {
         "video and sound": ("<speech><image>\n", "speech_image", (frames, frames, "video"), heard),
-        "video": ("<image>\n", "image", (frames, frames, "video"), (silence[0].transpose(1, 2), silence[1])),
+        "video": (
+            "<image>\n",
+            "image",
+            (frames, frames, "video"),
+            (silence[0].transpose(1, 2), silence[1]),
+        ),
         "sound": ("<speech>\n", "speech", (nothing, nothing, "text"), heard),
-        "image": ("<image>\n", "image", (normal(low), normal(high), "image"), (silence[0].transpose(1, 2), silence[1])),
-    }  # fmt: skip
+        "image": (
+            "<image>\n",
+            "image",
+            (normal(low), normal(high), "image"),
+            (silence[0].transpose(1, 2), silence[1]),
+        ),
+    }
     for name, (marks, kind, seen, heard) in cases.items():
         conversation = conv_templates["qwen_1_5"].copy()
         conversation.append_message(conversation.roles[0], marks + QUESTION)
         conversation.append_message(conversation.roles[1], None)
         tokenize = getattr(preprocess, f"tokenizer_{kind}_token")
-        ids = tokenize(conversation.get_prompt(), tokenizer, **(
-            dict(image_token_index=-300) if "image" in kind else {}), return_tensors="pt")
+        ids = tokenize(
+            conversation.get_prompt(),
+            tokenizer,
+            **(dict(image_token_index=-300) if "image" in kind else {}),
+            return_tensors="pt",
+        )
         embeds = splice(ids, *seen, *heard)
         out[f"embeds, {name}"] = embeds
         out[f"logits, {name}"] = parts["text"](inputs_embeds=embeds[None]).logits[0, -4:]

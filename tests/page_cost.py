@@ -11,11 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from run import ending, logs, page, processes  # before torch
+import run.before_torch  # noqa: F401  must come before torch
 
 import train_rl
-from evaluation import samples
+from rl import samples
+from run import logs, page, processes
+from run.launch import run_main
 
 spent = Counter()
 
@@ -47,7 +48,7 @@ logs.open_tensorboard, logs.open_wandb = map(opened, (logs.open_tensorboard, log
 samples.Samples.write = timed("samples", samples.Samples.write)
 page.write = timed("page", page.write)
 processes.Steps.__iter__ = steps
-ending.main_guard(train_rl.main)
+run_main(train_rl.main)
 for name, seconds in sorted(spent.items()):
     whole = spent["steps, CPU" if name.endswith("CPU") else "steps"]
     print(f"{name:16} {seconds:9.3f} s  {100 * seconds / whole:7.3f} %")

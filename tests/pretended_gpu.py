@@ -19,15 +19,19 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from omni import model
+from models import policy
+from rl import gradient, hint_visits
 from run import processes
-import update
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
 WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
-    aten.equal.default, aten.repeat_interleave.Tensor, aten._unique2.default,
-}  # fmt: skip
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+}
 COPIES = {aten._to_copy.default, aten.copy_.default}  # may have tensors of two devices
 FLASH = aten._flash_attention_forward.default
 FLASH_BACKWARD = aten._flash_attention_backward.default
@@ -135,7 +139,9 @@ def bmm_to(a, b, dtype):
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
-def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug, scale, seqused_k=None):
+def flash(
+    q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug, scale, seqused_k=None
+):
     """FlashAttention of packed sequences, by the CPU's kernel, a sequence at a time."""
     outs, lses = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     for i, (own, keys) in enumerate(sequences(ends_q, ends_k, longest_q, longest_k)):
@@ -150,14 +156,30 @@ def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug,
 
 
 def flash_backward(
-    grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, dropout, causal, seed, unused, scale
-):  # fmt: skip
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    ends_q,
+    ends_k,
+    longest_q,
+    longest_k,
+    dropout,
+    causal,
+    seed,
+    unused,
+    scale,
+):
     assert lse.is_contiguous() and grad.stride(-1) == 1
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for own, keys in sequences(ends_q, ends_k, longest_q, longest_k):
         given = (x[None].transpose(1, 2) for x in (grad[own], q[own], k[keys], v[keys], out[own]))
         run = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = run(*given, lse[None, :, own], dropout, causal and is_square(own, keys), scale=scale)
+        parts = run(
+            *given, lse[None, :, own], dropout, causal and is_square(own, keys), scale=scale
+        )
         for x, where, part in zip(grads, (own, keys, keys), parts):
             x[where] += part[0].transpose(0, 1)
     return tuple(grads)
@@ -279,7 +301,7 @@ def pretended_gpu():
         patch.setattr(torch.cuda, "current_stream", lambda: None)
         patch.setattr(torch.Tensor, "to", to)
         patch.setattr(torch.nn.Module, "to", module_to)
-        for place in (model, update, torch.nn.utils.rnn):
+        for place in (policy, gradient, hint_visits, torch.nn.utils.rnn):
             patch.setattr(place, "pad_sequence", pad_sequence)
         patch.setattr(processes, "init", lambda device: GPU)
         torch._C._ensureCUDADeviceGuardSet()

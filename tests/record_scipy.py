@@ -26,15 +26,26 @@ def interval(values, clips, seed):
     names, at = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
     sums, sizes = np.bincount(at, weights=values), np.bincount(at).astype(float)
     ratio = lambda s, n, axis: s.sum(axis) / n.sum(axis)  # noqa: E731
-    found = bootstrap((sums, sizes), ratio, paired=True, n_resamples=RESAMPLES, method="percentile",
-                      rng=np.random.default_rng(seed))  # fmt: skip
+    found = bootstrap(
+        (sums, sizes),
+        ratio,
+        paired=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return [float(x) for x in found.confidence_interval]
 
 
 if __name__ == "__main__":
     ours, theirs, clips = data()
-    print(json.dumps(dict(
-        items=interval(ours, range(60), 0),
-        clips=interval(ours, clips, 1),
-        difference=interval(ours - theirs, clips, 2),
-    ), indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            dict(
+                items=interval(ours, range(60), 0),
+                clips=interval(ours, clips, 1),
+                difference=interval(ours - theirs, clips, 2),
+            ),
+            indent=1,
+        )
+    )

@@ -38,18 +38,41 @@ def trl_loss(case, level, beta):
     logprobs = case["logprobs"].clone().requires_grad_()
     alone = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
     stand_in = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=level, beta=beta, epsilon_low=EPS, epsilon_high=EPS, loss_type="grpo",
-        args=SimpleNamespace(delta=DELTA, use_bias_correction_kl=True), use_vllm=False,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, accelerator=alone,
-        model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)),
-    )  # fmt: skip
+        _get_per_token_logps_and_entropies=lambda *a, **k: (
+            logprobs,
+            torch.zeros_like(logprobs),
+            None,
+        ),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=level,
+        beta=beta,
+        epsilon_low=EPS,
+        epsilon_high=EPS,
+        loss_type="grpo",
+        args=SimpleNamespace(delta=DELTA, use_bias_correction_kl=True),
+        use_vllm=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        accelerator=alone,
+        model=SimpleNamespace(training=True),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
     ones = torch.ones(len(logprobs), 1, dtype=torch.long)
-    loss = GRPOTrainer._compute_loss(stand_in, None, dict(
-        prompt_ids=ones, prompt_mask=ones, completion_ids=case["mask"], completion_mask=case["mask"],
-        advantages=case["advantages"], old_per_token_logps=case["old"], ref_per_token_logps=case["ref"],
-    ))  # fmt: skip
+    loss = GRPOTrainer._compute_loss(
+        stand_in,
+        None,
+        dict(
+            prompt_ids=ones,
+            prompt_mask=ones,
+            completion_ids=case["mask"],
+            completion_mask=case["mask"],
+            advantages=case["advantages"],
+            old_per_token_logps=case["old"],
+            ref_per_token_logps=case["ref"],
+        ),
+    )
     loss.backward()
     return loss.item(), logprobs.grad
 

@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from safetensors import safe_open
 
-from teachers import judge
 import toy
+from teachers import judge
 
 
 class ChatServer:
@@ -119,43 +119,66 @@ def tokenizer_with(**special_tokens):
     with safe_open(toy.WEIGHTS, "pt") as file:
         tokenizer = Tokenizer.from_str(file.metadata()["tokenizer"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         extra_special_tokens=special_tokens,
-    )  # fmt: skip
+    )
 
 
 def text_config(tokenizer, **more):
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return dict(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, bos_token_id=None,
-        **ids, **more,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        **ids,
+        **more,
+    )
 
 
 def write_internvl(folder):
     """A folder of InternVL3's architecture, random weights."""
     from transformers import (
-        GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor,
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
         InternVLVideoProcessor,
-    )  # fmt: skip
+    )
 
     tokenizer = tokenizer_with(
-        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
-    )  # fmt: skip
+    )
     config = InternVLConfig(
-        vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                           intermediate_size=128, image_size=[56, 56], patch_size=[14, 14]),
+        vision_config=dict(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=[56, 56],
+            patch_size=[14, 14],
+        ),
         text_config=text_config(tokenizer, model_type="qwen2"),
-        image_token_id=tokenizer.context_image_token_id, image_seq_length=4,
-    )  # fmt: skip
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+    )
     size = dict(height=56, width=56)
     processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=size, crop_to_patches=True), tokenizer,
-        InternVLVideoProcessor(size=size), image_seq_length=4,
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True),
+        tokenizer,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=4,
         chat_template=TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n"),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     InternVLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -164,28 +187,40 @@ def write_internvl(folder):
 def write_qwen_vl(folder):
     """A folder of Qwen2.5-VL's architecture, random weights."""
     from transformers import (
-        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor, Qwen2VLVideoProcessor,
-    )  # fmt: skip
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
     tokenizer = tokenizer_with(image_token="<|image_pad|>", video_token="<|video_pad|>")
     tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>"], special_tokens=True)
     token_id = tokenizer.convert_tokens_to_ids
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2])
     config = Qwen2_5_VLConfig(
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
-                           out_hidden_size=64, fullatt_block_indexes=[1]),
+        vision_config=dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=64,
+            fullatt_block_indexes=[1],
+        ),
         text_config=text_config(tokenizer, rope_parameters=rope),
-        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"), tie_word_embeddings=False,
-    )  # fmt: skip
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
     size = dict(shortest_edge=56 * 56, longest_edge=56 * 56)
     processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(size=size), tokenizer,
+        Qwen2VLImageProcessor(size=size),
+        tokenizer,
         Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
         chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -200,8 +235,12 @@ def transformers_serve():
     main = "from transformers.cli.transformers import main; main()"
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     env = os.environ | dict(HF_HUB_OFFLINE="1")
-    server = subprocess.Popen([sys.executable, "-c", main, *words], env=env,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    server = subprocess.Popen(
+        [sys.executable, "-c", main, *words],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(600):
             assert server.poll() is None, "transformers serve ended"

@@ -4,21 +4,25 @@ Started by test_model.py under torchrun: the sharded policy's gradients against 
     torchrun --nproc-per-node 2 tests/sharded_gradients.py MODEL ROWS LORA_RANK
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import sys
 from pathlib import Path
 
 import conftest  # puts the repository on the path
-from run import ending, processes  # before torch
-
 import torch
 
-from rows import data
-from omni import model
-from run import sharding
+from data.rows import Rows
+from models import sharding
+from models.inputs import InputBuilder
+from models.loading import load_policy
+from models.policy import completion_logprobs
+from run import processes
+from run.launch import run_main
 
 
 def policy_of(folder, lora_rank):
-    policy = model.load(folder, lora_rank, train_towers=True)
+    policy = load_policy(folder, lora_rank, train_towers=True)
     torch.manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # they start at 0, and then the others have no gradient
@@ -27,19 +31,19 @@ def policy_of(folder, lora_rank):
 
 
 def backward(policy, prompts, completions, scale):
-    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
+    logprobs, _, _ = completion_logprobs(policy, prompts, completions, 1.0)
     (logprobs.sum() * scale).backward()
 
 
 def main():
     folder, rows, lora_rank = sys.argv[1:]
-    device, rows = processes.init("cpu"), data.Rows(Path(rows) / "train.jsonl")
-    build = model.InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
+    device, rows = processes.init("cpu"), Rows(Path(rows) / "train.jsonl")
+    build = InputBuilder(folder, conftest.RECIPE, rows.path.parent, audio_captions=False)
     prompts = [build(rows[i]) for i in range(4)]
     completions = conftest.random_completions([[5, 1], [7, 2, 2], [9], [3, 4]])
     plain = policy_of(folder, int(lora_rank))
-    sharded = sharding.place(policy_of(folder, int(lora_rank)), device, "float32")
-    mine = processes.share(len(prompts))
+    sharded = sharding.to_device(policy_of(folder, int(lora_rank)), device, "float32")
+    mine = processes.local_slice(len(prompts))
     backward(plain, prompts, completions, 1.0)
     # FSDP takes the mean
     backward(sharded, prompts[mine], completions[mine], float(processes.world_size()))
@@ -56,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ending.main_guard(main)
+    run_main(main)

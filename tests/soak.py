@@ -10,6 +10,8 @@ SIGKILL at the same time. Compared are weights, metrics without the seconds, sam
 the last checkpoint holds: optimizer, buffer, hints, place in the data.
 """
 
+import run.before_torch  # noqa: F401  must come before torch
+
 import argparse
 import os
 import random
@@ -22,13 +24,12 @@ import time
 from pathlib import Path
 
 import conftest  # noqa: F401  puts the repository on the path
-import run  # before torch: it sets how torch's threads wait
-from run import arguments
-
+from test_faults import children, same_end
 from tqdm import tqdm
 
 import toy
-from test_faults import children, same_end
+from run import arguments
+from run.io import REPOSITORY
 
 
 def main():
@@ -59,7 +60,7 @@ def main():
         flags += f" --data {work}/rows/train.jsonl --judge toy --out {out}"
         log = open(work / f"{out.name}.log", "a")
         command, quiet = [*words, *flags.split(), *more], dict(stdout=log, stderr=log)
-        return subprocess.Popen(command, cwd=run.HERE, **quiet)
+        return subprocess.Popen(command, cwd=REPOSITORY, **quiet)
 
     def steps_done(out):
         log = out / "metrics.jsonl"
@@ -78,7 +79,9 @@ def main():
             while steps_done(killed) <= before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1.5))
-        assert process.poll() is None, f"it ended by itself: raise --steps, or see {work}/killed.log"
+        assert process.poll() is None, (
+            f"it ended by itself: raise --steps, or see {work}/killed.log"
+        )
         for pid in (process.pid, *children(process)):
             os.kill(pid, signal.SIGKILL)
         process.wait()

@@ -7,9 +7,9 @@ Shared-prefix attention against a dense softmax in float64, and the sampler agai
 import pytest
 import torch
 
-from omni import attention
-from omni.attention import DecodeAttention, PackedAttention
-from omni.rollout import sample
+from models import attention
+from models.attention import DecodeAttention, PackedAttention
+from models.rollout import sample
 
 CASES = {  # prompts, completions of each, H, K, E
     "one": ([5], [[3]], 2, 2, 8),
@@ -122,13 +122,13 @@ def test_an_empty_sequence_is_refused():
 def test_what_is_chosen(monkeypatch):
     monkeypatch.setattr(attention, "KERNEL", "flash")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert attention.choose("auto", cpu, torch.float32) == "flash" == attention.KERNEL
-    assert attention.choose("auto", gpu, torch.bfloat16) == "flash"
-    assert attention.choose("auto", gpu, torch.float32) == "sdpa" == attention.KERNEL
-    assert attention.choose("sdpa", cpu, torch.bfloat16) == "sdpa"
+    assert attention.set_attention_kernel("auto", cpu, torch.float32) == "flash" == attention.KERNEL
+    assert attention.set_attention_kernel("auto", gpu, torch.bfloat16) == "flash"
+    assert attention.set_attention_kernel("auto", gpu, torch.float32) == "sdpa" == attention.KERNEL
+    assert attention.set_attention_kernel("sdpa", cpu, torch.bfloat16) == "sdpa"
     for name, dtype in (("flash", torch.float32), ("fa3", torch.bfloat16)):  # no kernel; no package
         with pytest.raises((ImportError, RuntimeError)):
-            attention.choose(name, gpu, dtype)
+            attention.set_attention_kernel(name, gpu, dtype)
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -141,7 +141,9 @@ def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
     """
     q, k, v = (x.detach() for x in qkv)
     n, rows = sum(prompts), len(prompts) * group_size
-    own = [x[n:].view(rows, -1, *x.shape[1:]) for x in (q, k, v)]  # a tail and what is new, alike long
+    own = [
+        x[n:].view(rows, -1, *x.shape[1:]) for x in (q, k, v)
+    ]  # a tail and what is new, alike long
     longest = max(tails)
     first = [torch.zeros_like(x[:, :longest]) for x in own[1:]]
     for x, y in zip(first, own[1:]):
@@ -149,7 +151,10 @@ def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
             x[row, :tail] = y[row, :tail]
     used = torch.tensor(tails, dtype=torch.int32)
     decode = DecodeAttention({0: (k[:n], v[:n])}, prompts, {0: tuple(first)}, used, longest)
-    outs, alive = torch.full((rows, new, *q.shape[1:]), torch.nan, dtype=q.dtype), torch.arange(rows)
+    outs, alive = (
+        torch.full((rows, new, *q.shape[1:]), torch.nan, dtype=q.dtype),
+        torch.arange(rows),
+    )
     for t in range(new):
         if t in leave:
             left, kept = leave[t]

@@ -24,7 +24,9 @@ def entry(prompt_id, reward, born_step=0, hinted=False, length=3, parts=None):
     """A completion of `length` tokens; its first id is a serial number, to tell entries apart."""
     entry.serial = getattr(entry, "serial", 0) + 1
     ids = [entry.serial] + [7] * (length - 1)
-    return Entry(prompt_id, ids, torch.full((length,), -0.5), reward, parts or {}, born_step, hinted)
+    return Entry(
+        prompt_id, ids, torch.full((length,), -0.5), reward, parts or {}, born_step, hinted
+    )
 
 
 def filled(num_prompts=20, per_prompt=4, capacity=10_000):
@@ -487,7 +489,9 @@ def test_defect_7_ten_thousand_entries_are_small_and_hold_no_pixels():
     assert len(b) == 10_000
     state = io.BytesIO()
     torch.save(b.state_dict(), state)
-    assert state.getbuffer().nbytes < 10_000 * (12 * length + 200)  # 4 + 4 + 4 bytes a token, and keys
+    assert state.getbuffer().nbytes < 10_000 * (
+        12 * length + 200
+    )  # 4 + 4 + 4 bytes a token, and keys
     held = {name for e in stored(b)[:50] for name in vars(e)}
     assert held == set(Entry.__dataclass_fields__)
 
@@ -682,7 +686,9 @@ def test_state_of_another_size_is_refused():
 
 def test_two_ranks_draw_the_same():
     one, two = rng(7), rng(7)
-    assert train(ReplayBuffer(200, 20), one, range(30)) == train(ReplayBuffer(200, 20), two, range(30))
+    assert train(ReplayBuffer(200, 20), one, range(30)) == train(
+        ReplayBuffer(200, 20), two, range(30)
+    )
 
 
 def test_hash_randomisation_does_not_change_the_draws():

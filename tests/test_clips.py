@@ -17,9 +17,7 @@ from conftest import RECIPE
 from media_files import BAD_MEDIA, TONE, WIDE, bursts, decode, numbers, on_show, onsets, write
 from PIL import Image
 
-from rows import data
-from rows.clips import frame_size
-
+from data.clips import BadRow, frame_size
 
 # ---- video -------------------------------------------------------------------------------------
 
@@ -303,7 +301,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
     with av.open(str(tmp_path / "cover.mp3")) as container:
         assert container.streams.video
     assert onsets(decode(tmp_path, audio="cover.mp3").audio) == pytest.approx((1,), abs=0.003)
-    with pytest.raises(data.BadRow, match="r7.*cover.mp3 has no video stream"):
+    with pytest.raises(BadRow, match="r7.*cover.mp3 has no video stream"):
         decode(tmp_path, video="cover.mp3")
 
 
@@ -343,7 +341,7 @@ def test_images_of_all_kinds(tmp_path):
 
 @pytest.mark.parametrize("fields, words", BAD_MEDIA)
 def test_bad_media_are_one_clear_line(media, fields, words):
-    with pytest.raises(data.BadRow) as error:
+    with pytest.raises(BadRow) as error:
         decode(media, RECIPE, **fields)
     line = str(error.value)
     assert line.startswith("row r7: ") and re.search(words, line) and "\n" not in line
@@ -354,7 +352,7 @@ def test_bad_media_are_one_clear_line(media, fields, words):
 def test_too_much_sound_names_the_flag(media, fields):
     recipe = RECIPE._replace(max_audio_seconds=4.0)
     words = "r7.*gives over 4 s of sound: raise --max-audio-seconds or set start and end"
-    with pytest.raises(data.BadRow, match=words):
+    with pytest.raises(BadRow, match=words):
         decode(media, recipe, **fields)
     assert len(decode(media, recipe, start=1, end=5, **fields).audio) == 4 * 16000
 
@@ -384,7 +382,7 @@ def test_a_file_damaged_anywhere_is_a_clip_or_one_clear_line(media):
         try:
             decode(media, RECIPE, **{kind: f"damaged-{name}", "use_audio": kind == "video"})
             num_clips += 1
-        except data.BadRow as problem:
+        except BadRow as problem:
             assert str(problem).startswith("row r7: ") and "\n" not in str(problem)
             num_lines += 1
     assert num_clips > 5 and num_lines > 5

@@ -14,18 +14,25 @@ import pytest
 from conftest import RECIPE, in_browser, launch, needs_browser
 
 import eval as evaluation
-from evaluation import page
-from evaluation import items, protocol
 import rewards
-from run import files  # before torch
-from evaluation import scores
-from evaluation import tables
+from evaluation import items, page, protocol, scores, tables
+from run.run_dir import git_commit
 
 
 def eval_flags(toy_dir, out, *more):
-    return ("eval.py", "--model", toy_dir / "model", "--data",
-            toy_dir / "stage2" / "test.jsonl", toy_dir / "stage1" / "test.jsonl",
-            "--out", out, "--max-new-tokens", 24, *more)  # fmt: skip
+    return (
+        "eval.py",
+        "--model",
+        toy_dir / "model",
+        "--data",
+        toy_dir / "stage2" / "test.jsonl",
+        toy_dir / "stage1" / "test.jsonl",
+        "--out",
+        out,
+        "--max-new-tokens",
+        24,
+        *more,
+    )
 
 
 def by_id(records):
@@ -234,7 +241,12 @@ def test_evaluation(toy_dir, tmp_path):
 def test_a_file_has_one_name_however_it_was_typed(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
-    for typed in ("rows.jsonl", "./rows.jsonl", "../sub/rows.jsonl", tmp_path / "sub" / "rows.jsonl"):
+    for typed in (
+        "rows.jsonl",
+        "./rows.jsonl",
+        "../sub/rows.jsonl",
+        tmp_path / "sub" / "rows.jsonl",
+    ):
         assert evaluation.name_of(typed) == "rows.jsonl"
     assert evaluation.name_of("../rows.jsonl") == str(tmp_path / "rows.jsonl")
 
@@ -269,8 +281,19 @@ def test_failures_count_as_wrong_and_are_named(toy_dir, tmp_path):
     clips = sorted((folder / "clips").glob("test-*.mp4"))
     clips[0].unlink()
     clips[1].write_bytes(clips[1].read_bytes()[:900])
-    printed = launch("eval.py", "--model", toy_dir / "model", "--data", folder / "test.jsonl",
-                     "--out", tmp_path / "s", "--max-new-tokens", 24, "--html", 8)  # fmt: skip
+    printed = launch(
+        "eval.py",
+        "--model",
+        toy_dir / "model",
+        "--data",
+        folder / "test.jsonl",
+        "--out",
+        tmp_path / "s",
+        "--max-new-tokens",
+        24,
+        "--html",
+        8,
+    )
     found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["all"]
     assert found["n"] == 8 and found["failures"] >= 2
     assert "row toy-2-test-00000: no file at" in printed and "row toy-2-test-00001" in printed
@@ -312,8 +335,17 @@ def test_an_edited_row_is_asked_again(toy_dir, tmp_path):
     for name in ("model", "stage2"):
         shutil.copytree(toy_dir / name, tmp_path / name)
     file = tmp_path / "stage2" / "test.jsonl"
-    flags = ("eval.py", "--model", tmp_path / "model", "--data", file, "--out", tmp_path / "s",
-             "--max-new-tokens", 4)  # fmt: skip
+    flags = (
+        "eval.py",
+        "--model",
+        tmp_path / "model",
+        "--data",
+        file,
+        "--out",
+        tmp_path / "s",
+        "--max-new-tokens",
+        4,
+    )
     launch(*flags)
     before = {r["prompt_id"]: r for r in tables.read_records(tmp_path / "s")}
     first, *rest = file.read_text().splitlines()
@@ -416,7 +448,9 @@ HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> & \'"<a
 
 
 def write_page(toy_dir, tmp_path):
-    rows = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()
+    ]
     records = []
     for row, score in zip(rows, (1.0, 0.0, None)):
         item = items.new_record("<set>", dict(row, question=HOSTILE))
@@ -447,7 +481,9 @@ def test_page_is_well_formed_and_nothing_in_it_runs(toy_dir, tmp_path):
 
 
 def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
-    (row, *_) = [json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()]
+    (row, *_) = [
+        json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()
+    ]
     item = items.new_record("x", dict(row, use_audio=True, question="half: \ud83d"))
     shown = lambda root, recipe, **edit: page.media(item | edit, root, recipe)  # noqa: E731
     assert "<img" in shown(toy_dir / "stage2", RECIPE)
@@ -505,5 +541,7 @@ def test_recipe_is_kept(toy_dir):
     assert recipe["system"]["tomato"] == protocol.ASSISTANT
     typed, _ = evaluation.parse_args([*flags, "--root", "x", "--max-new-tokens", "7"])
     assert evaluation.recipe_of(typed, "m", None, "float32")["max_new_tokens"] == 7
-    assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == files.commit()
-    assert recipe["recipe"]["max_frames"] == 16  # the toy's wins over the paper's, as it comes later
+    assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == git_commit()
+    assert (
+        recipe["recipe"]["max_frames"] == 16
+    )  # the toy's wins over the paper's, as it comes later

@@ -16,16 +16,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import RECIPE, ROOT, launch
 from test_run import mistake, same_weights, sft_flags, without_times
 from test_train_rl import read_metrics, rl_flags
 
-from run import checkpoint  # before torch
 import prepare
 import train_sft
-from run import health
-from omni import model
-from conftest import RECIPE
+from models.loading import load_policy
+from rl import guards
+from run import checkpoint
 
 STEPS = 4
 KEEP = ("--steps", STEPS, "--save-every", 1, "--keep", 9, "--eval-every", 0)
@@ -167,7 +166,9 @@ def lines(path):
 
 def test_the_newest_whole_checkpoint_is_found(straight, tmp_path):
     whole, flags = straight
-    for i, (name, size) in enumerate([("state.pt", 0.5), ("model.safetensors", 0.9), ("state.pt", None)]):
+    for i, (name, size) in enumerate(
+        [("state.pt", 0.5), ("model.safetensors", 0.9), ("state.pt", None)]
+    ):
         out = tmp_path / str(i)
         shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final"))
         torn = out / "checkpoints" / f"step-{STEPS:06d}" / name
@@ -193,7 +194,7 @@ def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(straight, tmp_path):
 
 def test_a_checkpoint_before_the_first_step_is_the_start(toy_dir, tmp_path):
     """torch would make a first step of AdamW with zero gradients for its state."""
-    policy = model.load(toy_dir / "model", 0, False)
+    policy = load_policy(toy_dir / "model", 0, False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     checkpoint.save(tmp_path, 0, policy, optimizer, dict(number=7), keep=1)
@@ -246,7 +247,10 @@ def test_two_ranks_stopped_resumed_and_one_of_them_killed(straight, tmp_path):
     launch(*other_out(flags, one), "--resume")
     for a, b in zip(read_metrics(whole), read_metrics(one), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=0.2) and a["step"] == b["step"]
-    assert read_metrics(one)[-1]["completions_generated"] == read_metrics(whole)[-1]["completions_generated"]
+    assert (
+        read_metrics(one)[-1]["completions_generated"]
+        == read_metrics(whole)[-1]["completions_generated"]
+    )
 
 
 # ---- folder and disk
@@ -268,7 +272,9 @@ def test_two_runs_on_one_folder(straight, toy_dir, tmp_path):
 def test_a_full_disk_is_one_line_and_corrupts_nothing(straight, tmp_path):
     whole, flags = straight
     out = tmp_path / "run"
-    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final", "step-000003", "step-000004"))
+    shutil.copytree(
+        whole, out, ignore=shutil.ignore_patterns("final", "step-000003", "step-000004")
+    )
     begin_at = checkpoint.read(out / "checkpoints" / "step-000002")[1]["step"]
 
     def small_disk():  # a write beyond it fails, as on a full disk
@@ -368,7 +374,7 @@ def test_a_bad_step_stops_with_the_state_before_it_or_is_skipped(toy_dir, tmp_pa
 
 
 def test_bad_steps_by_hand():
-    watch, nan = health.Health(max_ratio=100), float("nan")
+    watch, nan = guards.StepGuard(max_ratio=100), float("nan")
     assert watch.bad_step(0.5, 1.0) is None
     assert watch.bad_step(0.5, nan) == "loss 0.5, gradient norm nan"
     assert watch.bad_step(float("inf"), 2.0) == "loss inf, gradient norm 2"
@@ -376,19 +382,19 @@ def test_bad_steps_by_hand():
     assert watch.state["skipped"] == 3 and watch.state["in_a_row"] == 3
     assert watch.bad_step(0.5, 1.0, 100.0) is None and watch.state["in_a_row"] == 0
     assert "10th bad step in a row" in [watch.bad_step(nan, 1.0) for _ in range(10)][-1]
-    assert health.Health(0).bad_step(0.5, 1.0, 1e9) is None
+    assert guards.StepGuard(0).bad_step(0.5, 1.0, 1e9) is None
 
 
 def test_collapses_by_hand():
     def report(entropy=1.0, cut_off=0.0):
         return {"entropy": entropy, "completions/clipped_ratio": cut_off}
 
-    watch = health.Health(100)
+    watch = guards.StepGuard(100)
     assert [watch.collapse(report(entropy=1e-5)) for _ in range(9)] == [None] * 9
     assert "entropy below 0.0001 nats" in watch.collapse(report(entropy=1e-5))
     assert watch.collapse(report()) is None  # it has recovered
     assert [watch.collapse(report(cut_off=1.0)) for _ in range(9)] == [None] * 9
     assert "cut off by --max-new-tokens" in watch.collapse(report(cut_off=1.0))
     # a model that has never ended a completion is no collapse
-    short = health.Health(100)
+    short = guards.StepGuard(100)
     assert [short.collapse(report(cut_off=1.0)) for _ in range(30)] == [None] * 30

@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import launch
 
-from experiments import curves, figures, runs, tasks, variants
-from run import metrics  # before torch
-
 import buffer
 import hints
 import train_rl
+from experiments import curves, figures, runs, tasks, variants
+from rl import metrics
 
 # ---- numbers by hand
 
@@ -125,8 +124,14 @@ def a_run(label, seed, end, accuracy):
     series = dict.fromkeys(runs.SERIES, [0.5, 0.5])
     curve = [[0, 0.2], [end / 2, (0.2 + accuracy) / 2], [end, accuracy]]
     clock = [[n / 8, acc] for n, acc in curve]
-    return dict(label=label, seed=seed, accuracy=curve, clock=clock, series=series | dict(
-        completions_generated=[end / 2, end]), advantage_hist=[1] * 60)  # fmt: skip
+    return dict(
+        label=label,
+        seed=seed,
+        accuracy=curve,
+        clock=clock,
+        series=series | dict(completions_generated=[end / 2, end]),
+        advantage_hist=[1] * 60,
+    )
 
 
 def test_everything_is_redrawn_from_the_json(tmp_path):
@@ -143,13 +148,23 @@ def test_everything_is_redrawn_from_the_json(tmp_path):
     printed = launch("experiments/figures.py", "--results", tmp_path)
     for name in ("tas.png", "dense.png", "dense-advantages.png", "plan.png", "plan-lengths.png"):
         assert (tmp_path / name).stat().st_size > 5000
-    assert not (tmp_path / "middle.png").exists() and "not run: ratio-dense, long, tune-long" in printed
+    assert (
+        not (tmp_path / "middle.png").exists()
+        and "not run: ratio-dense, long, tune-long" in printed
+    )
     text = (tmp_path / "tables.md").read_text()
     # every target takes GRPO twice as many completions, and seconds
-    assert len(re.findall(r"\| GRPO \| \d+ \| 2.0 \| 2.0 – 2.0 \| \d+ \| 2.0 \| 2.0 – 2.0 \|", text)) == 3
-    assert "Not run: `python -m experiments.runs middle`" in text and "commit abc, seeds 0, 1" in text
+    assert (
+        len(re.findall(r"\| GRPO \| \d+ \| 2.0 \| 2.0 – 2.0 \| \d+ \| 2.0 \| 2.0 – 2.0 \|", text))
+        == 3
+    )
+    assert (
+        "Not run: `python -m experiments.runs middle`" in text and "commit abc, seeds 0, 1" in text
+    )
     assert "| 1–130 | 2 | +0.000 |" in text
-    assert "| AVATAR | 0.395 | 0.590 |" in text  # what was tried: the area from .2 to .6 and to .58, the end
+    assert (
+        "| AVATAR | 0.395 | 0.590 |" in text
+    )  # what was tried: the area from .2 to .6 and to .58, the end
 
 
 def test_what_an_experiment_keeps_of_a_true_run(toy_dir, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import assert_same_values, launch
 from pretended_gpu import GPU, Graph, pretended_gpu
 
 from experiments import bench, first_gpu
-from omni import model
+from models.policy import completion_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
 
 def test_the_plain_way_is_the_same_model(at):
     inputs = bench.make_inputs(at, 32, 4, 8)
-    ours, _, _ = model.completion_logprobs(at.policy, *inputs, 1.0)
+    ours, _, _ = completion_logprobs(at.policy, *inputs, 1.0)
     with first_gpu.plain_attention(at.policy):
         plain = bench.copies_logprobs(at.policy.thinker, *inputs)
     assert_same_values(ours, plain)

@@ -12,17 +12,18 @@ import torch
 from conftest import assert_same_values, launch, random_completions, toy_prompts
 from pretended_gpu import GPU, Graph, capture, on_gpu, pretended_gpu
 
-from omni import attention
-from omni import model
-from run import sharding
+from models import attention, loading, sharding
+from models.loading import load_policy
+from models.policy import completion_logprobs
+from models.rollout import rollout
 
 
 @pytest.fixture(scope="module")
 def setup(toy_dir):
     """The toy's policy on the CPU, as a large one, and prompts with audio and without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "SMALL", 0)  # activations are computed again
-        policy = model.load(toy_dir / "model", 0, train_towers=True)
+        patch.setattr(loading, "CHECKPOINT_ABOVE_PARAMS", 0)  # activations are computed again
+        policy = load_policy(toy_dir / "model", 0, train_towers=True)
     return policy, *toy_prompts(toy_dir)
 
 
@@ -71,13 +72,13 @@ def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
     for name in ("ROOM", "GPU_ROOM"):
         monkeypatch.setattr(attention, name, 4)
     given = prompts, [4, 2, 3], 1.0, 60, build.eos_ids, [1, 2, 3]
-    expected = model.rollout(policy, *given)
+    expected = rollout(policy, *given)
     assert max(len(c.ids) for group in expected for c in group) > 40
     with pretended_gpu():
         there = copy.deepcopy(policy).to(GPU)
         media = [p._replace(media=m) for p, m in zip(prompts, there.encode(prompts))]
         Graph.waits = 0
-        rolled = model.rollout(there, media, *given[1:])
+        rolled = rollout(there, media, *given[1:])
     assert Graph.made > 2 and Graph.replays > 30
     assert Graph.waits < 20, "more than a few for the whole rollout: a wait a token"
     for group, expected_group in zip(rolled, expected, strict=True):
@@ -90,12 +91,12 @@ def test_encoded_clips_come_and_go_without_a_wait(setup):
     policy, prompts, _ = setup
     completions = random_completions([[5], [4], [7]])
     with torch.no_grad():
-        expected, _, _ = model.completion_logprobs(policy, prompts, completions, 0.9)
+        expected, _, _ = completion_logprobs(policy, prompts, completions, 0.9)
     with pretended_gpu(), torch.no_grad():
         there = copy.deepcopy(policy).to(GPU)
         kept = [there.encoded(prompt) for prompt in prompts]
         assert all(f.on_its_way for prompt in kept for f in prompt.media.values())
-        logprobs, _, _ = model.completion_logprobs(there, kept, completions, 0.9)
+        logprobs, _, _ = completion_logprobs(there, kept, completions, 0.9)
     assert_same_values(logprobs.cpu(), expected)
 
 
@@ -116,11 +117,11 @@ def test_windows_of_a_clip_at_once_are_those_one_by_one(setup):
 def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
     policy, prompts, _ = setup
     completions = random_completions([[5, 9], [1, 12, 4], [7]])
-    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 0.9)
+    logprobs, _, _ = completion_logprobs(policy, prompts, completions, 0.9)
     logprobs.sum().backward()
     with pretended_gpu():
         there = copy.deepcopy(policy).to(GPU)
-        again, _, _ = model.completion_logprobs(there, prompts, completions, 0.9)
+        again, _, _ = completion_logprobs(there, prompts, completions, 0.9)
         again.sum().backward()
         assert_same_values(again.cpu(), logprobs)
         for (name, p), q in zip(policy.named_parameters(), there.parameters(), strict=True):
@@ -133,13 +134,13 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(setup):
 def test_in_bfloat16_the_log_probs_of_the_rollout_are_the_recomputed_ones(setup):
     policy, prompts, build = setup
     policy = copy.deepcopy(policy)
-    sharding.cast(policy.parameters(), torch.bfloat16)
+    sharding.cast_params(policy.parameters(), torch.bfloat16)
     prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
     with pretended_gpu(), torch.no_grad():
         policy = policy.to(GPU)
-        rolled = model.rollout(policy, prompts, [4, 2, 3], 1.0, 40, build.eos_ids, [1, 2, 3])
+        rolled = rollout(policy, prompts, [4, 2, 3], 1.0, 40, build.eos_ids, [1, 2, 3])
         ids = [[c.ids for c in group] for group in rolled]
-        logprobs, mask, _ = model.completion_logprobs(policy, prompts, ids, 1.0)
+        logprobs, mask, _ = completion_logprobs(policy, prompts, ids, 1.0)
         recomputed = logprobs.cpu()[mask.cpu()]
     recorded = torch.cat([c.logprobs for group in rolled for c in group])
     gap = (recomputed - recorded).abs()

@@ -20,7 +20,9 @@ from grpo import group_advantages, grpo_loss, replay_advantages
 
 def test_group_advantages_by_hand():
     a = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]))  # mean .5, std sqrt(1/3)
-    torch.testing.assert_close(a, torch.tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + grpo.STD_EPS))
+    torch.testing.assert_close(
+        a, torch.tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + grpo.STD_EPS)
+    )
 
 
 @pytest.mark.parametrize("group", [[0.7], [0.3, 0.3, 0.3], [0.0, 0.0], [0.6] * 8, [0.2] * 8])
@@ -30,7 +32,9 @@ def test_no_spread_no_advantage(group):
 
 def test_replay_advantages_by_hand():
     rewards, means = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.25, 0.25, 0.5])
-    torch.testing.assert_close(replay_advantages(rewards, means), torch.tensor([0.75, -0.25, 0.0]) / 0.5)  # std .5
+    torch.testing.assert_close(
+        replay_advantages(rewards, means), torch.tensor([0.75, -0.25, 0.0]) / 0.5
+    )  # std .5
 
 
 def test_sigma_off_is_of_the_step_not_of_one_sample():
@@ -102,7 +106,9 @@ def test_loss_equals_the_slow_loop(seed, sequence_ratio):
 @pytest.mark.parametrize("seed", range(5))
 def test_gradient_of_one_ratio_equals_finite_differences(seed):
     case = [x.double() if x.is_floating_point() else x for x in random_case(seed, n=4, t=4)]
-    case[1] = torch.where(case[0] - case[1] > 1, case[0] - 1, case[1])  # else see the truncation's test
+    case[1] = torch.where(
+        case[0] - case[1] > 1, case[0] - 1, case[1]
+    )  # else see the truncation's test
     logprobs = case[0].requires_grad_()
     loss, info = grpo_loss(logprobs, *case[1:], clip_eps=0.2, kl_coef=0.1, sequence_ratio=True)
     (grad,) = torch.autograd.grad(loss, logprobs)
@@ -118,7 +124,9 @@ def test_gradient_of_one_ratio_equals_finite_differences(seed):
 
 def test_gradient_equals_finite_differences():
     case = [x.double() if x.is_floating_point() else x for x in random_case(3, n=3, t=4)]
-    assert ((case[0] - case[1]) * case[4]).exp().max() < grpo.DUAL_CLIP  # else see the truncation's test
+    assert (
+        (case[0] - case[1]) * case[4]
+    ).exp().max() < grpo.DUAL_CLIP  # else see the truncation's test
     logprobs = case[0].requires_grad_()
     loss, _ = grpo_loss(logprobs, *case[1:], clip_eps=0.2, kl_coef=0.1)
     (grad,) = torch.autograd.grad(loss, logprobs)
@@ -145,7 +153,9 @@ def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2, sequence_r
 
 def test_gradient_facts():
     loss, grad, _ = one_token(0.0, 2.0)
-    assert loss == -2 and grad == pytest.approx(-2)  # ratio 1: the loss says nothing, the gradient all
+    assert loss == -2 and grad == pytest.approx(
+        -2
+    )  # ratio 1: the loss says nothing, the gradient all
     assert one_token(0.0, -2.0)[1] == pytest.approx(2)  # the sign follows the advantage
     assert one_token(0.5, 1.0)[1] == 0 and one_token(-0.5, -1.0)[1] == 0  # beyond the clip
     assert one_token(-0.5, 1.0)[1] != 0 and one_token(0.5, -1.0)[1] != 0  # the way back stays open
@@ -186,17 +196,26 @@ def test_one_ratio_by_hand():
     assert info["surrogate_pull"].item() == pytest.approx(3 * ratio)
     # token by token, the first is clipped: exp(.3) > 1.2
     loss, info = grpo_loss(*given)
-    assert loss.item() == pytest.approx(-(2 * 1.2 + 4 * math.exp(-0.1)) / 2) and info["clip_frac"] == 0.5
+    assert (
+        loss.item() == pytest.approx(-(2 * 1.2 + 4 * math.exp(-0.1)) / 2)
+        and info["clip_frac"] == 0.5
+    )
     # what is told of the tokens themselves stays
     again = grpo_loss(*given, sequence_ratio=True)[1]
     assert all(again[name] == info[name] for name in ("gap", "log_ratio", "num_tokens"))
 
 
-@pytest.mark.parametrize("first, advantage, ratio", [
-    (0.7, 1.0, 0), (0.7, -1.0, math.exp(0.3)),  # mean .3 > log 1.2, though the second token is within
-    (-0.7, 1.0, math.exp(-0.4)), (-0.7, -1.0, 0),  # mean -.4 < log .8
-    (3.0, -1.0, 0), (2.1, -1.0, math.exp(1.0)),  # mean 1.45 > log 3, and 1: the dual clip
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, advantage, ratio",
+    [
+        (0.7, 1.0, 0),
+        (0.7, -1.0, math.exp(0.3)),  # mean .3 > log 1.2, though the second token is within
+        (-0.7, 1.0, math.exp(-0.4)),
+        (-0.7, -1.0, 0),  # mean -.4 < log .8
+        (3.0, -1.0, 0),
+        (2.1, -1.0, math.exp(1.0)),  # mean 1.45 > log 3, and 1: the dual clip
+    ],
+)
 def test_one_ratio_is_clipped_as_one(first, advantage, ratio):
     """Log-ratios `first` and -.1, A of both tokens: all of them pull, with one ratio, or none does."""
     old, slope = torch.tensor([[-1.0, -2.0]]), -advantage * ratio / 2
@@ -231,7 +250,9 @@ def test_one_ratio_leaves_the_kl_as_it_was():
     for sequence_ratio in (False, True):
         case[0] = case[0].detach().requires_grad_()
         loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.7, sequence_ratio=sequence_ratio)
-        losses.append([loss.detach(), *torch.autograd.grad(loss, case[0]), info["kl"], info["kl_pull"]])
+        losses.append(
+            [loss.detach(), *torch.autograd.grad(loss, case[0]), info["kl"], info["kl_pull"]]
+        )
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
@@ -268,9 +289,15 @@ def test_kl_under_samples_of_b_is_that_of_pi():
     column = lambda x: x[:, None]  # noqa: E731
     nothing = torch.zeros(7, 1, dtype=torch.float64)
     loss, _ = grpo_loss(
-        column(logprobs), column(b), column(ref), nothing, torch.ones(7, 1, dtype=torch.bool),
-        b.exp(), clip_eps=0.2, kl_coef=1.0,
-    )  # fmt: skip
+        column(logprobs),
+        column(b),
+        column(ref),
+        nothing,
+        torch.ones(7, 1, dtype=torch.bool),
+        b.exp(),
+        clip_eps=0.2,
+        kl_coef=1.0,
+    )
     (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
     torch.testing.assert_close(loss, exact)
     torch.testing.assert_close(grad, exact_grad)
@@ -302,7 +329,9 @@ def test_kl_counts_a_token_that_became_likely_at_most_three_times():
 
 def test_pulls_are_what_stands_before_the_gradient():
     loss, slope, info = one_token(-0.1, 2.0, kl_coef=0.0)
-    assert info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
+    assert (
+        info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
+    )
     for log_ratio, d in ((-1.0, 0.4), (3.0, 0.4)):  # the second counts with a ratio of 3
         _, slope, info = one_token(log_ratio, 0.0, kl_coef=0.7, d=d)
         assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
@@ -310,7 +339,10 @@ def test_pulls_are_what_stands_before_the_gradient():
 
 @pytest.mark.parametrize("sequence_ratio", [False, True])
 def test_nothing_off_the_mask_matters(sequence_ratio):
-    case, given = [x.clone() for x in random_case(2)], dict(clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio)
+    case, given = (
+        [x.clone() for x in random_case(2)],
+        dict(clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio),
+    )
     case[0].requires_grad_()
     loss, info = grpo_loss(*case, **given)
     (grad,) = torch.autograd.grad(loss, case[0])
@@ -325,7 +357,9 @@ def test_nothing_off_the_mask_matters(sequence_ratio):
         torch.testing.assert_close(told, info)
         torch.testing.assert_close(torch.autograd.grad(again, wild[0])[0], grad)
         wild[0].requires_grad_(False)
-    wider = [torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case]  # more padding
+    wider = [
+        torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case
+    ]  # more padding
     torch.testing.assert_close(grpo_loss(*wider, **given)[0], loss.detach())
 
 
@@ -333,11 +367,14 @@ def test_split_and_order_do_not_change_the_sum():
     case = random_case(4, n=8)
     whole = grpo_loss(*case, clip_eps=0.2, kl_coef=0.1)[0]
     parts = [
-        grpo_loss(*(x[s] for x in case), clip_eps=0.2, kl_coef=0.1)[0] for s in (slice(0, 3), slice(3, 4), slice(4, 8))
+        grpo_loss(*(x[s] for x in case), clip_eps=0.2, kl_coef=0.1)[0]
+        for s in (slice(0, 3), slice(3, 4), slice(4, 8))
     ]
     torch.testing.assert_close(sum(parts), whole)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(grpo_loss(*(x[order] for x in case), clip_eps=0.2, kl_coef=0.1)[0], whole)
+    torch.testing.assert_close(
+        grpo_loss(*(x[order] for x in case), clip_eps=0.2, kl_coef=0.1)[0], whole
+    )
 
 
 # ---- a peer: numbers recorded from trl's GRPOTrainer by record_trl.py

@@ -84,7 +84,9 @@ def test_defect_5_prompts_are_told_apart_by_prompt_id_alone():
     s.observe("clip2", "hard", False, 0.0)
     assert s.observe("clip1", "hard", False, 0.0) == "entered"
     assert s.due("clip1") and not s.due("clip2")
-    assert s.observe("clip1", "easy", False, 0.0) == "withdrawn"  # same key while its text was hinted
+    assert (
+        s.observe("clip1", "easy", False, 0.0) == "withdrawn"
+    )  # same key while its text was hinted
 
 
 def test_defect_6_every_second_visit_is_plain_so_that_the_mean_can_rise():
@@ -121,7 +123,10 @@ def story(patience, *visits):
 
 def test_a_prompt_that_is_solved_now_and_then_gets_no_hint():
     """Hard is a rank: the lowest of well-solved prompts are Hard too."""
-    assert story(3, *[("hard", x) for x in (False, True, False, False, True) * 3]) == [(None, False)] * 15
+    assert (
+        story(3, *[("hard", x) for x in (False, True, False, False, True) * 3])
+        == [(None, False)] * 15
+    )
 
 
 def test_one_right_answer_restarts_the_count():
@@ -171,7 +176,9 @@ def test_a_loaded_state_is_a_copy():
     assert state["active"] == [] and state["visits"] == []
 
 
-@pytest.mark.parametrize("patience, kl", [(0, 0.05), (-1, 0.05), (3, 0.0), (3, -1.0), (3, math.nan)])
+@pytest.mark.parametrize(
+    "patience, kl", [(0, 0.05), (-1, 0.05), (3, 0.0), (3, -1.0), (3, math.nan)]
+)
 def test_bad_arguments_are_refused(patience, kl):
     with pytest.raises(ValueError, match="patience"):
         HintSchedule(patience, kl)

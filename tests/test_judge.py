@@ -11,14 +11,13 @@ import time
 
 import pytest
 from conftest import RECIPE, launch
+from judge_lines import HONEST, HOSTILE
 from servers import ChatServer, steps_of, text_of, verdict, write_internvl
 
-from teachers import chat
-from rows import data
-from teachers import judge
 import rewards
-from teachers import ask
-from judge_lines import HONEST, HOSTILE
+from data.clips import BadRow
+from data.rows import Rows
+from teachers import chat, client, judge
 from teachers.judge import is_forged, judge_prompt, read_scores, score_steps
 
 STEPS = ["1: left red circle; high tone", "2: nothing; no tone", "so left: red circle"]
@@ -32,11 +31,11 @@ def quick(monkeypatch):
 def teacher_of(toy_dir, tmp_path, where, **changes):
     settings = dict(concurrency=4, timeout=5.0, retries=1) | changes
     folder = toy_dir / "stage3"
-    return ask.Teacher(str(where), "m", folder, RECIPE, tmp_path / "answers", **settings)
+    return client.Teacher(str(where), "m", folder, RECIPE, tmp_path / "answers", **settings)
 
 
 def row_of(toy_dir, i=0):
-    return data.Rows(toy_dir / "stage3" / "train.jsonl")[i]
+    return Rows(toy_dir / "stage3" / "train.jsonl")[i]
 
 
 # ---- the reply
@@ -52,16 +51,42 @@ def test_an_exact_reply_is_read():
     assert read_scores(f"  {reply_of([1])}\n", "abc", 1) == [1]
 
 
-@pytest.mark.parametrize("reply", [
-    "", "0.5", "null", "[1, 1]", "{}", "good reasoning", reply_of([1, 1], "abd"), reply_of([1]), reply_of([1, 1, 1]),
-    reply_of([1, 1.01]), reply_of([1, -0.01]), reply_of([1, None]), reply_of([1, True]), reply_of([1, "1"]),
-    reply_of([1, [1]]), reply_of("11"), '{"ticket": "abc", "scores": [1, NaN]}', '{"ticket": "abc", "scores": [1, Infinity]}',
-    '{"ticket": "abc", "scores": [1, 1e999]}', '{"scores": [1, 1]}', '{"ticket": "abc"}', "[" * 100_000,
-    '{"ticket": "abc", "scores": [1, 1], "why": "x"}', "Here it is: " + reply_of([1, 1]), reply_of([1, 1]) + " Done.",
-    reply_of([0, 0]) + reply_of([1, 1]), '{"ticket": "abc", "scores": [0, 0], "scores": [1, 1]}',
-    '{"ticket": "abc", "scores": [1, 1]', "{'ticket': 'abc', 'scores': [1, 1]}", '{"ticket": "abc", "scores": [1, 1,]}',
-    "```\nx\n```\n" + reply_of([1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "0.5",
+        "null",
+        "[1, 1]",
+        "{}",
+        "good reasoning",
+        reply_of([1, 1], "abd"),
+        reply_of([1]),
+        reply_of([1, 1, 1]),
+        reply_of([1, 1.01]),
+        reply_of([1, -0.01]),
+        reply_of([1, None]),
+        reply_of([1, True]),
+        reply_of([1, "1"]),
+        reply_of([1, [1]]),
+        reply_of("11"),
+        '{"ticket": "abc", "scores": [1, NaN]}',
+        '{"ticket": "abc", "scores": [1, Infinity]}',
+        '{"ticket": "abc", "scores": [1, 1e999]}',
+        '{"scores": [1, 1]}',
+        '{"ticket": "abc"}',
+        "[" * 100_000,
+        '{"ticket": "abc", "scores": [1, 1], "why": "x"}',
+        "Here it is: " + reply_of([1, 1]),
+        reply_of([1, 1]) + " Done.",
+        reply_of([0, 0]) + reply_of([1, 1]),
+        '{"ticket": "abc", "scores": [0, 0], "scores": [1, 1]}',
+        '{"ticket": "abc", "scores": [1, 1]',
+        "{'ticket': 'abc', 'scores': [1, 1]}",
+        '{"ticket": "abc", "scores": [1, 1,]}',
+        "```\nx\n```\n" + reply_of([1, 1]),
+    ],
+)
 def test_any_other_reply_is_no_verdict(reply):
     with pytest.raises(ValueError):
         read_scores(reply, "abc", 2)
@@ -77,9 +102,16 @@ def test_the_judge_is_blind_to_the_answer(toy_dir, tmp_path):
     with ChatServer(lambda r, n: verdict(r)) as server:
         teacher = teacher_of(toy_dir, tmp_path, server.url)
         scored = rewards.reward_completions(
-            row | dict(answer="left: red circle", answer_type="location"), [text], [-1.0], {"judge": 1.0},
-            judge.Judge(lambda row, steps: score_steps(teacher, row | dict(answer="THE TRUTH"), steps), (), 1),
-        )  # fmt: skip
+            row | dict(answer="left: red circle", answer_type="location"),
+            [text],
+            [-1.0],
+            {"judge": 1.0},
+            judge.Judge(
+                lambda row, steps: score_steps(teacher, row | dict(answer="THE TRUTH"), steps),
+                (),
+                1,
+            ),
+        )
         (request,) = server.requests
     assert scored[0][0] == 0.5
     told = json.dumps(request)
@@ -118,10 +150,15 @@ def test_planted_steps_stand_anywhere():
 
 def test_a_ticket_depends_on_every_word():
     row = dict(question="Where?")
-    tickets = {judge_prompt(row, steps)[1] for steps in (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])}
+    tickets = {
+        judge_prompt(row, steps)[1] for steps in (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])
+    }
     tickets |= {judge_prompt(dict(question="Where"), STEPS)[1]}
     assert len(tickets) == 5
-    assert judge_prompt(row, STEPS)[1] not in judge_prompt(row, [*STEPS, judge_prompt(row, STEPS)[1]])[1]
+    assert (
+        judge_prompt(row, STEPS)[1]
+        not in judge_prompt(row, [*STEPS, judge_prompt(row, STEPS)[1]])[1]
+    )
 
 
 # ---- a reasoning that talks to its judge
@@ -178,7 +215,9 @@ def test_the_rule_takes_no_time():
 # ---- not judged is not zero
 
 
-@pytest.mark.parametrize("answer", ["I think it is good", (500, {}, b""), (200, {}, b"{"), "dead", "slow"])
+@pytest.mark.parametrize(
+    "answer", ["I think it is good", (500, {}, b""), (200, {}, b"{"), "dead", "slow"]
+)
 def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     server = ChatServer(lambda r, n: answer, delay=1.0 * (answer == "slow"))
     if answer == "dead":
@@ -188,7 +227,9 @@ def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     texts = [f"<think>{STEPS[0]}</think><answer>x</answer>", "no reasoning"]
     row = row_of(toy_dir)
     asked.begin([row], [texts])
-    scored = rewards.reward_completions(row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked)
+    scored = rewards.reward_completions(
+        row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked
+    )
     assert scored[0][0] is None and scored[0][1]["judge"] is None and asked.why
     assert scored[1][0] == -0.5  # no reasoning: nothing to judge, nothing earned [U14]
     if answer != "dead":
@@ -244,10 +285,10 @@ def test_no_more_at_once_than_allowed():
 
 def test_a_users_mistake_in_a_judge_is_told():
     def score(row, steps):
-        raise data.BadRow("no events")
+        raise BadRow("no events")
 
     asked = judge.Judge(score, chat.NoAnswer, 1)
-    with pytest.raises(data.BadRow):
+    with pytest.raises(BadRow):
         asked(dict(prompt_id="q"), "x")
 
 
@@ -271,9 +312,28 @@ def impatient(monkeypatch):
 
 def stage3(toy_dir, out, where, *more, code=0):
     rows = toy_dir / "stage3"
-    flags = ("--stage", 3, "--model", toy_dir / "model", "--data", rows / "train.jsonl", "--judge", where,
-             "--eval-every", 0, "--out", out, "--steps", 3, "--prompts-per-step", 8, "--max-new-tokens", 64,
-             "--save-every", 1)  # fmt: skip
+    flags = (
+        "--stage",
+        3,
+        "--model",
+        toy_dir / "model",
+        "--data",
+        rows / "train.jsonl",
+        "--judge",
+        where,
+        "--eval-every",
+        0,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--prompts-per-step",
+        8,
+        "--max-new-tokens",
+        64,
+        "--save-every",
+        1,
+    )
     if str(where).startswith("http"):
         flags += ("--judge-model", "m")
     return launch("train_rl.py", *flags, *more, code=code)
@@ -357,14 +417,25 @@ def test_a_local_folder_judges(toy_dir, tmp_path, monkeypatch):
     """InternVL's architecture with random weights, in this process: every reply is a verdict."""
     monkeypatch.setattr(judge, "DECOY_MAX", 1.0)  # such a judge cannot tell true from false
     write_internvl(tmp_path / "internvl")
-    stage3(toy_dir, tmp_path / "run", tmp_path / "internvl", "--steps", 2, "--prompts-per-step", 2,
-           "--max-new-tokens", 24)  # fmt: skip
+    stage3(
+        toy_dir,
+        tmp_path / "run",
+        tmp_path / "internvl",
+        "--steps",
+        2,
+        "--prompts-per-step",
+        2,
+        "--max-new-tokens",
+        24,
+    )
     for m in read_metrics(tmp_path / "run"):
         assert m["rewards/unjudged_frac"] == 0 and 0 <= m["rewards/judge"] <= 1
 
 
 def test_a_judge_behind_a_url_needs_a_name(toy_dir, tmp_path):
-    printed = stage3(toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1)
+    printed = stage3(
+        toy_dir, tmp_path / "run", "http://127.0.0.1:9/v1", "--judge-model", "", code=1
+    )
     assert "which model?" in printed.splitlines()[-1]
 
 

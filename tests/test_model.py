@@ -18,17 +18,20 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-from rows import data
-from omni import model
-from run import folders
-from run import optim  # before torch
-from omni import rollout
+from data.rows import Rows
+from models import loading
+from models.inputs import InputBuilder, Prompt
+from models.loading import CHECKPOINT_ABOVE_PARAMS, load_policy, open_policies
+from models.paths import save_model
+from models.policy import completion_logprobs, head_logprobs
+from models.rollout import rollout, sample
+from run import optim
 
 
 @pytest.fixture(scope="module")
 def setup(toy_dir):
     """Policy, the plain HF model, and prompts with audio, without, and of different lengths."""
-    policy = model.load(toy_dir / "model", lora_rank=0, train_towers=True)
+    policy = load_policy(toy_dir / "model", lora_rank=0, train_towers=True)
     prompts, build = toy_prompts(toy_dir)
     assert "audio" in prompts[0].media and "audio" not in prompts[1].media
     return policy, Thinker.from_pretrained(toy_dir / "model"), prompts, build
@@ -46,9 +49,15 @@ def oracle_logprobs(hf, prompt, completion, temperature):
         )
     if audio := prompt.media.get("audio"):
         mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
-        kwargs.update(input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True)
-    logits = hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
-    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[:, 0]
+        kwargs.update(
+            input_features=audio["mel"][None], feature_attention_mask=mask, use_audio_in_video=True
+        )
+    logits = (
+        hf(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0] / temperature
+    )
+    return logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1].gather(-1, completion[:, None])[
+        :, 0
+    ]
 
 
 SIZES = ([5, 1, 9], [7], [2, 12])  # ragged, one of a single token
@@ -58,7 +67,7 @@ SIZES = ([5, 1, 9], [7], [2, 12])  # ragged, one of a single token
 def test_packed_logprobs_equal_hf(setup, temperature):
     policy, hf, prompts, _ = setup
     completions = random_completions(SIZES)
-    logprobs, mask, entropy = model.completion_logprobs(policy, prompts, completions, temperature)
+    logprobs, mask, entropy = completion_logprobs(policy, prompts, completions, temperature)
     flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
     assert mask.sum(1).tolist() == [len(c) for _, c in flat]
     for i, (prompt, completion) in enumerate(flat):
@@ -71,8 +80,10 @@ def test_packed_logprobs_equal_hf(setup, temperature):
 def test_gradients_equal_copies(setup, toy_dir, lora_rank, checkpointing, monkeypatch):
     """One packed row against G whole copies, for every parameter of text model and towers."""
     _, hf, prompts, _ = setup
-    monkeypatch.setattr(model, "SMALL", 0 if checkpointing else model.SMALL)
-    policy = model.load(toy_dir / "model", lora_rank, True)
+    monkeypatch.setattr(
+        loading, "CHECKPOINT_ABOVE_PARAMS", 0 if checkpointing else CHECKPOINT_ABOVE_PARAMS
+    )
+    policy = load_policy(toy_dir / "model", lora_rank, True)
     hf = copy.deepcopy(hf)
     if lora_rank:
         torch.manual_seed(0)
@@ -83,7 +94,7 @@ def test_gradients_equal_copies(setup, toy_dir, lora_rank, checkpointing, monkey
         hf.get_base_model().model.language_model.set_attn_implementation("sdpa")
     completions = random_completions(SIZES)
     weights = torch.randn(sum(map(len, SIZES)), generator=torch.Generator().manual_seed(1))
-    logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 1.0)
+    logprobs, _, _ = completion_logprobs(policy, prompts, completions, 1.0)
     (logprobs.sum(1) * weights).sum().backward()
     flat = [(p, c) for p, group in zip(prompts, completions) for c in group]
     sum(oracle_logprobs(hf, p, c, 1.0).sum() * w for (p, c), w in zip(flat, weights)).backward()
@@ -114,9 +125,11 @@ def test_one_prompt_does_not_change_another(setup):
     policy, _, prompts, _ = setup
     completions = random_completions(SIZES)
     with torch.no_grad():
-        together = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
-        reverse = model.completion_logprobs(policy, prompts[::-1], completions[::-1], 1.0)[0]
-        alone = [model.completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)]
+        together = completion_logprobs(policy, prompts, completions, 1.0)[0]
+        reverse = completion_logprobs(policy, prompts[::-1], completions[::-1], 1.0)[0]
+        alone = [
+            completion_logprobs(policy, [p], [c], 1.0)[0] for p, c in zip(prompts, completions)
+        ]
     rows = together.split([len(s) for s in SIZES])
     for row, other, single in zip(rows, reverse.split([len(s) for s in SIZES[::-1]])[::-1], alone):
         assert_same_values(row, other)
@@ -125,34 +138,39 @@ def test_one_prompt_does_not_change_another(setup):
 
 def test_rollout_logprobs_are_the_recomputed_ones(setup):
     policy, _, prompts, build = setup
-    groups = model.rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
+    groups = rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
     assert [len(g) for g in groups] == [4, 2, 3]
     with torch.no_grad():
-        logprobs, mask, _ = model.completion_logprobs(policy, prompts, [[c.ids for c in g] for g in groups], 1.0)
+        logprobs, mask, _ = completion_logprobs(
+            policy, prompts, [[c.ids for c in g] for g in groups], 1.0
+        )
     recorded = pad_sequence([c.logprobs for g in groups for c in g], batch_first=True)
     assert (logprobs - recorded).abs().max() < 1e-4
     for c in (c for g in groups for c in g):
         ends = torch.isin(c.ids, torch.tensor(build.eos_ids))
-        assert not ends[:-1].any() and bool(ends[-1]) != c.truncated  # EOS is inside, and nothing after it
+        assert (
+            not ends[:-1].any() and bool(ends[-1]) != c.truncated
+        )  # EOS is inside, and nothing after it
 
 
 def test_rollout_does_not_depend_on_the_batch(setup):
     """The same seed gives a prompt the same completions alone and among others, however many."""
     policy, _, prompts, build = setup
-    together = model.rollout(policy, prompts, [4, 4, 4], 1.0, 25, build.eos_ids, seeds=[1, 2, 3])
+    together = rollout(policy, prompts, [4, 4, 4], 1.0, 25, build.eos_ids, seeds=[1, 2, 3])
     for i in range(3):
-        (alone,) = model.rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
+        (alone,) = rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
 
 
 def test_greedy_rollout_equals_hf_generate(setup):
     policy, hf, prompts, build = setup
     for prompt in prompts:
-        ((ours,),) = model.rollout(policy, [prompt], [1], 0.0, 12, build.eos_ids, seeds=[0])
+        ((ours,),) = rollout(policy, [prompt], [1], 0.0, 12, build.eos_ids, seeds=[0])
         kwargs = dict(
-            pixel_values_videos=prompt.media["video"]["pixels"], video_grid_thw=prompt.media["video"]["grid"],
+            pixel_values_videos=prompt.media["video"]["pixels"],
+            video_grid_thw=prompt.media["video"]["grid"],
             video_second_per_grid=torch.tensor([1.0]),
-        )  # fmt: skip
+        )
         if audio := prompt.media.get("audio"):
             mask = torch.ones(1, audio["mel"].shape[1], dtype=torch.long)
             kwargs.update(
@@ -161,8 +179,14 @@ def test_greedy_rollout_equals_hf_generate(setup):
                 use_audio_in_video=True,
             )
         ids = prompt.input_ids[None]
-        theirs = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
-                             eos_token_id=build.eos_ids, **kwargs)[0, ids.shape[1] :]  # fmt: skip
+        theirs = hf.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=build.eos_ids,
+            **kwargs,
+        )[0, ids.shape[1] :]
         assert ours.ids.tolist() == theirs.tolist()
 
 
@@ -170,11 +194,11 @@ def test_sampling_follows_the_distribution():
     """Defect 9 of the authors' trainer: it sampled top-k, and stored log-probs that ignore it."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).repeat(20000, 1)
     noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    token, logprob = rollout.sample(logits, 0.5, noise)
+    token, logprob = sample(logits, 0.5, noise)
     expected = (logits[0] / 0.5).softmax(-1)
     torch.testing.assert_close(token.bincount(minlength=4) / 20000, expected, atol=0.01, rtol=0)
     torch.testing.assert_close(logprob, expected.log()[token])
-    assert rollout.sample(logits[:1], 1.0, torch.tensor([1 - 1e-12], dtype=torch.float64))[0] == 3
+    assert sample(logits[:1], 1.0, torch.tensor([1 - 1e-12], dtype=torch.float64))[0] == 3
 
 
 def test_head_in_chunks_is_the_head(monkeypatch):
@@ -184,15 +208,17 @@ def test_head_in_chunks_is_the_head(monkeypatch):
         torch.randn(37, 8, requires_grad=True),
         torch.randint(50, (37,)),
     )
-    whole, entropy = model.head_logprobs(head, hidden, targets, 0.9)
+    whole, entropy = head_logprobs(head, hidden, targets, 0.9)
     (grad,) = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr(model, "HEAD_CHUNK", 10)
-    chunked, chunked_entropy = model.head_logprobs(head, hidden, targets, 0.9)
+    monkeypatch.setattr("models.policy.HEAD_CHUNK", 10)
+    chunked, chunked_entropy = head_logprobs(head, hidden, targets, 0.9)
     (chunked_grad,) = torch.autograd.grad(chunked.sum(), hidden)
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(chunked_entropy, entropy)
     torch.testing.assert_close(chunked_grad, grad)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy())
+    torch.testing.assert_close(
+        entropy, torch.distributions.Categorical(logits=head(hidden) / 0.9).entropy()
+    )
 
 
 def test_a_sampled_media_token_is_an_ordinary_token(setup):
@@ -203,8 +229,8 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
     plain = [[torch.tensor([20, 30, 21])], [torch.tensor([20, 22])], [torch.tensor([20])]]
     with torch.no_grad():
         a, b = (
-            model.completion_logprobs(policy, prompts, odd, 1.0)[0],
-            model.completion_logprobs(policy, prompts, plain, 1.0)[0],
+            completion_logprobs(policy, prompts, odd, 1.0)[0],
+            completion_logprobs(policy, prompts, plain, 1.0)[0],
         )
     torch.testing.assert_close(a[:, 0], b[:, 0])
     torch.testing.assert_close(a[1:], b[1:])
@@ -214,8 +240,10 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
 def test_a_frozen_tower_is_held_once(toy_dir, train_towers):
     args = SimpleNamespace(attn="auto", dtype="auto", lora_rank=0, train_towers=train_towers)
     given = (str(toy_dir / "model"), args, torch.device("cpu"))
-    policy, reference = model.open_policies(*given, with_reference=True)
-    weights = [{id(p) for tower in x.towers for p in tower.parameters()} for x in (policy, reference)]
+    policy, reference = open_policies(*given, with_reference=True)
+    weights = [
+        {id(p) for tower in x.towers for p in tower.parameters()} for x in (policy, reference)
+    ]
     assert weights[0] and (weights[0] == weights[1]) == (not train_towers)
     assert not weights[0] & {id(p) for p in policy.parameters() if p.requires_grad} or train_towers
     assert policy.thinker.model.language_model is not reference.thinker.model.language_model
@@ -225,10 +253,13 @@ def test_a_frozen_tower_is_held_once(toy_dir, train_towers):
 def test_missing_placeholder_is_an_error(setup):
     policy, _, prompts, _ = setup
     p = prompts[0]
-    keep = torch.arange(len(p.input_ids)) != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
+    keep = (
+        torch.arange(len(p.input_ids))
+        != (p.input_ids == policy.thinker.config.audio_token_id).nonzero()[0, 0]
+    )
     broken = p._replace(input_ids=p.input_ids[keep], position_ids=p.position_ids[:, keep])
     with pytest.raises(AssertionError, match="audio: .* placeholders"):
-        model.completion_logprobs(policy, [broken], [[torch.tensor([20, 21])]], 1.0)
+        completion_logprobs(policy, [broken], [[torch.tensor([20, 21])]], 1.0)
 
 
 def test_encoded_media_stand_in_for_the_towers(setup):
@@ -237,8 +268,8 @@ def test_encoded_media_stand_in_for_the_towers(setup):
     with torch.no_grad():
         encoded = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
         torch.testing.assert_close(
-            model.completion_logprobs(policy, encoded, completions, 1.0)[0],
-            model.completion_logprobs(policy, prompts, completions, 1.0)[0],
+            completion_logprobs(policy, encoded, completions, 1.0)[0],
+            completion_logprobs(policy, prompts, completions, 1.0)[0],
         )
 
 
@@ -246,7 +277,7 @@ def test_encoders_run_once_a_rollout(setup):
     policy, _, prompts, build = setup
     calls = []
     hooks = [tower.register_forward_hook(lambda *_: calls.append(1)) for tower in policy.towers]
-    model.rollout(policy, prompts, [8, 8, 8], 1.0, 20, build.eos_ids, seeds=[1, 2, 3])
+    rollout(policy, prompts, [8, 8, 8], 1.0, 20, build.eos_ids, seeds=[1, 2, 3])
     for hook in hooks:
         hook.remove()
     assert len(calls) == 2  # one for all videos, one for all sounds
@@ -270,8 +301,8 @@ def test_time_positions_of_an_aligned_clip(setup):
 def test_a_new_adapter_is_the_same_everywhere(toy_dir):
     """Else each rank would shard its own, and a run killed before its first checkpoint differ."""
     torch.manual_seed(5)
-    one = dict(model.load(toy_dir / "model", 2, False).named_parameters())
-    two = dict(model.load(toy_dir / "model", 2, False).named_parameters())
+    one = dict(load_policy(toy_dir / "model", 2, False).named_parameters())
+    two = dict(load_policy(toy_dir / "model", 2, False).named_parameters())
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
@@ -279,41 +310,43 @@ def test_lora_trains_only_the_adapter_and_reloads(setup, toy_dir, tmp_path):
     from peft import PeftModel
 
     _, _, prompts, build = setup
-    policy = model.load(toy_dir / "model", lora_rank=4, train_towers=False)
+    policy = load_policy(toy_dir / "model", lora_rank=4, train_towers=False)
     completions = random_completions(SIZES)
-    base = model.completion_logprobs(policy, prompts, completions, 1.0)[0].detach()
+    base = completion_logprobs(policy, prompts, completions, 1.0)[0].detach()
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
-        (-model.completion_logprobs(policy, prompts, completions, 1.0)[0].sum()).backward()
+        (-completion_logprobs(policy, prompts, completions, 1.0)[0].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        after = model.completion_logprobs(policy, prompts, completions, 1.0)[0]
+        after = completion_logprobs(policy, prompts, completions, 1.0)[0]
         with policy.reference():
-            torch.testing.assert_close(model.completion_logprobs(policy, prompts, completions, 1.0)[0], base)
+            torch.testing.assert_close(
+                completion_logprobs(policy, prompts, completions, 1.0)[0], base
+            )
     assert (after - base).abs().max() > 1e-2
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
-    folders.save(policy, tmp_path / "final", build.processor)
+    save_model(policy, tmp_path / "final", build.processor)
     PeftModel.from_pretrained(Thinker.from_pretrained(toy_dir / "model"), tmp_path / "final")
-    again = model.load(tmp_path / "final", 0, False)  # merged
+    again = load_policy(tmp_path / "final", 0, False)  # merged
     with torch.no_grad():
         torch.testing.assert_close(
-            model.completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0
+            completion_logprobs(again, prompts, completions, 1.0)[0], after, atol=1e-4, rtol=0
         )
 
 
 def test_saved_folder_is_standard(setup, tmp_path):
     policy, _, prompts, build = setup
-    folders.save(policy, tmp_path / "final", build.processor)
+    save_model(policy, tmp_path / "final", build.processor)
     loaded = Thinker.from_pretrained(tmp_path / "final").state_dict()
     for name, value in policy.model.state_dict().items():
         assert torch.equal(loaded[name], value), name
-    model.InputBuilder(tmp_path / "final", RECIPE, ".", False)
+    InputBuilder(tmp_path / "final", RECIPE, ".", False)
 
 
 def test_an_adapter_adds_in_one_pass_what_peft_adds(toy_dir):
     """Value and gradients of every adapted layer, by PEFT's own forward beside it."""
-    policy = model.load(toy_dir / "model", 4, train_towers=True)
+    policy = load_policy(toy_dir / "model", 4, train_towers=True)
     layers = [m for m in policy.modules() if isinstance(m, LoraLinear)]
     assert len(layers) > 20
     for layer in layers:
@@ -323,7 +356,9 @@ def test_an_adapter_adds_in_one_pass_what_peft_adds(toy_dir):
         found = []
         for forward in (layer.forward, lambda x, own=layer: type(own).forward(own, x)):
             y = forward(x)
-            found.append((y, *torch.autograd.grad((y * y).sum(), [x, b, layer.lora_A["default"].weight])))
+            found.append(
+                (y, *torch.autograd.grad((y * y).sum(), [x, b, layer.lora_A["default"].weight]))
+            )
         for ours, theirs in zip(*found, strict=True):
             assert_same_values(ours, theirs)
         with policy.reference():
@@ -332,7 +367,7 @@ def test_an_adapter_adds_in_one_pass_what_peft_adds(toy_dir):
 
 def test_no_such_model():
     with pytest.raises(FileNotFoundError, match="no model at nowhere/model"):
-        model.load("nowhere/model", 0, False)
+        load_policy("nowhere/model", 0, False)
 
 
 def test_micro_batches():
@@ -361,14 +396,14 @@ QUESTIONS = [
 def test_questions_about_one_clip_share_it(setup, toy_dir, counts):
     """The same completions as from prompts that are read one by one, with log-probs to 1e-5."""
     policy, _, prompts, build = setup
-    rows = data.Rows(toy_dir / "stage2" / "train.jsonl")
+    rows = Rows(toy_dir / "stage2" / "train.jsonl")
     alone, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
     order = [shared[0], prompts[1], shared[1], prompts[0], shared[2]]  # other clips in between
     flat = [alone[0], prompts[1], alone[1], prompts[0], alone[2]]
     assert [len(f) for f in rollout.families_of(order)] == [3, 1, 1]
     for temperature in (0.0, 1.0):
         made, known = (
-            model.rollout(policy, batch, counts, temperature, 20, build.eos_ids, seeds=range(5))
+            rollout(policy, batch, counts, temperature, 20, build.eos_ids, seeds=range(5))
             for batch in (order, flat)
         )
         for group, other in zip(made, known, strict=True):
@@ -379,29 +414,31 @@ def test_questions_about_one_clip_share_it(setup, toy_dir, counts):
 
 def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
     policy, _, _, build = setup
-    rows = data.Rows(toy_dir / "stage2" / "train.jsonl")
+    rows = Rows(toy_dir / "stage2" / "train.jsonl")
     _, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
     read, encoded = [], []
     keep = policy.read, policy.encode
     monkeypatch.setattr(policy, "read", lambda *x, **y: read.append(keep[0](*x, **y)) or read[-1])
     monkeypatch.setattr(policy, "encode", lambda p: encoded.append(len(p)) or keep[1](p))
-    model.rollout(policy, shared, [1] * 3, 0.0, 4, build.eos_ids, seeds=range(3))
+    rollout(policy, shared, [1] * 3, 0.0, 4, build.eos_ids, seeds=range(3))
     lengths = [len(p.input_ids) for p in shared]
-    assert encoded == [1] and len(read) == 1 and len(read[0][0]) < lengths[0] + 0.6 * sum(lengths[1:])
+    assert (
+        encoded == [1] and len(read) == 1 and len(read[0][0]) < lengths[0] + 0.6 * sum(lengths[1:])
+    )
 
 
 def test_prompts_without_media_are_no_family(setup):
     policy, _, _, build = setup
-    prompt = model.Prompt(torch.tensor([12, 9]), torch.arange(2).expand(3, -1), {})
+    prompt = Prompt(torch.tensor([12, 9]), torch.arange(2).expand(3, -1), {})
     assert rollout.families_of([prompt, prompt]) == [[0], [1]]
-    (a,), (b,) = model.rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
+    (a,), (b,) = rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
     assert a.ids.tolist() == b.ids.tolist()
 
 
 def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
     policy, _, prompts, build = setup
-    twice = model.rollout(policy, [prompts[0]] * 2, [2, 2], 1.0, 8, build.eos_ids, seeds=[1, 1])
+    twice = rollout(policy, [prompts[0]] * 2, [2, 2], 1.0, 8, build.eos_ids, seeds=[1, 1])
     assert [c.ids.tolist() for c in twice[0]] == [c.ids.tolist() for c in twice[1]]
     other = prompts[0]._replace(input_ids=prompts[0].input_ids.roll(1))
     with pytest.raises(AssertionError, match="before the last of it"):
-        model.rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])
+        rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])

@@ -20,7 +20,15 @@ from test_train_rl import rl_flags
 
 def start(node, port, command, log):
     """An agent with one process; what it prints goes to `log`."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        str(node),
+    ]
     words += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     with open(log, "w") as file:
         return subprocess.Popen([*words, *map(str, command)], cwd=ROOT, stdout=file, stderr=file)
@@ -50,7 +58,9 @@ def test_two_nodes_one_of_them_killed(toy_dir, tmp_path):
     began = time.monotonic()
     assert both[0].wait(timeout=60) != 0 and time.monotonic() - began < 60
     printed = (tmp_path / "0.log").read_text()
-    (line,) = [line for line in printed.splitlines() if "another process of the run has ended" in line]
+    (line,) = [
+        line for line in printed.splitlines() if "another process of the run has ended" in line
+    ]
     words = shlex.split(line.split("go on with: ")[1])
     assert words[:5] == ["torchrun", "--nnodes", "2", "--node-rank", "0"] and "--resume" in words
     assert words[5:11] == f"--nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}".split()

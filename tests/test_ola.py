@@ -24,11 +24,15 @@ from test_train_rl import read_metrics
 from transformers import Qwen2ForCausalLM
 
 import toy
-from omni import model, ola, rollout
-from omni.modeling_ola import OlaForConditionalGeneration
-from rows import data
-from rows.clips import Clip
-from rows.reader import Reader
+from data.clip_cache import ClipCache
+from data.clips import BadRow, Clip, decode_clip
+from data.rows import Rows, normalize_row
+from models import ola
+from models.inputs import InputBuilder, Prompt
+from models.loading import load_policy
+from models.modeling_ola import OlaForConditionalGeneration
+from models.policy import Policy, completion_logprobs
+from models.rollout import rollout
 
 WHISPER, BEATS = "large-v3.pt", "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
 
@@ -38,7 +42,11 @@ def known():
     """What the original gave; {name: shape} of its tiny weights, of its published ones: three files."""
     with safe_open(original.FILE, "pt") as file:
         about = {name: json.loads(text) for name, text in file.metadata().items()}
-        return {name: file.get_tensor(name) for name in file.keys()}, about["tiny"], about["published"]
+        return (
+            {name: file.get_tensor(name) for name in file.keys()},
+            about["tiny"],
+            about["published"],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +75,13 @@ def published(known, tmp_path_factory):
 def converted(published):
     """-> the folder, its thinker, its InputBuilder"""
     out = published / "converted"
-    printed = launch("omni/ola.py", "convert", published / "ola", published / "encoders", "--out", out)
+    printed = launch(
+        "models/ola.py", "convert", published / "ola", published / "encoders", "--out", out
+    )
     assert "M weights" in printed
-    build = model.InputBuilder(out, RECIPE, ".", False)
+    build = InputBuilder(out, RECIPE, ".", False)
     build.config.min_frame_pixels = 0  # the fixtures' frames are small
-    return out, model.load(out, 0, True).thinker, build
+    return out, load_policy(out, 0, True).thinker, build
 
 
 def close(ours, theirs):
@@ -84,7 +94,10 @@ def close(ours, theirs):
 @pytest.mark.parametrize("height, width", original.SIZES)
 def test_frames_are_the_originals(known, converted, height, width):
     """Tower, table of positions resized, pooling, projector, and the marks between rows and frames."""
-    visual, pixels = converted[1].model.visual, original.picture(f"{height} {width}", 2, 3, height, width)
+    visual, pixels = (
+        converted[1].model.visual,
+        original.picture(f"{height} {width}", 2, 3, height, width),
+    )
     given = []
     hook = visual.projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     (features,) = visual([pixels])
@@ -102,7 +115,7 @@ def test_frames_of_all_sizes_together_are_those_alone(converted):
 
 def test_a_picture_is_the_originals_two_views(known, converted):
     low, high = (original.picture(f"view {h}", 1, 3, h, w) for h, w in original.SIZES[:2])
-    prompt = model.Prompt(None, None, dict(image=dict(views=[(low[0], high[0])])))
+    prompt = Prompt(None, None, dict(image=dict(views=[(low[0], high[0])])))
     (features,) = ola.encode(converted[1].model, [prompt], "cpu", False)
     close(features["image"], known[0]["picture"])
 
@@ -116,7 +129,7 @@ def test_sound_is_the_originals(known, converted):
     close(tower.speech(media["mel"]).last_hidden_state, known[0]["whisper"])
     close(tower.music(media["fbank"]), known[0]["beats"])
     close(tower.encode(media["mel"], media["fbank"]), known[0]["fused"])
-    prompt = model.Prompt(None, None, dict(audio=media))
+    prompt = Prompt(None, None, dict(audio=media))
     (features,) = ola.encode(converted[1].model, [prompt], "cpu", False)
     close(features["audio"], known[0]["sound"])
 
@@ -142,14 +155,19 @@ def test_a_prompt_is_the_originals(known, converted, case):
     if "image" in case:  # the original's reduced view is PIL's: here the fixtures'
         low = original.picture("view 32", 1, 3, 32, 64)[0]
         prompt.media["image"]["views"] = [(low, picture[0])]
-        prompt = prompt._replace(input_ids=retold(prompt.input_ids, build.config.image_token_id, low, picture[0]))
+        prompt = prompt._replace(
+            input_ids=retold(prompt.input_ids, build.config.image_token_id, low, picture[0])
+        )
         prompt = prompt._replace(position_ids=torch.arange(len(prompt.input_ids)).expand(3, -1))
-    policy = model.Policy(thinker, True)
+    policy = Policy(thinker, True)
     with torch.no_grad():
         (embeds,) = policy.embed([prompt])
         close(embeds, known[0][f"embeds, {case}"])
         assert prompt.position_ids.tolist() == [list(range(len(embeds)))] * 3
-        head, tail = (embeds[:-4], prompt.position_ids[:, :-4]), (prompt.input_ids[-4:], prompt.position_ids[:, -4:])
+        head, tail = (
+            (embeds[:-4], prompt.position_ids[:, :-4]),
+            (prompt.input_ids[-4:], prompt.position_ids[:, -4:]),
+        )
         hidden, _ = policy.read([head], [[tail]])
         close(thinker.lm_head(hidden[-4:]), known[0][f"logits, {case}"])
 
@@ -166,19 +184,31 @@ def test_names_of_the_published_weights(known):
     The true configuration, on the meta device: every published name becomes one of ours, with its
     shape, and none of ours is left over.
     """
-    states = [{n: torch.empty(s, device="meta") for n, s in original.unfolded(f).items()} for f in known[2]]
+    states = [
+        {n: torch.empty(s, device="meta") for n, s in original.unfolded(f).items()}
+        for f in known[2]
+    ]
     whole, whisper, beats = states
     encoder = [name for name in whisper if name.startswith("encoder.")]
     assert [len(x) for x in (whole, encoder, beats)] == [685, 487, 252]
-    state = whole | {f"speech.{n}": v for n, v in whisper.items()} | {f"music.{n}": v for n, v in beats.items()}
+    state = (
+        whole
+        | {f"speech.{n}": v for n, v in whisper.items()}
+        | {f"music.{n}": v for n, v in beats.items()}
+    )
     ours = {name: tuple(value.shape) for name, value in ola.renamed(state).items()}
-    sizes = [tiny | true for tiny, true in zip((original.CONFIG, original.WHISPER, original.BEATS), original.TRUE)]
+    sizes = [
+        tiny | true
+        for tiny, true in zip((original.CONFIG, original.WHISPER, original.BEATS), original.TRUE)
+    ]
     with torch.device("meta"):
         thinker = OlaForConditionalGeneration(ola.config_of(*sizes))
     assert ours == {name: tuple(value.shape) for name, value in thinker.state_dict().items()}
     # the published shards are 4.88 + 4.93 + 4.99 + 3.14 GB: bfloat16, and BEATs in float32
     count = lambda *tensors: sum(x.numel() for x in tensors)  # noqa: E731
-    num_bytes = 2 * count(*whole.values(), *(whisper[n] for n in encoder)) + 4 * count(*beats.values())
+    num_bytes = 2 * count(*whole.values(), *(whisper[n] for n in encoder)) + 4 * count(
+        *beats.values()
+    )
     assert round(num_bytes / 1e9, 2) == 17.94
 
 
@@ -192,7 +222,9 @@ def tiny(toy_dir, tmp_path_factory):
     toy.write_model(folder / "random", toy.WEIGHTS, "ola")
     for stage in range(4):
         shutil.copytree(toy_dir / f"stage{stage}", folder / f"stage{stage}")
-    rows = [json.loads(line) for line in (folder / "stage0" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "stage0" / "train.jsonl").read_text().splitlines()
+    ]
     few = [next(row for row in rows if row["use_audio"] == heard) for heard in (True, False)]
     with open(folder / "stage0" / "few.jsonl", "w") as file:
         for row in few:  # short, so that it is soon learned
@@ -206,7 +238,7 @@ def tiny(toy_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def build(tiny, media):
-    return model.InputBuilder(tiny / "model", RECIPE, media, audio_captions=False)
+    return InputBuilder(tiny / "model", RECIPE, media, audio_captions=False)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +254,15 @@ def build(tiny, media):
     ],
 )
 def test_every_kind_of_row_becomes_a_prompt(build, tiny, media, fields, has):
-    row = data.normalize_row(make_row(**fields))
-    prompt, policy = build(row), model.load(tiny / "model", 0, False)
-    clip = data.decode_clip(row, media, build.recipe)
-    assert all(side % 32 == 0 for x in [*clip.images, clip.frames] if x is not None for side in x.shape[-2:])
+    row = normalize_row(make_row(**fields))
+    prompt, policy = build(row), load_policy(tiny / "model", 0, False)
+    clip = decode_clip(row, media, build.recipe)
+    assert all(
+        side % 32 == 0
+        for x in [*clip.images, clip.frames]
+        if x is not None
+        for side in x.shape[-2:]
+    )
     ids = {kind: getattr(build.config, f"{kind}_token_id") for kind in has}
     at = {kind: (prompt.input_ids == token).nonzero()[:, 0] for kind, token in ids.items()}
     order = torch.cat([at[kind] for kind in has])
@@ -233,14 +270,16 @@ def test_every_kind_of_row_becomes_a_prompt(build, tiny, media, fields, has):
     assert build.tokenizer.decode(prompt.input_ids[order[-1] + 1 :][:1]).startswith("\n")
     with torch.no_grad():
         features = policy.encode([prompt])[0]
-    assert {kind: len(x) for kind, x in features.items()} == {kind: len(x) for kind, x in at.items()}
+    assert {kind: len(x) for kind, x in features.items()} == {
+        kind: len(x) for kind, x in at.items()
+    }
     if "video" in has:
         height, width = (side // 32 for side in clip.frames.shape[2:])
         assert len(at["video"]) == 2 + len(clip.frames) * (height * (width + 1) + 1)
     if "audio" in has:
         assert len(at["audio"]) == 2 + 51  # 10 s, 5 tokens a second, and a mark
     # another question about the clip needs no second look at it
-    other = data.normalize_row(make_row(**fields, prompt_id="other", question="Why, then?"))
+    other = normalize_row(make_row(**fields, prompt_id="other", question="Why, then?"))
     for asked, hint in ((row, None), (other, "look left")):
         retold, fresh = build.with_text(prompt, asked, hint), build(asked, hint)
         assert torch.equal(retold.input_ids, fresh.input_ids)
@@ -248,10 +287,15 @@ def test_every_kind_of_row_becomes_a_prompt(build, tiny, media, fields, has):
 
 
 def test_media_that_a_text_names_stand_where_it_names_them(build, media):
-    clip = data.decode_clip(data.normalize_row(make_row(images=["good.png"])), media, build.recipe)
+    clip = decode_clip(normalize_row(make_row(images=["good.png"])), media, build.recipe)
     clip = clip._replace(audio=[original.noise(name, 32000).numpy() for name in "ab"])
-    pieces = [dict(type="audio", index=1), dict(type="text", text="or"), dict(type="image", index=0),
-              dict(type="text", text="or"), dict(type="audio", index=0)]  # fmt: skip
+    pieces = [
+        dict(type="audio", index=1),
+        dict(type="text", text="or"),
+        dict(type="image", index=0),
+        dict(type="text", text="or"),
+        dict(type="audio", index=0),
+    ]
     prompt = build.from_clip(make_row(), clip, words=("", pieces))
     ids = {name: getattr(build.config, f"{name}_token_id") for name in ("image", "audio")}
     names = [name for i in prompt.input_ids.tolist() for name, token in ids.items() if i == token]
@@ -262,7 +306,7 @@ def test_media_that_a_text_names_stand_where_it_names_them(build, media):
 
 def test_small_frames_are_enlarged(build, media):
     """Below the area that the model has seen; the tiny one has no such bound."""
-    row = data.normalize_row(make_row(video="good.mp4"))
+    row = normalize_row(make_row(video="good.mp4"))
     bounded = build.at(media)
     bounded.config = type(build.config)(**build.config.to_dict() | dict(min_frame_pixels=288 * 288))
     sides = bounded(row).media["video"]["pixels"].shape[2:]
@@ -274,28 +318,30 @@ def test_small_frames_are_enlarged(build, media):
 
 def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
     """Packed rows and rollouts against transformers' own Qwen2, one completion at a time."""
-    policy, prompts = model.load(tiny / "model", 0, True), []
+    policy, prompts = load_policy(tiny / "model", 0, True), []
     for stage, i in ((3, 0), (1, 0), (2, 1)):
-        rows = data.Rows(tiny / f"stage{stage}" / "train.jsonl")
-        build = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+        rows = Rows(tiny / f"stage{stage}" / "train.jsonl")
+        build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
         prompts.append(build(rows[i]))
     completions = random_completions(([5, 1, 9], [7], [2, 12]))
     config = Qwen2ForCausalLM.config_class.from_dict(policy.thinker.config.text_config.to_dict())
     plain = Qwen2ForCausalLM(config)
     weights = policy.thinker.state_dict().items()
-    plain.load_state_dict({n.replace("language_model.", ""): v for n, v in weights if "language" in n or "lm_h" in n})
+    plain.load_state_dict(
+        {n.replace("language_model.", ""): v for n, v in weights if "language" in n or "lm_h" in n}
+    )
     with torch.no_grad():
-        logprobs, _, _ = model.completion_logprobs(policy, prompts, completions, 0.7)
+        logprobs, _, _ = completion_logprobs(policy, prompts, completions, 0.7)
         rows = iter(logprobs)
         for embed, group in zip(policy.embed(prompts), completions):
             for c in group:
                 whole = torch.cat([embed, plain.get_input_embeddings()(c)])[None]
                 logits = plain(inputs_embeds=whole).logits[0, len(embed) - 1 : -1] / 0.7
                 close(next(rows)[: len(c)], logits.log_softmax(-1).gather(-1, c[:, None])[:, 0])
-    made = model.rollout(policy, prompts, [4, 2, 3], 1.0, 24, build.eos_ids, seeds=[1, 2, 3])
+    made = rollout(policy, prompts, [4, 2, 3], 1.0, 24, build.eos_ids, seeds=[1, 2, 3])
     with torch.no_grad():
         ids = [[c.ids for c in group] for group in made]
-        logprobs, mask, _ = model.completion_logprobs(policy, prompts, ids, 1.0)
+        logprobs, mask, _ = completion_logprobs(policy, prompts, ids, 1.0)
     flat = [c.logprobs for group in made for c in group]
     recorded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
     assert (logprobs - recorded).abs().max() < 1e-4
@@ -303,12 +349,12 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
 
 def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
     """On the pretended one: devices, and the CUDA graph of a decoded token."""
-    policy, rows = model.load(tiny / "model", 0, True), data.Rows(tiny / "stage2" / "train.jsonl")
-    build = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+    policy, rows = load_policy(tiny / "model", 0, True), Rows(tiny / "stage2" / "train.jsonl")
+    build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
     given = [build(rows[0]), build(rows[1])], [2, 1], 1.0, 10, build.eos_ids, [1, 2]
-    expected = model.rollout(policy, *given)
+    expected = rollout(policy, *given)
     with pretended_gpu():
-        rolled = model.rollout(copy.deepcopy(policy).to(GPU), *given)
+        rolled = rollout(copy.deepcopy(policy).to(GPU), *given)
     assert Graph.replays > 4
     for one, two in zip(sum(rolled, []), sum(expected, []), strict=True):
         assert one.ids.tolist() == two.ids.tolist()
@@ -316,30 +362,41 @@ def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
 
 
 def test_a_shared_clip_is_encoded_and_read_once(tiny):
-    policy, rows = model.load(tiny / "model", 0, False), data.Rows(tiny / "stage2" / "train.jsonl")
-    build, calls = model.InputBuilder(tiny / "model", RECIPE, rows.path.parent, False), []
+    policy, rows = load_policy(tiny / "model", 0, False), Rows(tiny / "stage2" / "train.jsonl")
+    build, calls = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False), []
     for tower in (policy.thinker.model.visual, policy.thinker.model.audio_tower.speech):
         tower.register_forward_hook(lambda *_: calls.append(1))
-    reader = Reader(build, 10**9, policy.encoded)
-    asked = [dict(rows[1], prompt_id=str(i), question=q) for i, q in enumerate(("Which?", "How many?"))]
+    reader = ClipCache(build, 10**9, policy.encoded)
+    asked = [
+        dict(rows[1], prompt_id=str(i), question=q) for i, q in enumerate(("Which?", "How many?"))
+    ]
     prompts = [reader.get(row) for row in asked] + [reader.get(asked[0], "look left")]
     assert rollout.families_of(prompts) == [[0, 1, 2]] and all(p.encoded for p in prompts)
-    together = model.rollout(policy, prompts, [2, 1, 2], 1.0, 8, build.eos_ids, seeds=range(3))
+    together = rollout(policy, prompts, [2, 1, 2], 1.0, 8, build.eos_ids, seeds=range(3))
     assert len(calls) == 2  # its frames once, its sound once
     for prompt, group, seed in zip(prompts, together, range(3)):
-        (alone,) = model.rollout(policy, [prompt], [len(group)], 1.0, 8, build.eos_ids, seeds=[seed])
+        (alone,) = rollout(policy, [prompt], [len(group)], 1.0, 8, build.eos_ids, seeds=[seed])
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in group]
 
 
 def test_what_trains(tiny):
     """The text model; with --train-towers vision and projectors too; never the sound encoders."""
     trained = lambda policy: {n for n, p in policy.named_parameters() if p.requires_grad}  # noqa: E731
-    full, towers, lora = (model.load(tiny / "model", *how) for how in ((0, False), (0, True), (2, True)))
+    full, towers, lora = (
+        load_policy(tiny / "model", *how) for how in ((0, False), (0, True), (2, True))
+    )
     assert all("language_model" in name or "lm_head" in name for name in trained(full))
     new = trained(towers) - trained(full)
-    assert new == {n for n, _ in towers.named_parameters() if "visual" in n or "audio_tower.projector" in n}
+    assert new == {
+        n for n, _ in towers.named_parameters() if "visual" in n or "audio_tower.projector" in n
+    }
     assert all("lora_" in name for name in trained(lora))
-    for part in ("language_model.layers.3", "visual.layers.1", "visual.projector", "audio_tower.projector"):
+    for part in (
+        "language_model.layers.3",
+        "visual.layers.1",
+        "visual.projector",
+        "audio_tower.projector",
+    ):
         assert any(part in name for name in trained(lora)), part
     assert not any("speech" in name or "music" in name for name in trained(lora) | trained(towers))
 
@@ -349,7 +406,9 @@ def test_what_trains(tiny):
 
 def flags(tiny, stage, out, *more):
     rows = tiny / f"stage{stage}"
-    words = "--judge toy --steps 3 --max-new-tokens 24 --prompts-per-step 2 --eval-every 0 --lr 0.0005"
+    words = (
+        "--judge toy --steps 3 --max-new-tokens 24 --prompts-per-step 2 --eval-every 0 --lr 0.0005"
+    )
     words += " --temperature 1.3"  # so that what it has learned by heart is not all it says
     where = "--model", tiny / "model", "--data", rows / "train.jsonl", "--out", out
     return "train_rl.py", "--stage", stage, *where, *words.split(), *more
@@ -364,8 +423,13 @@ def test_stage_0_towers_and_all_killed_and_resumed(tiny, tmp_path):
     stopped_copy(tmp_path / "straight", tmp_path / "resumed", 3)
     launch("train_sft.py", *where, tmp_path / "resumed", *words, "--resume")
     assert same_weights(tmp_path / "straight", tmp_path / "resumed")
-    before, after = (model.load(f, 0, True).thinker.model for f in (tiny / "random", tmp_path / "straight" / "final"))
-    changed = {n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))}
+    before, after = (
+        load_policy(f, 0, True).thinker.model
+        for f in (tiny / "random", tmp_path / "straight" / "final")
+    )
+    changed = {
+        n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))
+    }
     assert "visual.patches.weight" in changed and "audio_tower.projector.newline" in changed
     assert not any("speech" in name or "music" in name for name in changed)
 
@@ -394,10 +458,14 @@ def test_lora_with_towers_then_evaluation(tiny, tmp_path):
     where = "--model", final, "--data", tiny / "stage2" / "test.jsonl"
     printed = launch("eval.py", *where, "--out", tmp_path / "scores", "--max-new-tokens", 16)
     assert "sound heard in 8 of 8 videos" in printed
-    records = [json.loads(x) for x in (tmp_path / "scores" / "records.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(x) for x in (tmp_path / "scores" / "records.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 8 and all(r["completion"] is not None for r in records)
     launch(*flags(tiny, 2, tmp_path / "next", "--model", final, "--lora-rank", 2, "--steps", 1))
-    assert (tmp_path / "next" / "base" / "processor_config.json").is_file()  # merged, a folder of its own
+    assert (
+        tmp_path / "next" / "base" / "processor_config.json"
+    ).is_file()  # merged, a folder of its own
 
 
 def test_two_processes_are_one(tiny, tmp_path):
@@ -412,13 +480,18 @@ def test_two_processes_are_one(tiny, tmp_path):
         launch("train_sft.py", *where, *words, processes=processes)
         more = "--train-towers", "--steps", 2
         launch(*flags(tiny, 2, tmp_path / name, *more), processes=processes)
-    for kind, names in (("sft-", ("loss", "grad_norm")), ("", ("reward", "loss", "kl", "grad_norm", "off/ess_frac"))):
+    for kind, names in (
+        ("sft-", ("loss", "grad_norm")),
+        ("", ("reward", "loss", "kl", "grad_norm", "off/ess_frac")),
+    ):
         one, two = (read_metrics(tmp_path / f"{kind}{name}") for name in ("one", "two"))
         for name in names:
             a, b = ([m[name] for m in metrics] for metrics in (one, two))
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
         assert max(m["grad_norm"] for m in one) > 0
-        first, second = (model.load(tmp_path / f"{kind}{name}" / "final", 0, True) for name in ("one", "two"))
+        first, second = (
+            load_policy(tmp_path / f"{kind}{name}" / "final", 0, True) for name in ("one", "two")
+        )
         for (name, a), b in zip(first.named_parameters(), second.parameters()):
             assert_same_values(a, b, rel=2e-4, msg=name)
     assert max(m["logprob_gap"] for m in two) < 1e-4
@@ -434,7 +507,9 @@ def mistake(*words):
 
 
 def test_bad_encoders_are_one_line(published, tmp_path):
-    whisper, beats = (torch.load(published / "encoders" / n, weights_only=True) for n in (WHISPER, BEATS))
+    whisper, beats = (
+        torch.load(published / "encoders" / n, weights_only=True) for n in (WHISPER, BEATS)
+    )
 
     class Code:
         def __reduce__(self):
@@ -447,17 +522,21 @@ def test_bad_encoders_are_one_line(published, tmp_path):
             (folder / name).unlink()
         if what is not None:
             torch.save(what, folder / name)
-        return mistake("omni/ola.py", "convert", ola_folder, folder, "--out", tmp_path / "out")
+        return mistake("models/ola.py", "convert", ola_folder, folder, "--out", tmp_path / "out")
 
     assert f"{WHISPER}: no such file" in told(WHISPER, None)
     assert f"{BEATS} does not load as tensors alone" in told(BEATS, dict(cfg=Code(), model={}))
     assert f"{WHISPER} has no dims and model_state_dict" in told(WHISPER, beats)
     assert f"{BEATS} has no cfg and model" in told(BEATS, dict(model=beats["model"]))
-    assert "no BEATs of the kind" in told(BEATS, dict(beats, cfg=beats["cfg"] | dict(deep_norm=False)))
+    assert "no BEATs of the kind" in told(
+        BEATS, dict(beats, cfg=beats["cfg"] | dict(deep_norm=False))
+    )
     small = dict(whisper, dims=whisper["dims"] | dict(n_audio_state=16))
     assert f"{WHISPER} and {BEATS} give 16 + 16 numbers a frame, not 48" in told(WHISPER, small)
     less = dict(whisper, model_state_dict=dict(list(whisper["model_state_dict"].items())[1:]))
-    assert "weights are not as Ola's, such as model.audio_tower.speech.embed_" in told(WHISPER, less)
+    assert "weights are not as Ola's, such as model.audio_tower.speech.embed_" in told(
+        WHISPER, less
+    )
     assert "no Ola as published" in told(None, None, published / "converted")
     shutil.copytree(published / "ola", tmp_path / "ola")
     text = (published / "ola" / "tokenizer.json").read_text().replace("<|vision_pad|>", "<|other|>")
@@ -470,7 +549,9 @@ def test_bad_encoders_are_one_line(published, tmp_path):
 def test_folders_of_other_models_are_one_line(published, tiny, tmp_path):
     rows = "--data", tiny / "stage2" / "train.jsonl", "--out", tmp_path / "x"
     line = mistake("train_rl.py", "--model", published / "ola", *rows)
-    assert "of the kind ola_qwen: give Qwen2.5-Omni, or Ola as `python -m omni.ola convert`" in line
+    assert (
+        "of the kind ola_qwen: give Qwen2.5-Omni, or Ola as `python -m models.ola convert`" in line
+    )
     other = tmp_path / "llama"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(dict(model_type="llama")))
@@ -478,10 +559,14 @@ def test_folders_of_other_models_are_one_line(published, tiny, tmp_path):
 
 
 def test_bad_rows_are_named(build):
-    row = data.normalize_row(make_row(video="good.mp4"))
+    row = normalize_row(make_row(video="good.mp4"))
     frames = torch.zeros(2, 3, 56, 64, dtype=torch.uint8)
-    with pytest.raises(data.BadRow, match="row r7: a frame of 64 x 56 pixels: Ola takes multiples of 32"):
+    with pytest.raises(
+        BadRow, match="row r7: a frame of 64 x 56 pixels: Ola takes multiples of 32"
+    ):
         build.from_clip(row, Clip(frames, 2.0, None, [], False))
     long = np.zeros(25 * 160000 + 1, np.float32)
-    with pytest.raises(data.BadRow, match="row r7: 250 s of sound: Ola takes 25 windows of 10 s: set start"):
+    with pytest.raises(
+        BadRow, match="row r7: 250 s of sound: Ola takes 25 windows of 10 s: set start"
+    ):
         build.from_clip(row, Clip(None, None, long, [], False))

@@ -19,12 +19,23 @@ from test_run import same_weights, sft_flags, stopped_copy, without_times
 from test_train_rl import read_metrics, rl_flags
 
 import tas
-from evaluation import samples
 from grpo import group_advantages
-from run import files, metrics, page
+from rl import metrics, samples
+from run import page
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
-HINTS = ("--steps", 4, "--prompts-per-step", 8, "--hint-patience", 1, "--hint-kl", 10, "--eval-every", 2)
+HINTS = (
+    "--steps",
+    4,
+    "--prompts-per-step",
+    8,
+    "--hint-patience",
+    1,
+    "--hint-kl",
+    10,
+    "--eval-every",
+    2,
+)
 
 
 def read(path):
@@ -62,7 +73,9 @@ def test_held_out_accuracy_begins_before_the_first_step(a_run):
     steps, (run,) = read_metrics(a_run), data_of(page.write(a_run))["runs"]
     at, values, *_ = run["series"]["eval/acc"]
     assert run["axes"]["completions"][at[0]] == run["axes"]["seconds"][at[0]] == 0
-    assert values == pytest.approx([steps[1]["eval/before"], steps[1]["eval/acc"], steps[3]["eval/acc"]], abs=1e-3)
+    assert values == pytest.approx(
+        [steps[1]["eval/before"], steps[1]["eval/acc"], steps[3]["eval/acc"]], abs=1e-3
+    )
     assert "eval/before" not in steps[0]
 
 
@@ -75,14 +88,20 @@ def test_samples_are_the_steps_own_numbers(a_run):
         assert "".join(sample["tokens"]) == sample["completion"]
         expected = tas.tas_weights(torch.ones(1, length), "parabolic", 0.3)[0]
         np.testing.assert_allclose(sample["tas_weights"], expected, atol=1e-3)
-        assert len(sample["ratios"]) == length and (sample["age"] == 0) == (sample["kind"] == "fresh")
+        assert len(sample["ratios"]) == length and (sample["age"] == 0) == (
+            sample["kind"] == "fresh"
+        )
         assert bool(sample["hint"]) == sample["hinted"]
-    assert {step for step, kind, _ in groups if kind == "replayed"} == {3}  # of step 1 nothing is stored
+    assert {step for step, kind, _ in groups if kind == "replayed"} == {
+        3
+    }  # of step 1 nothing is stored
     for (step, kind, _), group in groups.items():
         advantages, rewards = ([s[name] for s in group] for name in ("advantage", "reward"))
         ratios = [ratio for s in group for ratio in s["ratios"]]
         if kind == "fresh":
-            np.testing.assert_allclose(advantages, group_advantages(torch.tensor(rewards)), atol=1e-6)
+            np.testing.assert_allclose(
+                advantages, group_advantages(torch.tensor(rewards)), atol=1e-6
+            )
             np.testing.assert_allclose(ratios, 1, atol=1e-3)
         else:  # of one sigma for all of them
             gaps = [s["reward"] - s["mean_reward"] for s in group]
@@ -146,7 +165,10 @@ def test_a_cut_off_an_old_and_an_empty_run_say_what_is_missing(a_run, tmp_path):
     assert "samples.jsonl: 1 damaged lines" in said and "clips.jsonl: 2 damaged lines" in said
     old = tmp_path / "old"
     old.mkdir()
-    write(old / "metrics.jsonl", [dict(step=s, reward=math.nan, kl=None, grad_norm="x") for s in (1, 2)])
+    write(
+        old / "metrics.jsonl",
+        [dict(step=s, reward=math.nan, kl=None, grad_norm="x") for s in (1, 2)],
+    )
     write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", reward=1.0)])
     assert "of an older version" in told(old) and "clips.jsonl is missing" in told(old)
     write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", hinted=True)])
@@ -178,7 +200,11 @@ def test_a_spike_is_not_thinned_out_and_the_page_stays_small(tmp_path):
     assert axes["seconds"][-1] == pytest.approx(10_000 * 2.5, rel=0.01)
     assert (tmp_path / "index.html").stat().st_size < page.LIMIT
     steps = [step for step, _ in data["samples"]]
-    assert steps[-1] == 9901 and 5 < len(steps) < 100 and any("is shown" in line for line in data["told"])
+    assert (
+        steps[-1] == 9901
+        and 5 < len(steps) < 100
+        and any("is shown" in line for line in data["told"])
+    )
 
 
 def long_run(folder, count):
@@ -188,7 +214,12 @@ def long_run(folder, count):
     noise = rng.random((count, len(names)))
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, count + 1):
-            report = dict(step=step, completions_generated=32 * step, num_valid_tokens=1000, tokens_per_s=400.0)
+            report = dict(
+                step=step,
+                completions_generated=32 * step,
+                num_valid_tokens=1000,
+                tokens_per_s=400.0,
+            )
             report |= dict(zip(names, noise[step - 1].tolist())) | dict(advantage_hist=[3] * 60)
             report |= {"eval/acc": step / count} if step % 100 == 0 else {}
             file.write(json.dumps(report | ({"grad_norm": 77.0} if step == 5000 else {})) + "\n")
@@ -196,13 +227,31 @@ def long_run(folder, count):
     clips, found = [], []
     for step in range(1, count, count // 100):
         q = f"q{step}"
-        clips.append(dict(step=step, prompt_id=q, frames=["data:image/jpeg;base64," + "A" * 4000] * 6,
-                          sounds=["data:audio/ogg;base64," + "A" * 32000]))  # fmt: skip
+        clips.append(
+            dict(
+                step=step,
+                prompt_id=q,
+                frames=["data:image/jpeg;base64," + "A" * 4000] * 6,
+                sounds=["data:audio/ogg;base64," + "A" * 32000],
+            )
+        )
         for kind in ("fresh", "replayed"):
             tokens = [f" word{i}" for i in range(300)]
-            one = dict(step=step, kind=kind, prompt_id=q, prompt="?", completion="".join(tokens), tokens=tokens,
-                       tas_weights=[1.1] * 300, ratios=[0.9] * 300, reward=1.0, advantage=0.5, age=7,
-                       hinted=False, reward_parts={})  # fmt: skip
+            one = dict(
+                step=step,
+                kind=kind,
+                prompt_id=q,
+                prompt="?",
+                completion="".join(tokens),
+                tokens=tokens,
+                tas_weights=[1.1] * 300,
+                ratios=[0.9] * 300,
+                reward=1.0,
+                advantage=0.5,
+                age=7,
+                hinted=False,
+                reward_parts={},
+            )
             found += [one] * 4
     write(folder / "clips.jsonl", clips)
     write(folder / "samples.jsonl", found)
@@ -217,7 +266,9 @@ def test_the_page_of_a_run_in_a_browser(a_run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(a_run, other)
     launch("run/page.py", a_run, "--against", other)
-    seen = in_browser(a_run / "index.html", """(() => {
+    seen = in_browser(
+        a_run / "index.html",
+        """(() => {
         const key = (node, name) => node.dispatchEvent(new KeyboardEvent('keydown', {key: name, bubbles: true}));
         const all = (what, node = document) => [...node.querySelectorAll(what)];
         const found = {
@@ -250,12 +301,21 @@ def test_the_page_of_a_run_in_a_browser(a_run, tmp_path):
         document.querySelector('input[value=seconds]').click();
         found.again = all('svg path').length;
         return found;
-    })()""")  # fmt: skip
+    })()""",
+    )
     assert seen["panels"] == len(page.RL) and seen["wide"]
-    assert len(seen["paths"]) > 20 and seen["paths"].count(4) > 20 and seen["dashed"] == len(seen["paths"]) / 2
+    assert (
+        len(seen["paths"]) > 20
+        and seen["paths"].count(4) > 20
+        and seen["dashed"] == len(seen["paths"]) / 2
+    )
     assert set(seen["empty"]) <= {why for *_, why in page.RL} | {"always 0"}
-    assert len(seen["pictures"]) >= 6 and all(seen["pictures"]) and all(s > 1 for s in seen["seconds"])
-    assert {"fresh", "replayed"} == set(seen["articles"]) and seen["hints"] > 0 and seen["shades"] > 4
+    assert (
+        len(seen["pictures"]) >= 6 and all(seen["pictures"]) and all(s > 1 for s in seen["seconds"])
+    )
+    assert (
+        {"fresh", "replayed"} == set(seen["articles"]) and seen["hints"] > 0 and seen["shades"] > 4
+    )
     assert sum(" / " in value for value in seen["values"]) > 15  # of both runs
     assert seen["readout"].startswith("token 0 ") and "weight 1.3" in seen["readout"]
     assert seen["replayed"] and set(seen["replayed"]) == {"replayed"} and seen["none"] == []
@@ -268,20 +328,37 @@ def test_texts_of_a_run_are_texts_in_a_browser(a_run, tmp_path):
     folder = tmp_path / HOSTILE.replace("/", "|")
     shutil.copytree(a_run, folder)
     spoilt = [
-        s | dict(prompt=HOSTILE, completion=HOSTILE, tokens=[HOSTILE] * len(s["tokens"]), hint=HOSTILE,
-                 truth=HOSTILE, tier=HOSTILE, prompt_id=HOSTILE)
+        s
+        | dict(
+            prompt=HOSTILE,
+            completion=HOSTILE,
+            tokens=[HOSTILE] * len(s["tokens"]),
+            hint=HOSTILE,
+            truth=HOSTILE,
+            tier=HOSTILE,
+            prompt_id=HOSTILE,
+        )
         for s in read(a_run / "samples.jsonl")
-    ]  # fmt: skip
+    ]
     write(folder / "samples.jsonl", spoilt)
-    write(folder / "clips.jsonl", [c | dict(prompt_id=HOSTILE) for c in read(a_run / "clips.jsonl")])
+    write(
+        folder / "clips.jsonl", [c | dict(prompt_id=HOSTILE) for c in read(a_run / "clips.jsonl")]
+    )
     about = dict(commit=HOSTILE, arguments=dict(stage=HOSTILE, seed="\u65e5 half: \ud83d"))
     (folder / "run.json").write_text(json.dumps(about))
-    seen = in_browser(page.write(folder), """({
+    seen = in_browser(
+        page.write(folder),
+        """({
         title: document.title, scripts: document.scripts.length, name: document.getElementById('name').textContent,
         about: document.getElementById('about').textContent, strange: document.querySelectorAll('img[src=x]').length,
         tokens: [...document.querySelectorAll('.tokens')].map(t => t.textContent.includes('</script><script>')),
-    })""")  # fmt: skip
-    assert seen["title"] == seen["name"] == folder.name and seen["scripts"] == 2 and not seen["strange"]
+    })""",
+    )
+    assert (
+        seen["title"] == seen["name"] == folder.name
+        and seen["scripts"] == 2
+        and not seen["strange"]
+    )
     assert HOSTILE in seen["about"] and seen["tokens"] and all(seen["tokens"])
 
 
@@ -294,10 +371,13 @@ def test_pages_with_little_in_them_in_a_browser(kind, tmp_path):
         write(tmp_path / "samples.jsonl", [dict(step=1, prompt_id="q", completion="what was said")])
     if kind == "sft":
         write(tmp_path / "metrics.jsonl", [dict(step=s, loss=1 / s, lr=0.0) for s in range(1, 9)])
-    seen = in_browser(page.write(tmp_path), """({
+    seen = in_browser(
+        page.write(tmp_path),
+        """({
         told: document.getElementById('told').children.length, paths: document.querySelectorAll('svg path').length,
         said: document.getElementById('steps').textContent, empty: document.querySelectorAll('.empty').length,
-    })""")  # fmt: skip
+    })""",
+    )
     assert seen["told"] and seen["empty"] and seen["paths"] == dict(empty=0, old=1, sft=1)[kind]
     assert ("what was said" in seen["said"]) == (kind == "old")
 
@@ -305,7 +385,10 @@ def test_pages_with_little_in_them_in_a_browser(kind, tmp_path):
 @needs_browser
 def test_a_long_run_opens_soon(tmp_path):
     long_run(tmp_path, 10_000)
-    path, loaded = page.write(tmp_path), "performance.getEntriesByType('navigation')[0].loadEventEnd"
+    path, loaded = (
+        page.write(tmp_path),
+        "performance.getEntriesByType('navigation')[0].loadEventEnd",
+    )
     expression = f"[{loaded}, document.querySelectorAll('svg path').length]"
     times, paths = zip(*(in_browser(path, expression) for _ in range(3)))
     if min(times) >= 2000 and os.getloadavg()[0] > 2 * os.cpu_count():
@@ -317,7 +400,7 @@ def test_a_long_run_opens_soon(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_told(monkeypatch, toy_dir, tmp_path):
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr("run.run_dir.find_spec", lambda name: None)
     said = launch(*rl_flags(toy_dir, 2, tmp_path / "x", "--log", "wandb"), code=1)
     assert "--log wandb: it is not installed: pip install wandb" in said and said.count("\n") == 1
     assert not (tmp_path / "x").exists()
@@ -333,20 +416,26 @@ def killed_and_resumed(toy_dir, out, tracker):
             if len(logged) == 3:
                 raise KeyboardInterrupt
 
-        patch.setattr("run.health.Health.stop_if_collapsed", lambda self, report: end_at_3(report))
+        patch.setattr(
+            "rl.guards.StepGuard.stop_if_collapsed", lambda self, report: end_at_3(report)
+        )
         flags = ("--steps", 4, "--save-every", 2, "--eval-every", 0, "--log", tracker)
         launch(*rl_flags(toy_dir, 2, out, *flags), code=1)
     launch("train_rl.py", "--out", out, "--resume")
     return read_metrics(out)
 
 
-@pytest.mark.skipif(not find_spec("tensorboard"), reason="needs tensorboard: pip install tensorboard")
+@pytest.mark.skipif(
+    not find_spec("tensorboard"), reason="needs tensorboard: pip install tensorboard"
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_reads_back_what_metrics_jsonl_says(toy_dir, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = killed_and_resumed(toy_dir, tmp_path / "x", "tensorboard")
-    found = EventAccumulator(str(tmp_path / "x" / "tensorboard"), size_guidance=dict(scalars=0)).Reload()
+    found = EventAccumulator(
+        str(tmp_path / "x" / "tensorboard"), size_guidance=dict(scalars=0)
+    ).Reload()
     names = {k for m in steps for k, v in m.items() if isinstance(v, (int, float))} - {"step"}
     assert set(found.Tags()["scalars"]) == names and len(names) > 40
     for name in names:
@@ -371,7 +460,9 @@ def test_wandb_offline_gets_every_step_once(toy_dir, tmp_path, monkeypatch):
                 logged[found["_step"]] = found
     assert len(ids) == 1 and sorted(logged) == [1, 2, 3, 4]
     same = without_times(steps)[3]
-    assert all(logged[4][k] == v for k, v in same.items() if isinstance(v, float) and math.isfinite(v))
+    assert all(
+        logged[4][k] == v for k, v in same.items() if isinstance(v, float) and math.isfinite(v)
+    )
 
 
 def wandb_records(content):

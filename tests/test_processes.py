@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, launch
 
-from run import ending, files, optim, processes
-from omni import model
 import train_sft
-import update
+from models.policy import Policy
+from models.rollout import rollout
+from rl.gradient import gradient
+from rl.hint_visits import stored_kls
+from run import optim, processes
+from run.launch import run_main
+from run.run_dir import check_versions
 
 ONE_FAILS = """
 import sys, time
@@ -28,13 +32,13 @@ from run import ending, processes
 
 def main():
     processes.init("cpu")
-    ending.watch_signals()
-    processes.gather(None)
+    watch_signals()
+    processes.all_gather_object(None)
     if processes.rank() == 1:
         raise ValueError("only here")
     {wait}
 
-ending.main_guard(main)
+run_main(main)
 """
 
 
@@ -52,7 +56,7 @@ def python(*words, **env):
 def test_an_error_on_one_rank_ends_all(tmp_path):
     """The other waits for it in a collective that has six hours."""
     script = tmp_path / "script.py"
-    script.write_text(ONE_FAILS.format(root=str(ROOT), wait="processes.gather(None)"))
+    script.write_text(ONE_FAILS.format(root=str(ROOT), wait="processes.all_gather_object(None)"))
     began = time.monotonic()
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     code, printed = python(*torchrun, script)
@@ -64,7 +68,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
 
 def test_an_error_of_one_process_is_pythons_own():
     with pytest.raises(ValueError, match="mine"):
-        ending.main_guard(lambda: int("mine"))
+        run_main(lambda: int("mine"))
 
 
 # ---- out of memory
@@ -76,7 +80,7 @@ def out_of_memory(*_, **__):
 
 def in_the_update(monkeypatch):
     monkeypatch.setattr(optim, "micro_batches", out_of_memory)
-    update.gradient(None, None, [], None, 1, SimpleNamespace(micro_tokens=1))
+    gradient(None, None, [], None, 1, SimpleNamespace(micro_tokens=1))
 
 
 def in_stage_0(monkeypatch):
@@ -85,29 +89,38 @@ def in_stage_0(monkeypatch):
 
 
 def in_the_rollout(monkeypatch):
-    model.rollout(out_of_memory, [], [], 1.0, 1, [], [])
+    rollout(out_of_memory, [], [], 1.0, 1, [], [])
 
 
 def in_the_hints(monkeypatch):
-    monkeypatch.setattr(model, "completion_logprobs", out_of_memory)
-    update.stored_kls(None, {"q": (None, [])}, None, 1.0)
+    monkeypatch.setattr("rl.hint_visits.completion_logprobs", out_of_memory)
+    stored_kls(None, {"q": (None, [])}, None, 1.0)
 
 
 def in_the_towers(monkeypatch):
-    model.Policy.encoded(SimpleNamespace(encode=out_of_memory), None)
+    Policy.encoded(SimpleNamespace(encode=out_of_memory), None)
 
 
-@pytest.mark.parametrize("place, remedy", [
-    (in_the_update, "the update: lower --micro-tokens"),
-    (in_stage_0, "the update: lower --micro-tokens"),
-    (in_the_rollout, "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new"),
-    (in_the_hints, "reading stored completions again: lower --max-frames or --max-pixels, or --no"),
-    (in_the_towers, "the towers: lower --max-frames or --max-pixels"),
-    (out_of_memory, "what every step needs: more GPUs, or --lora-rank"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, remedy",
+    [
+        (in_the_update, "the update: lower --micro-tokens"),
+        (in_stage_0, "the update: lower --micro-tokens"),
+        (
+            in_the_rollout,
+            "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new",
+        ),
+        (
+            in_the_hints,
+            "reading stored completions again: lower --max-frames or --max-pixels, or --no",
+        ),
+        (in_the_towers, "the towers: lower --max-frames or --max-pixels"),
+        (out_of_memory, "what every step needs: more GPUs, or --lora-rank"),
+    ],
+)
 def test_out_of_gpu_memory_is_a_line_that_names_the_flag(place, remedy, monkeypatch):
     with pytest.raises(SystemExit) as end:
-        ending.main_guard(lambda: place(monkeypatch))
+        run_main(lambda: place(monkeypatch))
     assert f"out of GPU memory in {remedy}" in end.value.code and "\n" not in end.value.code
 
 
@@ -124,9 +137,11 @@ def test_processes_on_gpus_have_a_group_for_objects(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", note("device"))
     for name, found in dict(
-        init_process_group=None, new_group="objects", all_gather_object=None,
+        init_process_group=None,
+        new_group="objects",
+        all_gather_object=None,
         broadcast_object_list=None,
-    ).items():  # fmt: skip
+    ).items():
         monkeypatch.setattr(dist, name, note(name, found))
     monkeypatch.setattr(processes, "_objects", [])
     for name, value in dict(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8).items():
@@ -139,8 +154,8 @@ def test_processes_on_gpus_have_a_group_for_objects(monkeypatch):
     kwargs = dict(timeout=timedelta(minutes=30), device_id=gpu)
     assert asked[1] == ("init_process_group", "nccl", kwargs)
     assert asked[2] == ("new_group", dict(backend="gloo", timeout=timedelta(hours=6)))
-    processes.gather(7)
-    processes.from_first(7)
+    processes.all_gather_object(7)
+    processes.broadcast_object(7)
     assert asked[3][2:] == (7, "objects", {}) and asked[4][2:] == (0, "objects", {})
 
 
@@ -157,12 +172,12 @@ def test_the_allocators_setting_is_the_users_where_there_is_one():
 
 def test_all_but_clips_works_without_pyav_and_torchaudio():
     """sys.modules: as if it were not installed."""
-    names = "train_sft train_rl eval prepare toy omni.model".split()
+    names = "train_sft train_rl eval prepare toy models.policy".split()
     names += [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")]
     code = "import sys; sys.modules.update(av=None, torchaudio=None); "
     code += f"import {', '.join(names)}; "
-    code += "from rows import clips; from run.ending import main_guard; sys.argv = ['x.py']; "
-    code += "main_guard(lambda: clips.open_media('x.mp4', 'row 1'))"
+    code += "from data import clips; from run.launch import run_main; sys.argv = ['x.py']; "
+    code += "run_main(lambda: clips.open_media('x.mp4', 'row 1'))"
     code, printed = python("-W", "ignore", "-c", code)
     assert code == 1, printed
     line = "no clip can be read without av and torchaudio: pip install -r requirements.txt"
@@ -170,10 +185,10 @@ def test_all_but_clips_works_without_pyav_and_torchaudio():
 
 
 def test_another_transformers_is_one_line(monkeypatch):
-    monkeypatch.setattr(files, "version", lambda package: "5.17.1")
+    monkeypatch.setattr("run.run_dir.version", lambda package: "5.17.1")
     line = launch("train_rl.py", code=1)
     assert line.startswith("train_rl.py: transformers 5.17.1 is installed, and this code needs 5.")
     assert ": pip install transformers==5." in line and line.count("\n") == 1
     wanted = line.rpartition("==")[2].strip()
-    monkeypatch.setattr(files, "version", lambda package: wanted.rpartition(".")[0] + ".99")
-    files.check_versions()  # another patch release
+    monkeypatch.setattr("run.run_dir.version", lambda package: wanted.rpartition(".")[0] + ".99")
+    check_versions()  # another patch release

@@ -9,17 +9,17 @@ import torch
 from conftest import RECIPE
 from media_files import bursts, make_row, write
 
-from rows import data
-from rows.reader import Reader
-from omni import model
-
+from data.clip_cache import ClipCache
+from data.clips import BadRow, decode_clip
+from data.rows import normalize_row
+from models.inputs import InputBuilder
 
 # ---- through the model's inputs ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def build(media, toy_dir):
-    return model.InputBuilder(toy_dir / "model", RECIPE, media, audio_captions=False)
+    return InputBuilder(toy_dir / "model", RECIPE, media, audio_captions=False)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def build(media, toy_dir):
     ],
 )
 def test_every_kind_of_row_becomes_a_prompt(build, media, fields, has):
-    row = data.normalize_row(make_row(**fields))
-    clip, prompt = data.decode_clip(row, media, RECIPE), build(row)
+    row = normalize_row(make_row(**fields))
+    clip, prompt = decode_clip(row, media, RECIPE), build(row)
 
     def count(token):
         return int((prompt.input_ids == build.tokenizer.convert_tokens_to_ids(token)).sum())
@@ -61,7 +61,7 @@ def test_every_kind_of_row_becomes_a_prompt(build, media, fields, has):
     if "image" in has:
         assert count("<|IMAGE|>") == sum(i.shape[1] * i.shape[2] // 784 for i in clip.images)
     # another question about the clip needs no second look at it
-    other = data.normalize_row(make_row(**fields, prompt_id="other", question="Why, then?"))
+    other = normalize_row(make_row(**fields, prompt_id="other", question="Why, then?"))
     for asked, hint in ((row, None), (other, "look left")):
         retold, fresh = build.with_text(prompt, asked, hint), build(asked, hint)
         assert torch.equal(retold.input_ids, fresh.input_ids)
@@ -74,7 +74,7 @@ def test_positions_tell_the_real_time_of_a_long_clip(build, tmp_path):
     build = build.at(tmp_path)
     build.recipe = RECIPE._replace(max_audio_seconds=60.0)
     for use_audio in (False, True):
-        prompt = build(data.normalize_row(make_row(video="x.mp4", use_audio=use_audio)))
+        prompt = build(normalize_row(make_row(video="x.mp4", use_audio=use_audio)))
         video = prompt.input_ids == build.tokenizer.convert_tokens_to_ids("<|VIDEO|>")
         times = prompt.position_ids[0, video].view(8, -1)  # 16 frames in pairs
         assert (times == times[:, :1]).all()
@@ -89,9 +89,9 @@ def test_positions_tell_the_real_time_of_a_long_clip(build, tmp_path):
 def test_use_audio_is_a_matter_of_each_row(build):
     """What a row becomes does not depend on the rows read beside it."""
     rows = [make_row(prompt_id=i, video="good.mp4", use_audio=bool(i % 2)) for i in range(6)]
-    rows = [data.normalize_row(row) for row in rows]
+    rows = [normalize_row(row) for row in rows]
     alone = [build(row) for row in rows]
-    reader = Reader(build, 10**9)
+    reader = ClipCache(build, 10**9)
     for row in rows:
         reader.prefetch(row)
     for row, prompt in zip(rows, alone):
@@ -103,7 +103,7 @@ def test_use_audio_is_a_matter_of_each_row(build):
 
 
 def test_prompts_over_the_limit_name_the_flags(build):
-    row = data.normalize_row(make_row(video="good.mp4", question="why " * 3000))
+    row = normalize_row(make_row(video="good.mp4", question="why " * 3000))
     words = "row r7: .* prompt tokens, over --max-prompt-tokens 2048: lower --max-frames"
-    with pytest.raises(data.BadRow, match=words):
+    with pytest.raises(BadRow, match=words):
         build(row)

@@ -13,7 +13,6 @@ import pytest
 
 import rewards
 import toy
-from teachers import judge
 from rewards import (
     accuracy_reward,
     format_reward,
@@ -21,6 +20,7 @@ from rewards import (
     parse_answer,
     self_consistency_rewards,
 )
+from teachers import judge
 
 COLORS = ["red", "blue", "green", "dark red"]
 TYPES = ("choice", "multi", "yesno", "number", "text", "location", "ocr", "free-form")
@@ -102,21 +102,33 @@ def test_format_accepts(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "B", "<answer>B</answer>", "<think>a</think>", "<think>a</think>B",
-        "<think>a</think><answer>B", "<think>a<answer>B</answer>",
-        "<think></think><answer>B</answer>", "<think>a</think><answer></answer>",
-        "<think> \n</think><answer>B</answer>", "<think>a</think><answer> \t </answer>",
-        "Sure. <think>a</think><answer>B</answer>", "<think>a</think> so <answer>B</answer>",
-        "<think>a</think><answer>B</answer>.", "<answer>B</answer><think>a</think>",
-        "<think><answer>B</answer></think>", "<think>a<answer>b</think>B</answer>",
-        "<think></answer></think><answer>B", "<think>a</think><answer>B</answer></answer>",
+        "",
+        "B",
+        "<answer>B</answer>",
+        "<think>a</think>",
+        "<think>a</think>B",
+        "<think>a</think><answer>B",
+        "<think>a<answer>B</answer>",
+        "<think></think><answer>B</answer>",
+        "<think>a</think><answer></answer>",
+        "<think> \n</think><answer>B</answer>",
+        "<think>a</think><answer> \t </answer>",
+        "Sure. <think>a</think><answer>B</answer>",
+        "<think>a</think> so <answer>B</answer>",
+        "<think>a</think><answer>B</answer>.",
+        "<answer>B</answer><think>a</think>",
+        "<think><answer>B</answer></think>",
+        "<think>a<answer>b</think>B</answer>",
+        "<think></answer></think><answer>B",
+        "<think>a</think><answer>B</answer></answer>",
         "<think>a</think><answer>A</answer><answer>B</answer>",
         "<think>a</think><think>b</think><answer>B</answer>",
         "<think><think>a</think></think><answer>B</answer>",
         "<think>a</think><answer>A<answer>B</answer></answer>",
-        "<THINK>a</THINK><ANSWER>B</ANSWER>", "<think>a</think><answer>B<answer>",
+        "<THINK>a</THINK><ANSWER>B</ANSWER>",
+        "<think>a</think><answer>B<answer>",
     ],
-)  # fmt: skip
+)
 def test_format_rejects(text):
     assert format_reward(text) == -1.0
 
@@ -128,16 +140,57 @@ def test_format_rejects(text):
 @pytest.mark.parametrize(
     "answer",
     [
-        "B", "b", "(B)", "(b)", "[B]", "B.", "B)", "(B).", "B:", "**B**", "'B'", "`B`", " B ", "B?",
-        "B) blue", "B: blue", "B. blue", "(B) blue", "B blue", "B.blue", "B - blue", "B, blue",
-        "B\nblue", "**B.** blue", "B (blue)", "b) Blue.", "**B) blue**", "[B] blue",
-        "blue", "Blue", "BLUE.", '"blue"', "  blue\n",
-        "option B", "Option B.", "Option (B)", "answer: B", "Answer: (B) blue",
-        "The answer is B.", "The correct answer is: **B**", "the correct option is B) blue",
-        "B. The sky", "B: it is not red", "B) because I saw it", "(B) A dog in it", "B. I'm sure",
-        "B. A.M., e.g. at dawn", "B, as in B", "B. I'd say so",
+        "B",
+        "b",
+        "(B)",
+        "(b)",
+        "[B]",
+        "B.",
+        "B)",
+        "(B).",
+        "B:",
+        "**B**",
+        "'B'",
+        "`B`",
+        " B ",
+        "B?",
+        "B) blue",
+        "B: blue",
+        "B. blue",
+        "(B) blue",
+        "B blue",
+        "B.blue",
+        "B - blue",
+        "B, blue",
+        "B\nblue",
+        "**B.** blue",
+        "B (blue)",
+        "b) Blue.",
+        "**B) blue**",
+        "[B] blue",
+        "blue",
+        "Blue",
+        "BLUE.",
+        '"blue"',
+        "  blue\n",
+        "option B",
+        "Option B.",
+        "Option (B)",
+        "answer: B",
+        "Answer: (B) blue",
+        "The answer is B.",
+        "The correct answer is: **B**",
+        "the correct option is B) blue",
+        "B. The sky",
+        "B: it is not red",
+        "B) because I saw it",
+        "(B) A dog in it",
+        "B. I'm sure",
+        "B. A.M., e.g. at dawn",
+        "B, as in B",
+        "B. I'd say so",
     ],
-)  # fmt: skip
+)
 def test_choice_reads_b(answer):
     assert normalize_answer(answer, "choice", COLORS) == "B"
     assert accuracy_reward(answer, "B", "choice", COLORS) == 1.0
@@ -147,21 +200,70 @@ def test_choice_reads_b(answer):
 @pytest.mark.parametrize(
     "answer",
     [
-        "", " ", "?", ".", "()", "purple", "E", "(E)", "E. purple", "K", "Z", "1", "2", "é",
+        "",
+        " ",
+        "?",
+        ".",
+        "()",
+        "purple",
+        "E",
+        "(E)",
+        "E. purple",
+        "K",
+        "Z",
+        "1",
+        "2",
+        "é",
         "\u0412",
         # two letters
-        "A or B", "A and B", "A/B", "A, B", "A B", "AB", "A & B", "A\nB", "B. or A", "B (or C)",
+        "A or B",
+        "A and B",
+        "A/B",
+        "A, B",
+        "A B",
+        "AB",
+        "A & B",
+        "A\nB",
+        "B. or A",
+        "B (or C)",
         "A)B)",
-        "A) or B)", "a) or b)", "a, b", "a. b.", "B, C", "(A) (B)", "A, B, C, D", "ABCD",
+        "A) or B)",
+        "a) or b)",
+        "a, b",
+        "a. b.",
+        "B, C",
+        "(A) (B)",
+        "A, B, C, D",
+        "ABCD",
         "B. blue or C",
         # the letter of one option, the text of another
-        "B. red", "B) red", "B red", "A: blue", "red or blue", "red, blue", "red blue",
+        "B. red",
+        "B) red",
+        "B red",
+        "A: blue",
+        "red or blue",
+        "red, blue",
+        "red blue",
         # words, not letters
-        "I think A dog", "A dog", "A dog barks", "I", "I am", "Because", "Bad", "B-flat", "B's",
-        "A.M. radio", "B or something", "either B", "not B", "B is correct", "it is B", "none",
+        "I think A dog",
+        "A dog",
+        "A dog barks",
+        "I",
+        "I am",
+        "Because",
+        "Bad",
+        "B-flat",
+        "B's",
+        "A.M. radio",
+        "B or something",
+        "either B",
+        "not B",
+        "B is correct",
+        "it is B",
+        "none",
         "all of the above",
     ],
-)  # fmt: skip
+)
 def test_choice_reads_nothing(answer):
     assert normalize_answer(answer, "choice", COLORS) is None
     assert [accuracy_reward(answer, i, "choice", COLORS) for i in range(4)] == [0.0] * 4
@@ -270,13 +372,40 @@ def test_choice_equal_texts_are_ambiguous():
 @pytest.mark.parametrize(
     "answer",
     [
-        "A,C", "A, C", "C,A", "A and C", "AC", "CA", "A C", "a, c", "(A) (C)", "(A)(C)", "[A, C]",
-        "A;C", "A|C", "A/C", "A & C", "A + C", "A\nC", "A, and C", "A, C, A", "AAC", "A. C.",
+        "A,C",
+        "A, C",
+        "C,A",
+        "A and C",
+        "AC",
+        "CA",
+        "A C",
+        "a, c",
+        "(A) (C)",
+        "(A)(C)",
+        "[A, C]",
+        "A;C",
+        "A|C",
+        "A/C",
+        "A & C",
+        "A + C",
+        "A\nC",
+        "A, and C",
+        "A, C, A",
+        "AAC",
+        "A. C.",
         "A,C,",
-        "red, green", "Red; Green", "red and green", "green\nred", "A. red, C. green", "red, C",
-        "A) red and C) green", "A. red; C. green", "option A, option C", "red, red, green, A",
+        "red, green",
+        "Red; Green",
+        "red and green",
+        "green\nred",
+        "A. red, C. green",
+        "red, C",
+        "A) red and C) green",
+        "A. red; C. green",
+        "option A, option C",
+        "red, red, green, A",
     ],
-)  # fmt: skip
+)
 def test_multi_reads_a_and_c(answer):
     assert normalize_answer(answer, "multi", COLORS) == frozenset("AC")
     assert accuracy_reward(answer, "A,C", "multi", COLORS) == 1.0
@@ -285,10 +414,19 @@ def test_multi_reads_a_and_c(answer):
 @pytest.mark.parametrize(
     "answer",
     [
-        "", ",", ",;|", "purple", "A, purple", "A, E", "AE", "ac", "A. blue, C", "I think A",
+        "",
+        ",",
+        ",;|",
+        "purple",
+        "A, purple",
+        "A, E",
+        "AE",
+        "ac",
+        "A. blue, C",
+        "I think A",
         "A because",
     ],
-)  # fmt: skip
+)
 def test_multi_reads_nothing(answer):
     assert normalize_answer(answer, "multi", COLORS) is None
     assert accuracy_reward(answer, "ABCD", "multi", COLORS) == 0.0
@@ -324,18 +462,41 @@ def test_multi_truth_forms_and_option_texts_with_commas():
 @pytest.mark.parametrize(
     "answer, form",
     [
-        ("yes", "yes"), ("Yes.", "yes"), ("YES!", "yes"), ("y", "yes"), ("True", "yes"),
-        ("true,", "yes"), ("**yes**", "yes"), ("(Y)", "yes"), ("yes yes", "yes"),
-        ("no", "no"), ("No.", "no"), ("NO", "no"), ("n", "no"), ("False", "no"), ("'false'", "no"),
-        ("Yes, there is a dog", "yes"), ("No, the dog is silent.", "no"),
+        ("yes", "yes"),
+        ("Yes.", "yes"),
+        ("YES!", "yes"),
+        ("y", "yes"),
+        ("True", "yes"),
+        ("true,", "yes"),
+        ("**yes**", "yes"),
+        ("(Y)", "yes"),
+        ("yes yes", "yes"),
+        ("no", "no"),
+        ("No.", "no"),
+        ("NO", "no"),
+        ("n", "no"),
+        ("False", "no"),
+        ("'false'", "no"),
+        ("Yes, there is a dog", "yes"),
+        ("No, the dog is silent.", "no"),
         # both words are unreadable, also in good faith
-        ("yes and no", None), ("no, yes", None), ("yes/no", None), ("yes or no", None),
-        ("true or false", None), ("Yes, no doubt", None),
-        ("I say yes", None), ("not true", None), ("no-one", None), ("nope", None),
+        ("yes and no", None),
+        ("no, yes", None),
+        ("yes/no", None),
+        ("yes or no", None),
+        ("true or false", None),
+        ("Yes, no doubt", None),
+        ("I say yes", None),
+        ("not true", None),
+        ("no-one", None),
+        ("nope", None),
         ("yesterday", None),
-        ("maybe", None), ("1", None), ("", None), (".", None),
+        ("maybe", None),
+        ("1", None),
+        ("", None),
+        (".", None),
     ],
-)  # fmt: skip
+)
 def test_yesno(answer, form):
     assert normalize_answer(answer, "yesno") == form
     assert accuracy_reward(answer, "Yes", "yesno") == float(form == "yes")
@@ -349,28 +510,75 @@ def test_yesno(answer, form):
 @pytest.mark.parametrize(
     "answer, value",
     [
-        ("5", 5), ("5.", 5), ("(5)", 5), ("**5**", 5), (" 5\n", 5), ("+5", 5), ("005", 5),
+        ("5", 5),
+        ("5.", 5),
+        ("(5)", 5),
+        ("**5**", 5),
+        (" 5\n", 5),
+        ("+5", 5),
+        ("005", 5),
         ("~5", 5),
-        ("-3", -3), ("\u22123", -3), ("\u20133", -3), ("0", 0), ("-0", 0), ("-2.5", -2.5),
-        ("2.50", 2.5), (".5", 0.5), ("-.5", -0.5), ("5.0", 5), ("1e3", 1000), ("2.5E-1", 0.25),
-        ("1,000", 1000), ("1,234,567.5", 1234567.5), ("$1,000", 1000), ("12345", 12345),
-        ("1/2", 0.5), ("-3/4", -0.75), ("5/10", 0.5), ("4/1.", 4),
+        ("-3", -3),
+        ("\u22123", -3),
+        ("\u20133", -3),
+        ("0", 0),
+        ("-0", 0),
+        ("-2.5", -2.5),
+        ("2.50", 2.5),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("5.0", 5),
+        ("1e3", 1000),
+        ("2.5E-1", 0.25),
+        ("1,000", 1000),
+        ("1,234,567.5", 1234567.5),
+        ("$1,000", 1000),
+        ("12345", 12345),
+        ("1/2", 0.5),
+        ("-3/4", -0.75),
+        ("5/10", 0.5),
+        ("4/1.", 4),
         # units are dropped, not converted
-        ("50%", 50), ("50 %", 50), ("50 percent", 50), ("5km", 5), ("5 km/h", 5),
+        ("50%", 50),
+        ("50 %", 50),
+        ("50 percent", 50),
+        ("5km", 5),
+        ("5 km/h", 5),
         ("3D", 3),
-        ("There are 5 dogs.", 5), ("5 dogs and cats", 5), ("5-year-old", 5),
+        ("There are 5 dogs.", 5),
+        ("5 dogs and cats", 5),
+        ("5-year-old", 5),
         ("Total: 7", 7),
-        ("two", 2), ("Two.", 2), ("zero", 0), ("twenty-one", 21), ("twenty one", 21),
+        ("two", 2),
+        ("Two.", 2),
+        ("zero", 0),
+        ("twenty-one", 21),
+        ("twenty one", 21),
         ("ninety", 90),
-        ("one hundred", 100), ("one hundred and five", 105), ("nine hundred ninety-nine", 999),
-        ("There are two dogs", 2), ("two cats and dogs", 2), ("five percent", 5),
-        ("no", 0), ("None", 0), ("none.", 0),
+        ("one hundred", 100),
+        ("one hundred and five", 105),
+        ("nine hundred ninety-nine", 999),
+        ("There are two dogs", 2),
+        ("two cats and dogs", 2),
+        ("five percent", 5),
+        ("no", 0),
+        ("None", 0),
+        ("none.", 0),
         # as models write them; digits of any script
-        (r"\boxed{42}", 42), (r"$\boxed{\text{42}}$", 42), (r"\frac{1}{2}", 0.5), (r"$-3$", -3),
-        (r"\(\dfrac{3}{4}\)", 0.75), (r"50\%", 50), ("\uff15", 5), ("\u0663", 3), ("5\uff15", 55),
-        ("about 5", 5), ("5 boxes under the table", 5), ("5m", 5),
+        (r"\boxed{42}", 42),
+        (r"$\boxed{\text{42}}$", 42),
+        (r"\frac{1}{2}", 0.5),
+        (r"$-3$", -3),
+        (r"\(\dfrac{3}{4}\)", 0.75),
+        (r"50\%", 50),
+        ("\uff15", 5),
+        ("\u0663", 3),
+        ("5\uff15", 55),
+        ("about 5", 5),
+        ("5 boxes under the table", 5),
+        ("5m", 5),
     ],
-)  # fmt: skip
+)
 def test_number_reads(answer, value):
     assert normalize_answer(answer, "number") == value
     assert accuracy_reward(answer, value, "number") == 1.0
@@ -379,30 +587,127 @@ def test_number_reads(answer, value):
 @pytest.mark.parametrize(
     "answer",
     [
-        "", " ", "many", "a few", "-", "+", ".", ",", "/", "%", "--5", "+-5", "...5", "5e5e5",
+        "",
+        " ",
+        "many",
+        "a few",
+        "-",
+        "+",
+        ".",
+        ",",
+        "/",
+        "%",
+        "--5",
+        "+-5",
+        "...5",
+        "5e5e5",
         # more than one number
-        "5 of 10", "3-4", "3 - 4", "3\u20134", "3 to 4", "5 or 6", "5, 6", "5 5", "10:30", "2x3",
-        "two or three", "two, three", "two three", "two-three", "5 or six", "two (2)", "one of 5",
-        "one two", "one and two", "twenty, one", "five twenty", "twenty-eleven", "1 1/2", "1/2/3",
-        "one hundred two hundred", "one hundred hundred", "zero five", "twenty zero", "2\u00b13",
+        "5 of 10",
+        "3-4",
+        "3 - 4",
+        "3\u20134",
+        "3 to 4",
+        "5 or 6",
+        "5, 6",
+        "5 5",
+        "10:30",
+        "2x3",
+        "two or three",
+        "two, three",
+        "two three",
+        "two-three",
+        "5 or six",
+        "two (2)",
+        "one of 5",
+        "one two",
+        "one and two",
+        "twenty, one",
+        "five twenty",
+        "twenty-eleven",
+        "1 1/2",
+        "1/2/3",
+        "one hundred two hundred",
+        "one hundred hundred",
+        "zero five",
+        "twenty zero",
+        "2\u00b13",
         # digits inside a word, broken numerals
-        "H2O", "COVID-19", "v1.2.3", "1.2.3", "1,00", "1,2", "1,0000", "1 000", "1_000", "0x10",
+        "H2O",
+        "COVID-19",
+        "v1.2.3",
+        "1.2.3",
+        "1,00",
+        "1,2",
+        "1,0000",
+        "1 000",
+        "1_000",
+        "0x10",
         "x5",
         # words that alter a number
-        "5 million", "two million", "two dozen", "two and a half", "two thirds", "minus five",
-        "minus 5", "not 5", "no 5", "no one", "no idea", "no dogs", "None of the above", "not two",
-        "No, there are two", "negative 2", "half", "a hundred", "one thousand", "5 thousand",
+        "5 million",
+        "two million",
+        "two dozen",
+        "two and a half",
+        "two thirds",
+        "minus five",
+        "minus 5",
+        "not 5",
+        "no 5",
+        "no one",
+        "no idea",
+        "no dogs",
+        "None of the above",
+        "not two",
+        "No, there are two",
+        "negative 2",
+        "half",
+        "a hundred",
+        "one thousand",
+        "5 thousand",
         # not finite
-        "1e999", "-1e999", "1e99999999999", "nan", "NaN", "inf", "-inf", "infinity", "\u221e",
-        "9" * 400, "1/" + "9" * 400, "1/0", "0/0", "5/00",
+        "1e999",
+        "-1e999",
+        "1e99999999999",
+        "nan",
+        "NaN",
+        "inf",
+        "-inf",
+        "infinity",
+        "\u221e",
+        "9" * 400,
+        "1/" + "9" * 400,
+        "1/0",
+        "0/0",
+        "5/00",
         # powers, fractions and numbers in one character
-        "5\u00b2", "\u00bd", "5\u00bd", "\u2464", "\u4e09",
+        "5\u00b2",
+        "\u00bd",
+        "5\u00bd",
+        "\u2464",
+        "\u4e09",
         # no number that is known: a bound, a thousand, a sign that may be a list's
-        "> 5", "<5", "\u2265 5", "at least 5", "at most 5", "more than 5", "fewer than five", "over 5",
-        "up to 5", "up to five", "5 or more", "5+", "+ -5", "\u00b15", "- 5", "5k", "5 k", "5M", "5B",
+        "> 5",
+        "<5",
+        "\u2265 5",
+        "at least 5",
+        "at most 5",
+        "more than 5",
+        "fewer than five",
+        "over 5",
+        "up to 5",
+        "up to five",
+        "5 or more",
+        "5+",
+        "+ -5",
+        "\u00b15",
+        "- 5",
+        "5k",
+        "5 k",
+        "5M",
+        "5B",
         "5K",
     ],
-)  # fmt: skip
+)
 def test_number_reads_nothing(answer):
     assert normalize_answer(answer, "number") is None
     for truth in [0, 1, 5, -5, 510, 34, 10, 2]:
@@ -502,14 +807,18 @@ LEFT_RIGHT = frozenset({("left", "red circle"), ("right", "blue square")})
 @pytest.mark.parametrize(
     "answer",
     [
-        "left: red circle | right: blue square", "right: blue square | left: red circle",
-        "Left: Red Circle|Right: Blue Square", "left: red circle; right: blue square",
-        "left: red circle\nright: blue square", "left: red circle, right: blue square",
-        "left:red circle |right :blue square |", "Left: a red circle. | Right: the blue square.",
+        "left: red circle | right: blue square",
+        "right: blue square | left: red circle",
+        "Left: Red Circle|Right: Blue Square",
+        "left: red circle; right: blue square",
+        "left: red circle\nright: blue square",
+        "left: red circle, right: blue square",
+        "left:red circle |right :blue square |",
+        "Left: a red circle. | Right: the blue square.",
         "left: red circle | right: blue square | left: red circle",
         "**Left**: red circle\n\n**Right**: blue square\n",
     ],
-)  # fmt: skip
+)
 def test_location_reads(answer):
     assert normalize_answer(answer, "location") == LEFT_RIGHT
     assert accuracy_reward(answer, "left: red circle | right: blue square", "location") == 1.0
@@ -518,10 +827,18 @@ def test_location_reads(answer):
 @pytest.mark.parametrize(
     "answer",
     [
-        "", "|", "left", "left:", ": cat", "left cat", "left: | right: cat", "left: cat | dog",
-        "left: cat |: dog", "cat on the left",
+        "",
+        "|",
+        "left",
+        "left:",
+        ": cat",
+        "left cat",
+        "left: | right: cat",
+        "left: cat | dog",
+        "left: cat |: dog",
+        "cat on the left",
     ],
-)  # fmt: skip
+)
 def test_location_reads_nothing(answer):
     assert normalize_answer(answer, "location") is None
     assert accuracy_reward(answer, "left: cat", "location") == 0.0
@@ -603,7 +920,9 @@ def test_unknown_answer_type_is_named(answer_type):
             call()
 
 
-@pytest.mark.parametrize("options", [list("abcdefghijk"), {"1": "red"}, {"A": "x", "a": "y"}, {"AB": "x"}, "A. red"])
+@pytest.mark.parametrize(
+    "options", [list("abcdefghijk"), {"1": "red"}, {"A": "x", "a": "y"}, {"AB": "x"}, "A. red"]
+)
 def test_unusable_options_are_an_error(options):
     with pytest.raises(ValueError, match="options"):
         normalize_answer("A", "choice", options)
@@ -751,9 +1070,23 @@ def test_open_answers_vote_by_all_their_words():
 
 @pytest.mark.parametrize(
     "answer",
-    [r"\boxed{B}", "$B$", r"\text{B}", r"\boxed{\text{B}}", r"$\boxed{B. blue}$", r"\(B\)", "Ｂ", "（Ｂ）",
-     "选项B", "选B", "答案：B", "答案是B", "B、blue", "B。"],
-)  # fmt: skip
+    [
+        r"\boxed{B}",
+        "$B$",
+        r"\text{B}",
+        r"\boxed{\text{B}}",
+        r"$\boxed{B. blue}$",
+        r"\(B\)",
+        "Ｂ",
+        "（Ｂ）",
+        "选项B",
+        "选B",
+        "答案：B",
+        "答案是B",
+        "B、blue",
+        "B。",
+    ],
+)
 def test_a_choice_as_models_write_it(answer):
     assert normalize_answer(answer, "choice", COLORS) == "B"
 
@@ -813,7 +1146,9 @@ def test_ten_megabytes_of_tags_complete(unit):
 )
 def test_ten_megabytes_of_answer_complete(answer_type, unit):
     answer = unit * (MEGA // len(unit))
-    assert 0.0 <= accuracy_reward(answer, TRUTHS[answer_type], answer_type, COLORS) < 1.0 or (answer_type == "yesno")
+    assert 0.0 <= accuracy_reward(answer, TRUTHS[answer_type], answer_type, COLORS) < 1.0 or (
+        answer_type == "yesno"
+    )
 
 
 def oracle_answer(text):
@@ -838,7 +1173,9 @@ def test_fuzz_tag_soup_matches_the_definition():
         tokens = list(good) if i % 2 else rng.choices(good + ["<", " "], k=rng.randint(0, 12))
         for _ in range(rng.randint(0, 3)):
             at = rng.randint(0, len(tokens))
-            tokens[at : at + rng.randint(0, 1)] = rng.choices(good + [" ", "x"], k=rng.randint(0, 2))
+            tokens[at : at + rng.randint(0, 1)] = rng.choices(
+                good + [" ", "x"], k=rng.randint(0, 2)
+            )
         text = "".join(tokens)
         think, answer = rewards.split_completion(text)
         assert answer == parse_answer(text) == oracle_answer(text)
@@ -854,7 +1191,9 @@ def test_fuzz_tag_soup_matches_the_definition():
 def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
     rng = random.Random(1)
     tokens = list("ABCDEJabiI0159.,:;|()[]{}*'\"`-+/%$_&\\ \n\t\u0660\uff15\u2212\u00bd\u0130\0")
-    tokens += "red blue green yes no true left: right: cat two twenty none 1e9 nan 1,000 <b>".split()
+    tokens += (
+        "red blue green yes no true left: right: cat two twenty none 1e9 nan 1,000 <b>".split()
+    )
     tokens += [" and ", " or ", " hundred ", "the ", "A. ", "option "]
     num_read = 0
     for _ in range(8_000):
@@ -890,9 +1229,13 @@ def test_reward_completions_by_hand():
         row, [good, good, bad, broken], [-1.0] * 4, {"format": 0.2, "acc": 0.4, "self": 0.4}, None
     )
     assert [r for r, _ in scored] == pytest.approx([1.0, 1.0, 0.2, -0.2])
-    judged = rewards.reward_completions(row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy_judge)
+    judged = rewards.reward_completions(
+        row, [good, bad, broken], [-1.0] * 3, {"format": 0.5, "judge": 0.5}, toy_judge
+    )
     assert [r for r, _ in judged] == pytest.approx([1.0, 0.5, -0.5])
-    unjudged = rewards.reward_completions(row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, think: None)
+    unjudged = rewards.reward_completions(
+        row, [good], [-1.0], {"format": 0.5, "judge": 0.5}, lambda row, think: None
+    )
     assert unjudged[0][0] is None  # not judged is not zero
 
 
@@ -903,11 +1246,18 @@ def test_a_completion_that_is_cut_off_is_scored_by_what_it_says():
     cut = [whole, whole + " and then", "<think>I look</think><answer>B", "<think>I look at the"]
     weights = {"format": 0.5, "acc": 0.5}
     scored = rewards.reward_completions(row, cut, [-1.0] * 4, weights, None)
-    assert [(parts["format"], parts["acc"]) for _, parts in scored] == [(1, 1), (-1, 1), (-1, 0), (-1, 0)]
+    assert [(parts["format"], parts["acc"]) for _, parts in scored] == [
+        (1, 1),
+        (-1, 1),
+        (-1, 0),
+        (-1, 0),
+    ]
 
 
 def test_defect_10_braces_in_a_reasoning_do_not_break_the_judge():
-    row = dict(answer="B", answer_type="choice", options=["red", "blue"], events=["x"], prompt_id="q")
+    row = dict(
+        answer="B", answer_type="choice", options=["red", "blue"], events=["x"], prompt_id="q"
+    )
     text = "<think>1: {steps} {0} %s {{</think><answer>B</answer>"
     ((reward, parts),) = rewards.reward_completions(row, [text], [-1.0], {"judge": 1.0}, toy_judge)
     assert reward == parts["judge"] == 0

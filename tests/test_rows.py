@@ -1,304 +1,308 @@
 """
-`prepare.py rows`: every format, from a small invented file with true media to steps of training; what is
-left out, and that the report adds up.
+Rows: their format, what is wrong with them, the file.
 
     python -m pytest tests/test_rows.py
 """
 
-import csv
 import json
+import re
+import tracemalloc
 
-import numpy as np
 import pytest
-import torch
-from conftest import launch
-from published_fixtures import media  # noqa: F401
-from torchvision.io import write_png
+from media_files import make_row
 
-from rows import public, sources
+import rewards
+from data.clips import BadRow
+from data.rows import Rows, completion_text, normalize_row, option_table, question_text
+from hints import place_hint
 
-R1 = dict(problem_id=7, problem="Which shape is red?", problem_type="multiple choice", data_type="video",
-          options=["A. circle", "B. square"], solution="<answer>A</answer>", path="./Set/a.mp4", data_source="Set")  # fmt: skip
-TALK = [dict(role="system", content="Be kind."), dict(role="user", content="<video>Is it red?")]
+# ---- rows --------------------------------------------------------------------------------------
 
-
-def chat_turns(question, said, names=("role", "content"), roles=("user", "assistant")):
-    role, content = names
-    return [{role: roles[0], content: question}, {role: roles[1], content: said}]
-
-
-CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: some of their fields)
-    "video-r1": ([R1, R1 | dict(problem_id=8, problem_type="OCR", options=[], solution="<answer>NO</answer>"),
-                  R1 | dict(problem_id=9, data_type="image", path="./Set/b.png", problem_type="free-form",
-                            solution="<answer>a red dot</answer>")],
-                 {"Set/a.mp4": "film", "Set/b.png": "picture"}, 2,
-                 [dict(answer="A", answer_type="choice", use_audio=True, prompt_id="Set-7"),
-                  dict(answer="NO", answer_type="ocr"), dict(answer="a red dot", answer_type="free-form")]),
-    "avqa-r1": ([R1 | dict(data_type="image_audio", path=dict(image="i.png", audio="s.wav"))],
-                {"i.png": "picture", "s.wav": "sound"}, 2, [dict(answer="A", answer_type="choice")]),
-    "avqa": ([dict(id=1, video_name="abcdefghijk_000030", question_text="What barks?", answer=1,
-                   multi_choice=["cat", "dog", "car", "man"])],
-             {"abcdefghijk_000030.mp4": "film"}, 2,
-             [dict(answer="dog", options=["cat", "dog", "car", "man"], use_audio=True)]),
-    "music-avqa": ([dict(video_id="00000001", question_id=i, type="[]", question_content=q, templ_values=t,
-                         question_deleted=0, anser=a) for i, (q, t, a) in enumerate((
-                             ("Is the <Object> louder than the <Object>?", '["electric_bass", "drum"]', "no"),
-                             ("How many <Object> are there?", '["piano"]', "two"),
-                             ("Where is the <LL> instrument?", '["loudest"]', "middle"),
-                             ("What kind of musical instrument is it?", "[]", "electric_bass")))],
-                   {"00000001.mp4": "film"}, 2,
-                   [dict(question="Is the electric bass louder than the drum?", answer="no", answer_type="yesno"),
-                    dict(question="How many piano are there?", answer="2", answer_type="number"),
-                    dict(answer="middle", options=["left", "middle", "right"]),
-                    dict(answer="electric bass", answer_type="choice")]),
-    "ave": ("Church bell&one&good&1&3\nBark&two&good&0&2\nBus&two&good&1&2\n",
-            {"one.mp4": "film", "two.mp4": "film"}, 2,
-            [{}, dict(answer="0", answer_type="number"), dict(answer="1", answer_type="number")]),
-    "vggsound": ("abcdefghijk,30,dog barking,train\nbbcdefghijk,0,church bell,test\ncccdefghijk,1,rain,train\n",
-                 {"abcdefghijk_000030.mp4": "film", "bbcdefghijk_000000.mp4": "film",
-                  "cccdefghijk_000001.mp4": "film"}, 2, [dict(answer="dog barking", answer_type="choice"), {}, {}]),
-    "ms-swift": ([dict(messages=TALK, videos=["v.mp4"], solution="Yes"),
-                  dict(messages=[*TALK, dict(role="assistant", content="<think>I look</think><answer>no</answer>")],
-                       videos=["v.mp4"], audios=["s.wav"])],
-                 {"v.mp4": "film", "s.wav": "sound"}, 2,
-                 [dict(question="Is it red?", answer="Yes", answer_type="yesno", use_audio=True),
-                  dict(answer="no", reasoning="I look", audio="s.wav")]),
-    "llama-factory": ([dict(conversations=chat_turns("<image>Which?\nA. red\nB. blue", "B", ("from", "value"),
-                                                     ("human", "gpt")), images=["i.png"])],
-                      {"i.png": "picture"}, 1,
-                      [dict(question="Which?", options=["A. red", "B. blue"], answer="B", answer_type="choice")]),
-    "llava": ([dict(id="x", video="v.mp4", conversations=chat_turns("<image>\nHow many?", "3", ("from", "value"),
-                                                                    ("human", "gpt"))
-                    + chat_turns("What color?", "red", ("from", "value"), ("human", "gpt")))],
-              {"v.mp4": "film"}, 1,
-              [dict(prompt_id="x-0", question="How many?", answer="3", answer_type="number"),
-               dict(prompt_id="x-1", answer="red", answer_type="text")]),
-    "trl": ([dict(prompt=[dict(role="user", content=[dict(type="video", video="v.mp4"),
-                                                     dict(type="text", text="How many?")])], solution="4")],
-            {"v.mp4": "film"}, 1, [dict(question="How many?", answer="4", answer_type="number", video="v.mp4")]),
-}  # fmt: skip
-
-
-def convert(folder, name, *more, code=0):
-    return launch("prepare.py", "rows", folder / name, "--out", folder / "rows.jsonl", *more, code=code)
-
-
-def rows_in(folder, name="rows.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+OPTIONS = ["red", "green", "blue"]
+BAD_ROWS = [
+    (dict(question=""), "empty question"),
+    (dict(question=["a"]), "question is .*: give it as text"),
+    (dict(hint=3), "hint is 3: give it as text"),
+    (dict(answer=""), "empty answer: give one"),
+    (dict(answer=None), "empty answer"),
+    (dict(answer=[], answer_type="multi"), "empty answer"),
+    (dict(answer_type="essay"), "answer_type essay: one of choice, multi"),
+    (dict(answer_type=["choice"]), "answer_type .*one of"),
+    (dict(answer_type=None), "answer_type None"),
+    (dict(answer="many"), "truth 'many' is no number.*: mend answer"),
+    (
+        dict(answer="D", answer_type="choice", options=OPTIONS),
+        "truth 'D' is no choice answer.*mend",
+    ),
+    (dict(answer=3, answer_type="choice", options=OPTIONS), "truth 3 is no choice"),
+    (dict(answer=["A", "F"], answer_type="multi", options=OPTIONS), "mend answer"),
+    (dict(answer=["A"], answer_type="choice", options=OPTIONS), "a list is no choice answer"),
+    (dict(answer={"a": 1}, answer_type="text"), "a dict is no text answer"),
+    (dict(answer="a cat", answer_type="location"), "no location answer"),
+    (dict(answer="maybe", answer_type="yesno"), "no yesno answer"),
+    (dict(options="A. red B. blue"), "options 'A. red B. blue': give a list"),
+    (dict(options=[1, None]), "options .*give a list"),
+    (dict(options=["a", " "]), "options .*give a list"),
+    (dict(options={"X": "a"}), "options .*A..J"),
+    (dict(options={"a": "x", "A": "y"}), "options .*give a list"),
+    (dict(options=list("abcdefghijk")), "of 1 to 10 texts"),
+    (dict(options=5), "options 5: give a list"),
+    (dict(options="{'red', 'blue'}"), "options .*give a list"),
+    (
+        dict(question="What does <|AUDIO|> say?"),
+        "question holds the reserved <|AUDIO|>: remove it".replace("|", r"\|"),
+    ),
+    (dict(hint="see <|VIDEO|>"), "hint holds the reserved"),
+    (dict(audio_caption="<|im_end|>"), "audio_caption holds the reserved"),
+    (dict(reasoning="<|IMAGE|>"), "reasoning holds the reserved"),
+    (dict(options=["a", "<|im_start|>"]), "option B holds the reserved"),
+    (dict(answer="<|x1|>", answer_type="text"), "answer holds the reserved"),
+    (dict(reasoning="so </think> 3"), "reasoning holds the reserved </think>: remove"),
+    (dict(video=None), "no media: give video, audio or images"),
+    (dict(video=["a.mp4"]), "media .*: give paths as text"),
+    (dict(images=[{"path": "x"}]), "media .*: give paths as text"),
+    (dict(video="a\0b.mp4"), "give paths as text"),
+    (dict(use_audio="false"), "use_audio 'false': give true or false"),
+    (dict(use_audio=True, audio="x.wav"), "use_audio is for sound in `video`"),
+    (dict(use_audio=True, video=None, images=["x.png"]), "use_audio is for sound in `video`"),
+    (dict(start=3, end=3), "start 3, end 3: give seconds, start before end"),
+    (dict(start=3, end=2), "start before end"),
+    (dict(start=-1), "start -1"),
+    (dict(end=0), "end 0"),
+    (dict(start="1:20"), "give seconds"),
+    (dict(start=float("nan")), "start nan"),
+    (dict(start=1e300), "give seconds"),
+    (dict(useaudio=True), "unknown key 'useaudio': did you mean use_audio"),
+    (dict(strat=1.0, end=2.0), "unknown key 'strat': did you mean start"),
+    (dict(image="x.png"), "unknown key 'image': did you mean images"),
+    (dict(Audio="x.wav"), "unknown key 'Audio': did you mean audio"),
+    (dict(question="cut emoji \ud83d?"), r"a text has half a character, '\\ud83d': mend it"),
+    (dict(video="\udc80.mp4"), "has half a character"),
+]
 
 
-def report_of(folder):
-    report = json.loads((folder / "rows.report.json").read_text())
-    dropped = sum(part["count"] for part in report["dropped"].values())
-    assert report["read"] == report["kept"] + report["held_out"] + dropped  # it adds up
-    assert sum(report["answer_types"].values()) == report["kept"] + report["held_out"]
-    return report
+@pytest.mark.parametrize("fields, words", BAD_ROWS)
+def test_bad_rows_are_one_clear_line(fields, words):
+    with pytest.raises(BadRow) as error:
+        normalize_row(make_row(**{"video": "x.mp4", **fields}))
+    line = str(error.value)
+    assert re.match("'?row r7'?: ", line) and re.search(words, line) and "\n" not in line
 
 
-def train(toy_dir, folder, stage):
-    flags = f"--stage {stage} --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    given = ("--model", toy_dir / "model", "--data", folder / "rows.jsonl", "--out", folder / "run")
-    launch("train_rl.py", *flags.split(), *given, "--judge", "toy", "--max-bad-frac", 0)
+def test_other_keys_are_nobodys_business():
+    other = dict(question_id=7, video_id="x", answers=["a"], duration=3.0, category="color")
+    row = normalize_row(make_row(video="x.mp4", **other))
+    assert row == normalize_row(make_row(video="x.mp4")) | other
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_format_from_its_file_to_training(toy_dir, tmp_path, media, name):  # noqa: F811
-    records, files, stage, expected = CASES[name]
-    for path, kind in files.items():
-        media(tmp_path / path, kind)
-    text = records if isinstance(records, str) else json.dumps(records)
-    (tmp_path / "in.txt").write_text(text)  # told by content, not by its name
-    printed = convert(tmp_path, "in.txt", "--stage", stage)
-    made = rows_in(tmp_path)
-    assert len(made) == len(expected) and report_of(tmp_path)["kept"] == len(made)
-    for row, wanted in zip(made, expected):
-        assert {key: row.get(key) for key in wanted} == wanted
-        if row["answer_type"] == "choice":
-            assert row["answer"] in row["options"] or row["answer"] in "ABCD"
-    assert "kept" in printed
-    launch("prepare.py", "check", tmp_path / "rows.jsonl")
-    flags = f"--stage {min(stage, 2)} --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    given = ("--model", toy_dir / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
-    launch("train_rl.py", *flags.split(), *given)
+GOOD_ROWS = [  # answer_type, answer, options, the answer as text
+    ("choice", "B", OPTIONS, "B"),
+    ("choice", "green", OPTIONS, "green"),  # as the row writes it: what stage 0 teaches
+    ("choice", " b. green\n", OPTIONS, "b. green"),
+    ("choice", 1, OPTIONS, "B"),
+    ("choice", 0, ["A. x", "B. y"], "A"),
+    ("choice", "C", None, "C"),  # the options stand in the question
+    ("choice", "E", {"D": "red", "E": "blue"}, "E"),
+    ("choice", "b", "['red', 'green']", "b"),  # IntentBench
+    ("choice", 2, [1, 2, 3.5], "C"),
+    ("choice", 0, ["B", "A"], "B"),  # options that are letters: their text wins, as in rewards.py
+    ("multi", ["A", "blue"], OPTIONS, "A, C"),
+    ("multi", [0, 2], OPTIONS, "A, C"),
+    ("multi", "CA", OPTIONS, "CA"),
+    ("number", 3, None, "3"),
+    ("number", 2.5, None, "2.5"),
+    ("number", " 1,000 m ", [], "1,000 m"),
+    ("yesno", "Yes", None, "Yes"),
+    ("yesno", True, None, "True"),
+    ("text", "A cat", None, "A cat"),
+    ("location", "left: cat | right: dog", None, "left: cat | right: dog"),
+]
 
 
-def test_avsbench_says_where(toy_dir, tmp_path, media):  # noqa: F811
-    """A mask that lies to three quarters in the left third."""
-    inside = "train/dog/abc_1"
-    mask = torch.zeros(1, 30, 30, dtype=torch.uint8)
-    mask[:, :15, :9], mask[:, :5, 25:] = 255, 255
-    for folder, kind in (("visual_frames", "picture"), ("gt_masks", "picture")):
-        for i in (1, 2):
-            media(tmp_path / folder / inside / f"abc_1_{i}.png", kind)
-    for path in (tmp_path / "gt_masks" / inside).iterdir():
-        write_png(mask, str(path))
-    media(tmp_path / "audio_wav" / "train" / "dog" / "abc_1.wav", "sound")
-    with open(tmp_path / "meta.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["name", "category", "split"], ["abc_1", "dog", "train"], ["x", "cat", "train"]])
-    convert(tmp_path, "meta.csv", "--stage", 3, "--max-bad-frac", 1)
-    (row,) = rows_in(tmp_path)
-    assert row["answer"] == "left: dog" and row["answer_type"] == "location" and len(row["images"]) == 2
-    assert report_of(tmp_path)["dropped"]["masks or frames that are not there"]["count"] == 1
-    launch("prepare.py", "check", tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("kind, answer, options, text", GOOD_ROWS)
+def test_answers_become_text_that_scores_one(kind, answer, options, text):
+    row = normalize_row(make_row(video="x.mp4", answer=answer, answer_type=kind, options=options))
+    assert row["answer"] == text
+    assert rewards.accuracy_reward(text, row["answer"], kind, row["options"]) == 1
+    taught = completion_text(dict(row, reasoning="because"))
+    assert rewards.parse_answer(taught) == text and taught.startswith("<think>because</think>")
+    if not isinstance(options, str):
+        assert rewards.accuracy_reward(text, answer, kind, row["options"]) == 1
 
 
-def test_avsbench_semantic_names_every_source(toy_dir, tmp_path, media):  # noqa: F811
-    """A dog (class 9) in the left third, a guitar (class 3) over center and right, in both frames."""
-    clip = tmp_path / "v1m" / "abc_0_5000"
-    mask = torch.zeros(3, 30, 30, dtype=torch.uint8)
-    # a class is a colour: 9 = 001 001 is red in both groups of bits, 3 = 011 red and green in one
-    mask[0, :20, :8], mask[:2, 5:9, 12:28] = 128 + 64, 128
-    for i in range(2):
-        media(clip / "frames" / f"{i}.jpg", "picture")
-        (clip / "labels_rgb").mkdir(exist_ok=True)
-        write_png(mask, str(clip / "labels_rgb" / f"{i}.png"))
-    media(clip / "audio.wav", "sound")
-    (tmp_path / "label2idx.json").write_text(json.dumps({"background": 0, "guitar": 3, "dog": 9}))
-    with open(tmp_path / "metadata.csv", "w", newline="") as file:
-        head = ["vid", "uid", "s_min", "s_max", "a_obj", "split", "label"]
-        csv.writer(file).writerows([head, ["abc", "abc_0_5000", 0, 5, "", "train", "v1m"]])
-    convert(tmp_path, "metadata.csv", "--stage", 3)
-    (row,) = rows_in(tmp_path)
-    assert row["answer"] == "left: dog | center: guitar | right: guitar" and len(row["images"]) == 2
-    launch("prepare.py", "check", tmp_path / "rows.jsonl")
-    flags = "--stage 2 --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    given = ("--model", toy_dir / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
-    launch("train_rl.py", *flags.split(), *given)
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (["red", "blue"], "A. red B. blue"),
+        (["A. red", "B. blue"], "A. red B. blue"),
+        (["(A) red", "(B) blue"], "A. red B. blue"),
+        # not every option has its own letter before it: none is a prefix
+        (["A. red", "blue"], "A. A. red B. blue"),
+        (["B. red", "A. blue"], "A. B. red B. A. blue"),
+        ({"a": "red", "C": "blue"}, "A. red C. blue"),
+        ({"A": "A: red", "C": "C: blue"}, "A. red C. blue"),
+        ([1, 2], "A. 1 B. 2"),
+    ],
+)
+def test_the_question_shows_options_as_the_scorer_reads_them(options, line):
+    choice = dict(question="Which?", answer="A", answer_type="choice", options=options)
+    row = normalize_row(make_row(video="x.mp4", **choice))
+    assert question_text(row, True) == f"Which?\n{line}\nAnswer with one option."
+    for letter, text in option_table(row["options"]).items():
+        assert f"{letter}. {text}" in line
+        assert rewards.accuracy_reward(text, letter, "choice", row["options"]) == 1
 
 
-def test_stage_0_learns_from_reasonings(toy_dir, tmp_path, media):  # noqa: F811
-    media(tmp_path / "Set" / "a.mp4", "film")
-    (tmp_path / "cot.json").write_text(json.dumps([R1 | dict(process="<think>It is the left one.</think>")]))
-    convert(tmp_path, "cot.json")
-    assert rows_in(tmp_path)[0]["reasoning"] == "It is the left one."
-    given = ("--model", toy_dir / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
-    launch("train_sft.py", *given, "--steps", 2, "--batch-size", 1, "--save-every", 0)
+def test_hint_and_caption_stand_before_the_question():
+    row = normalize_row(make_row(video="x.mp4", audio_caption="a bell"))
+    plain = "How many?\nAnswer with a number."
+    assert question_text(row, False) == plain
+    assert place_hint(question_text(row, True), "look up") == (
+        f"Hint: look up.\nSound: a bell.\n{plain}"
+    )
 
 
-# ---- files
+# Rows of Video-R1-260k and -COT-165k, AVQA-R1-6K and IntentTrain as they are published.
+VIDEO_R1 = dict(
+    problem_id=2,
+    problem="What appears on the screen in Russian during the missile's ascent?",
+    data_type="video",
+    problem_type="multiple choice",
+    options=["A. A YouTube subscribe button", "B. A Facebook like button"],
+    process="<think>\nA button appears.\n</think>",
+    solution="<answer>A</answer>",
+    path="./LLaVA-Video-178K/academic/1.mp4",
+    data_source="LLaVA-Video-178K",
+)
+AVQA_PATH = {"image": "i.jpg", "audio": "a.wav"}
+INTENT_PATH = {"video": "v.mp4", "audio": "a.wav"}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_encodings_and_line_ends(tmp_path, encoding, end):
-    records = [dict(question="Où ?", n=1), dict(question="何？", n=2)]
-    lines = end.join(json.dumps(r, ensure_ascii=False) for r in records) + end
-    for text in (lines, "[" + lines.replace(end, "," + end, 1) + "]", json.dumps(dict(data=records))):
-        (tmp_path / "x").write_bytes(text.encode(encoding))
-        assert list(sources.records(tmp_path / "x")) == records
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, dict(video="./LLaVA-Video-178K/academic/1.mp4", images=[])),
+        ({}, dict(answer="A", answer_type="choice", reasoning="A button appears.")),
+        (dict(data_type="image", path="./a/1.png", process=None), dict(images=["./a/1.png"])),
+        (dict(data_type="image_audio", path=AVQA_PATH), dict(images=["i.jpg"], audio="a.wav")),
+        (dict(path=INTENT_PATH), dict(video="v.mp4", audio="a.wav")),
+    ],
+)
+def test_video_r1_rows_load_as_they_are(fields, expected):
+    row = normalize_row({**VIDEO_R1, **fields})
+    assert row["prompt_id"] == "2" and row["question"] == VIDEO_R1["problem"]
+    assert {key: row[key] for key in expected} == expected
+    asked = question_text(row, False)
+    assert "\nA. A YouTube subscribe button B. A Facebook like button\n" in asked
 
 
-def test_an_array_is_streamed(tmp_path, monkeypatch):
-    """Pieces of every size give the same items: a cut may fall anywhere."""
-    items = [dict(a="x" * n, b=[n, {"c": '"]},{'}]) for n in range(40)]
-    (tmp_path / "x.json").write_text(json.dumps(items))
-    for chunk in (1, 2, 7, 100, 5000):
-        monkeypatch.setattr(sources, "CHUNK", chunk)
-        assert list(sources.records(tmp_path / "x.json")) == items
-    (tmp_path / "x.json").write_text(json.dumps(items)[:2000])
-    *whole, problem = sources.records(tmp_path / "x.json")
-    assert whole == items[: len(whole)] and "it and all that follows is lost" in str(problem)
+@pytest.mark.parametrize(
+    "problem_type, solution, answer_type",
+    [
+        ("numerical", "42", "number"),
+        ("regression", "3.50", "number"),
+        ("free-form", "a red car", "free-form"),
+        ("OCR", "EXIT 12", "ocr"),
+        ("judge", "Yes", "yesno"),
+        ("emer_ov_mc", "A,B", "multi"),
+    ],
+)
+def test_problem_types_of_video_r1(problem_type, solution, answer_type):
+    fields = dict(problem_type=problem_type, options=[], solution=f"<answer>{solution}</answer>")
+    row = normalize_row({**VIDEO_R1, **fields})
+    assert (row["answer"], row["answer_type"], row["options"]) == (solution, answer_type, None)
 
 
-def test_parquet_with_media_inside(toy_dir, tmp_path, media):  # noqa: F811
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    media(tmp_path / "p.png", "picture")
-    record = R1 | dict(data_type="image", path=dict(image=dict(bytes=(tmp_path / "p.png").read_bytes(), path="p.png")))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
-    (tmp_path / "p.png").unlink()
-    convert(tmp_path, "x.parquet")
-    (row,) = rows_in(tmp_path)
-    assert row["images"][0].startswith("media/") and (tmp_path / row["images"][0]).is_file()
-
-
-# ---- what is left out
-
-
-def test_what_is_left_out_is_named_and_counted(tmp_path, media):  # noqa: F811
-    media(tmp_path / "Set" / "a.mp4", "film")
-    music = dict(video_id="1", question_id=1, question_content="Is the <Object> seen?", templ_values="[]", anser="yes")
-    records = [
-        R1, R1 | dict(problem="The same clip, another question?"), dict(R1), R1 | dict(problem_type="poem"),
-        R1 | dict(problem_id=3, solution="<answer>E</answer>"), R1 | dict(problem_id=4, path="./Set/none.mp4"),
-        music, music | dict(question_deleted=1), dict(what="?"),
-        dict(messages=[*TALK, *TALK], videos=["Set/a.mp4"], answer="yes"),
-        R1 | dict(problem_id=5, path="https://x.org/a.mp4"), R1 | dict(problem_id=6, path="../../etc/x.mp4"),
-    ]  # fmt: skip
-    lines = [json.dumps(record) for record in records]
-    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "{broken", "[1]"]) + "\n")
-    told = convert(tmp_path, "in.jsonl", code=1)
-    assert "over --max-bad-frac" in told and "Traceback" not in told
-    assert not (tmp_path / "rows.jsonl").exists() and not list(tmp_path.glob("*.part*"))
-    convert(tmp_path, "in.jsonl", "--max-bad-frac", 1)
-    report = report_of(tmp_path)
-    assert report["read"] == 14 and report["kept"] == 2
-    assert {reason: part["count"] for reason, part in report["dropped"].items()} == {
-        "media missing": 3, "unreadable": 2, "the same question about the same clip": 1, "unknown problem type": 1,
-        "breaks the format": 1, "a template with other values than slots": 1, "deleted by its authors": 1,
-        "a form that is not known": 1, "several turns": 1,
-    }  # fmt: skip
-    assert "keys what" in report["dropped"]["a form that is not known"]["example"]
-    ids = [row["prompt_id"] for row in rows_in(tmp_path)]
-    assert ids == ["Set-7", "Set-7-2"]  # ids repeat in the source, and are told apart
-    assert "add --force" in convert(tmp_path, "in.jsonl", code=1)
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(problem_type="essay"), "problem_type essay: one of multiple choice"),
+        (dict(problem_type=None), "problem_type None"),
+        (dict(data_type="text"), "data_type text: one of video, audio, image"),
+        (dict(path=None), "no media"),
+        (dict(solution="<answer></answer>"), "empty answer"),
+        (dict(solution="<answer>Q</answer>"), "mend answer"),
+    ],
+)
+def test_bad_video_r1_rows(fields, words):
+    with pytest.raises(BadRow, match=f"row 2: .*{words}"):
+        normalize_row({**VIDEO_R1, **fields})
 
 
-def many_rows(folder, media, count=40):  # noqa: F811
-    """Four questions about each clip."""
-    for i in range(count // 4):
-        media(folder / "Set" / f"{i}.mp4", "film")
-    records = [R1 | dict(problem_id=i, problem=f"Question {i}?", path=f"Set/{i // 4}.mp4") for i in range(count)]
-    (folder / "in.json").write_text(json.dumps(records))
+# ---- the file ----------------------------------------------------------------------------------
 
 
-def test_held_out_by_clip_limit_and_the_same_bytes(tmp_path, media):  # noqa: F811
-    many_rows(tmp_path, media)
-    flags = ("--held-out", 6, "--limit", 30, "--force")
-    convert(tmp_path, "in.json", *flags)
-    first = [(tmp_path / name).read_bytes() for name in ("rows.jsonl", "rows.held-out.jsonl", "rows.report.json")]
-    train_rows, held = rows_in(tmp_path), rows_in(tmp_path, "rows.held-out.jsonl")
-    assert len(train_rows) + len(held) == 30 and 6 <= len(held) < 10
-    assert not {row["video"] for row in train_rows} & {row["video"] for row in held}
-    convert(tmp_path, "in.json", *flags)
-    names = ("rows.jsonl", "rows.held-out.jsonl", "rows.report.json")
-    assert first == [(tmp_path / name).read_bytes() for name in names]
-    convert(tmp_path, "in.json", *flags, "--seed", 1)
-    assert rows_in(tmp_path) != train_rows and report_of(tmp_path)["dropped"]["over --limit"]["count"] == 10
+def test_a_large_file_stays_on_the_disk(tmp_path):
+    """Offsets and hashes: under 100 bytes a row, whatever the rows hold."""
+    count, text = 20_000, "why " * 100
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for i in range(count):
+            row = make_row(prompt_id=f"q{i}", question=text, video="x.mp4")
+            file.write(json.dumps(row) + "\n")
+    tracemalloc.start()
+    rows = Rows(tmp_path / "rows.jsonl")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == count and rows[rows.index("q777")]["prompt_id"] == "q777"
+    assert held < 100 * count and peak < 200 * count < (tmp_path / "rows.jsonl").stat().st_size
 
 
-def test_what_a_benchmark_holds_is_dropped(tmp_path, media):  # noqa: F811
-    many_rows(tmp_path, media)
-    item = dict(Question="question 9?", Choice=["A. x", "B. y"], Answer="A", video_id="3")
-    (tmp_path / "root" / "daily-omni").mkdir(parents=True)
-    (tmp_path / "root" / "daily-omni" / "qa.json").write_text(json.dumps([item]))
-    convert(tmp_path, "in.json", "--against", tmp_path / "root")
-    kept = {row["question"] for row in rows_in(tmp_path)}
-    assert report_of(tmp_path)["dropped"]["in daily-omni"]["count"] == 1
-    assert len(kept) == 39 and "Question 9?" not in kept  # clips are called 3_video there
-    told = convert(tmp_path, "in.json", "--against", tmp_path / "Set", "--force", code=1)
-    assert "no benchmark lies in" in told
+def test_rows_are_found_by_number_and_by_id(tmp_path):
+    rows = [
+        make_row(
+            prompt_id=f"é{i}" if i % 2 else i, video=f"{i}.mp4", question="Wie viel?" * i + "ü"
+        )
+        for i in range(200)
+    ]
+    lines = [json.dumps(row, ensure_ascii=bool(i % 3)) for i, row in enumerate(rows)]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(
+        "\r\n\n".join(["\ufeff" + lines[0], *lines[1:]]).encode()
+    )  # BOM, CRLF, blank lines, no end
+    table = Rows(path)
+    assert len(table) == 200 and len(list(table)) == 200
+    for i in (0, 1, 150, 199, -1):
+        assert table[i]["video"] == rows[i]["video"] and table[i]["question"] == rows[i]["question"]
+        assert table.index(str(rows[i]["prompt_id"])) == i % 200
+    with pytest.raises(BadRow, match="has no row 'é2'"):
+        table.index("é2")
+    held = table.offsets.nbytes + table.hashes.nbytes + table.order.nbytes
+    assert held == 24 * len(table)  # 24 MB for 10^6 rows, whatever their length
 
 
-def test_clips_that_cannot_be_decoded_and_a_page(tmp_path, media):  # noqa: F811
-    many_rows(tmp_path, media)
-    clip = tmp_path / "Set" / "2.mp4"
-    clip.write_bytes(clip.read_bytes()[:1500])
-    convert(tmp_path, "in.json", "--check-media", "--html", 3, "--max-bad-frac", 0.2)
-    report = report_of(tmp_path)
-    assert report["dropped"]["media broken"]["count"] == 4 and report["kept"] == 36
-    page = (tmp_path / "rows.html").read_text()
-    assert page.count("<article") == 3 and page.count("data:image/jpeg") >= 6 and "Question 0?" in page
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ([make_row(), "{'a': 1}"], "x.jsonl:2: not JSON .*: write one object a line"),
+        ([make_row(), "", '{"prompt_id": '], "x.jsonl:3: not JSON"),
+        (["[" * 100000], "x.jsonl:1: not JSON"),
+        (["\udcff"], "x.jsonl:1: not JSON"),
+        ([[make_row()]], "x.jsonl:1: a list, no object: write one a line"),
+        ([make_row(), dict(question="?")], "x.jsonl:2: prompt_id is None: give every row a unique"),
+        ([make_row(prompt_id="")], "x.jsonl:1: prompt_id is ''"),
+        ([make_row(prompt_id="two\nlines")], "x.jsonl:1: prompt_id is 'two"),
+        (
+            [make_row(prompt_id=5), make_row(), make_row(prompt_id="5")],
+            "prompt_id '5' occurs twice: make ids unique",
+        ),
+        ([], "has no rows: give a JSONL"),
+        (None, "no data file at .*x.jsonl: give a JSONL file"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path, lines, words):
+    path = tmp_path / "x.jsonl"
+    if lines is not None:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        path.write_bytes("".join(text + "\n" for text in texts).encode(errors="surrogateescape"))
+    with pytest.raises(BadRow, match=words):
+        Rows(path)
 
 
-def test_wrong_options_and_wording_follow_the_seed():
-    context, other = (public.Context(".", 2, seed) for seed in (0, 1))
-    record = dict(Category="Bark", VideoID="v", Quality="good", StartTime="2", EndTime="5")
-    rows = [next(public.ave(record | dict(VideoID=str(i)), context)) for i in range(200)]
-    assert rows == [next(public.ave(record | dict(VideoID=str(i)), context)) for i in range(200)]
-    assert rows != [next(public.ave(record | dict(VideoID=str(i)), other)) for i in range(200)]
-    choices = [row for row in rows if row["answer_type"] == "choice"]
-    places = np.bincount([row["options"].index("Bark") for row in choices], minlength=4)
-    assert len(choices) > 60 and (places > 5).all()  # the right one stands anywhere
-    assert all(len(set(row["options"])) == 4 and set(row["options"]) <= set(public.AVE) for row in choices)
+def test_a_folder_and_utf16_are_named_as_such(tmp_path):
+    with pytest.raises(BadRow, match="a folder, no data file at"):
+        Rows(tmp_path)
+    path = tmp_path / "x.jsonl"
+    rows = "\n".join(json.dumps(make_row(prompt_id=name)) for name in "ab")
+    path.write_text(rows, encoding="utf-16")
+    with pytest.raises(BadRow, match="x.jsonl:1: not JSON in UTF-8"):
+        Rows(path)

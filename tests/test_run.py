@@ -14,18 +14,34 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 from conftest import ROOT, launch
+from safetensors.torch import load_file
 from test_train_rl import read_metrics, rl_flags
 
-from omni import model
-from run import optim  # before torch
-from run import ending, files, folders
+from models.loading import load_policy
+from models.paths import hub_is_online, huggingface_hub
+from run import optim
+from run.resume import resume_command
+from run.run_dir import begin_run_dir
 
 
 def sft_flags(toy_dir, out, *more):
-    return ("train_sft.py", "--model", toy_dir / "model", "--data", toy_dir / "stage0" / "train.jsonl", "--out", out,
-            "--batch-size", 4, "--steps", 4, "--save-every", 2, *more)  # fmt: skip
+    return (
+        "train_sft.py",
+        "--model",
+        toy_dir / "model",
+        "--data",
+        toy_dir / "stage0" / "train.jsonl",
+        "--out",
+        out,
+        "--batch-size",
+        4,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        *more,
+    )
 
 
 def same_weights(a, b):
@@ -37,7 +53,10 @@ def same_weights(a, b):
 
 
 def without_times(metrics):
-    return [{k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"} for m in metrics]
+    return [
+        {k: v for k, v in m.items() if not k.startswith("time/") and k != "tokens_per_s"}
+        for m in metrics
+    ]
 
 
 def stopped_copy(source, target, step):
@@ -124,7 +143,9 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     assert one[-1]["hints/entered"] > 0 and one[-1]["data/bad_rows"] == 1
     for a, b in zip(one[:3], two[:3], strict=True):  # later, rounding may change a sampled token
         assert [a[k] for k in exact] == [b[k] for k in exact]
-        np.testing.assert_allclose([a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            [a[k] for k in close], [b[k] for k in close], rtol=5e-3, atol=1e-5
+        )
     assert one[1]["eval/acc"] == two[1]["eval/acc"]
     lines = [(tmp_path / n / "samples.jsonl").read_text().splitlines() for n in ("one", "two")]
     first = [[s for s in map(json.loads, part) if s["step"] == 1] for part in lines]
@@ -141,14 +162,14 @@ def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
     config = json.loads((tmp_path / "b" / "final" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "b" / "base")
     # the base of b is the whole of a: the first step of b starts where a ended
-    a, base = (model.load(tmp_path / n, 0, False) for n in ("a/final", "b/base"))
-    b, raw = (model.load(n, 0, False) for n in (tmp_path / "b/final", toy_dir / "model"))
+    a, base = (load_policy(tmp_path / n, 0, False) for n in ("a/final", "b/base"))
+    b, raw = (load_policy(n, 0, False) for n in (tmp_path / "b/final", toy_dir / "model"))
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     weight = lambda policy: policy.thinker.get_parameter(name)  # noqa: E731
     assert (weight(a) == weight(base)).all()
     assert (weight(a) != weight(raw)).any() and (weight(b) != weight(base)).any()
     (tmp_path / "b").rename(tmp_path / "moved")  # the base moves with the adapter
-    assert (weight(model.load(tmp_path / "moved/final", 0, False)) == weight(b)).all()
+    assert (weight(load_policy(tmp_path / "moved/final", 0, False)) == weight(b)).all()
 
 
 def test_an_adapter_names_its_base_from_the_root(toy_dir, tmp_path, monkeypatch):
@@ -197,29 +218,47 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     assert "the judge part of the reward needs --judge" in mistake(
         "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
     )
-    assert "no reasoning: stage 0 learns from it" in mistake("train_sft.py", *model, "--data", rows, *out)
+    assert "no reasoning: stage 0 learns from it" in mistake(
+        "train_sft.py", *model, "--data", rows, *out
+    )
     assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
     told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
     assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "run.json").write_text('{"arguments": {}}')
-    assert "already holds a run" in mistake("train_rl.py", *model, "--data", rows, "--out", tmp_path / "held")
+    assert "already holds a run" in mistake(
+        "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
+    )
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "train_rl.py --seed -1", "train_rl.py --cache-gb -1", "train_rl.py --fps inf",
-        "train_rl.py --lr nan", "train_rl.py --tas-lambda inf", "train_rl.py --clip-eps nan",
-        "train_rl.py --reward-weights format=nan", "train_rl.py --reward-weights format",
-        "train_rl.py --reward-weights speed=1", "train_sft.py --lr nan", "train_sft.py --seed -1",
-        "train_rl.py --save-every -1", "train_rl.py --keep 0", "train_rl.py --num-on 1 --num-off 0",
-        "train_rl.py --buffer-size 9", "train_rl.py --max-frames 3", "train_rl.py --max-audio-seconds -1",
+        "train_rl.py --seed -1",
+        "train_rl.py --cache-gb -1",
+        "train_rl.py --fps inf",
+        "train_rl.py --lr nan",
+        "train_rl.py --tas-lambda inf",
+        "train_rl.py --clip-eps nan",
+        "train_rl.py --reward-weights format=nan",
+        "train_rl.py --reward-weights format",
+        "train_rl.py --reward-weights speed=1",
+        "train_sft.py --lr nan",
+        "train_sft.py --seed -1",
+        "train_rl.py --save-every -1",
+        "train_rl.py --keep 0",
+        "train_rl.py --num-on 1 --num-off 0",
+        "train_rl.py --buffer-size 9",
+        "train_rl.py --max-frames 3",
+        "train_rl.py --max-audio-seconds -1",
         "toy.py --num-train -3",
-        "eval.py --max-new-tokens 0", "eval.py --temperature -1", "eval.py --batch-size 0",
-        "experiments/runs.py hints --seeds -1", "experiments/figures.py --results README.md",
+        "eval.py --max-new-tokens 0",
+        "eval.py --temperature -1",
+        "eval.py --batch-size 0",
+        "experiments/runs.py hints --seeds -1",
+        "experiments/figures.py --results README.md",
     ],
-)  # fmt: skip
+)
 def test_a_number_out_of_range_is_one_line(command, tmp_path):
     script, *flags = command.split()
     out = [] if script.startswith("experiments/") else ["--out", tmp_path / "x"]
@@ -244,7 +283,9 @@ def test_letters_that_the_terminal_lacks_are_one_line(toy_dir, tmp_path):
     ascii_only = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run(words, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "--out has letters that this terminal's encoding lacks: set LC_ALL=C.UTF-8" in done.stderr
+    assert (
+        "--out has letters that this terminal's encoding lacks: set LC_ALL=C.UTF-8" in done.stderr
+    )
 
 
 def test_a_run_is_lengthened(toy_dir, tmp_path):
@@ -255,7 +296,10 @@ def test_a_run_is_lengthened(toy_dir, tmp_path):
     longer = [*flags, "--steps", 6, "--resume"]
     printed = launch(*longer)
     assert "goes on to step 6, not 4" in printed and "from step 4" in printed
-    steps = [json.loads(line)["step"] for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4, 5, 6]
     # from here on it is a run of six steps
     assert "is finished" in launch("train_sft.py", "--resume", "--out", tmp_path / "x")
@@ -286,10 +330,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(toy_dir, tmp_path, monkeypatch
         asked.append(1)
         raise OSError("no network")
 
-    monkeypatch.setattr(folders.huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
-    folders.online.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    hub_is_online.cache_clear()
     told = mistake(*sft_flags(toy_dir, tmp_path / "x", "--model", "nobody/no-such-model"))
-    folders.online.cache_clear()
+    hub_is_online.cache_clear()
     assert "the hub does not answer, and it is not on this disk" in told and len(asked) == 1
 
 
@@ -317,7 +361,7 @@ def test_the_command_that_goes_on_parses(monkeypatch):
     said = ["train_rl.py", "--stage", "2", "--on-bad-step", "stop", "--resume"]
     for words in (said, said[:-1], said[:3]):
         monkeypatch.setattr(sys, "argv", words)
-        command = ending.how_to_go_on("--on-bad-step", "skip").split()
+        command = resume_command("--on-bad-step", "skip").split()
         args, _, _ = train_rl.parse_args(command[2:])
         assert command[:2] == ["python", "train_rl.py"]
         assert args.resume and args.on_bad_step == "skip"
@@ -328,7 +372,19 @@ def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
     shutil.copytree(toy_dir / "stage2", folder)
     for clip in (folder / "clips").glob("train-*.mp4"):
         clip.write_bytes(clip.read_bytes()[:2000])
-    line = mistake("train_rl.py", "--stage", 2, "--model", toy_dir / "model", "--data", folder / "train.jsonl", "--out", tmp_path / "x", "--eval-every", 0)  # fmt: skip
+    line = mistake(
+        "train_rl.py",
+        "--stage",
+        2,
+        "--model",
+        toy_dir / "model",
+        "--data",
+        folder / "train.jsonl",
+        "--out",
+        tmp_path / "x",
+        "--eval-every",
+        0,
+    )
     assert "row toy-2-train-" in line and "fetch" in line
 
 
@@ -337,11 +393,13 @@ def test_a_bad_clip_ends_training_with_its_name(toy_dir, tmp_path):
 
 def test_lr_scale():
     assert [optim.lr_scale(s, 10, 4, cosine=False) for s in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert optim.lr_scale(4, 10, 4, cosine=True) == 1.0 and optim.lr_scale(10, 10, 4, cosine=True) == pytest.approx(0.1)
+    assert optim.lr_scale(4, 10, 4, cosine=True) == 1.0 and optim.lr_scale(
+        10, 10, 4, cosine=True
+    ) == pytest.approx(0.1)
 
 
 def test_resuming_cuts_the_logs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     (tmp_path / "run.json").write_text('{"arguments": {"steps": 4}}')
-    files.begin(tmp_path, Namespace(resume=True, steps=4), step=2)
+    begin_run_dir(tmp_path, Namespace(resume=True, steps=4), step=2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -128,7 +128,8 @@ def test_mean_weight_of_a_long_row_is_one_plus_a_third_of_lambda():
 
 @pytest.mark.parametrize(
     "shape, weight",
-    [("parabolic", 1.3), ("uniform", 1.0), ("linear-up", 1.0), ("linear-down", 1.3)] + [("inverse", 1.0)],
+    [("parabolic", 1.3), ("uniform", 1.0), ("linear-up", 1.0), ("linear-down", 1.3)]
+    + [("inverse", 1.0)],
 )
 def test_one_token_counts_as_the_beginning(shape, weight):
     w = tas_weights(mask_of([1], T=3), shape, 0.3)

@@ -26,12 +26,10 @@ import torchvision
 from conftest import RECIPE, ROOT, launch
 from servers import ChatServer, text_of, transformers_serve, write_internvl, write_qwen_vl
 
-from teachers import chat
-from rows import data
-from teachers import judge
-from teachers import ask
-from teachers import fill
-from run import UserError  # before torch
+from data.clips import BadRow, decode_clip
+from data.rows import normalize_row
+from run.errors import UserError
+from teachers import annotate, chat, client, judge
 
 KEY = "sk-not-to-be-told"
 
@@ -62,11 +60,11 @@ def read(path):
 
 def teacher_of(folder, where, name="m", **changes):
     settings = dict(concurrency=4, timeout=5.0, retries=2) | changes
-    return ask.Teacher(str(where), name, folder, RECIPE, folder / "answers", **settings)
+    return client.Teacher(str(where), name, folder, RECIPE, folder / "answers", **settings)
 
 
 def row_of(folder, i=0):
-    return data.normalize_row(read(folder / "in.jsonl")[i])
+    return normalize_row(read(folder / "in.jsonl")[i])
 
 
 # ---- a server and its faults
@@ -112,8 +110,17 @@ def test_back_off_grows():
     assert len(gaps) == 3 and gaps[1] > 1.5 * gaps[0] and gaps[2] > 1.5 * gaps[1]
 
 
-GARBAGE = [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}',
-           b'{"choices": [{"message": {"content": "  "}}]}', b"[" * 100_000, b"\xff\xfe", b'"text"']  # fmt: skip
+GARBAGE = [
+    b"",
+    b"<html>",
+    b"{}",
+    b'{"choices": []}',
+    b'{"choices": [{"message": {"content": null}}]}',
+    b'{"choices": [{"message": {"content": "  "}}]}',
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b'"text"',
+]
 
 
 @pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
@@ -202,7 +209,9 @@ def test_no_error_tells_the_key(monkeypatch):
         assert KEY[:6] not in str(told.value) and "***" in str(told.value)
 
 
-@pytest.mark.parametrize("where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"])
+@pytest.mark.parametrize(
+    "where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"]
+)
 def test_an_address_that_is_none_is_one_line(rows, where):
     with pytest.raises(UserError, match="is no address .* give one like") as told:
         teacher_of(rows, where)
@@ -221,10 +230,12 @@ def test_no_more_requests_at_once_than_allowed(rows):
 
 
 def test_frames_and_sound_arrive_as_decoded(rows):
-    clip = data.decode_clip(row_of(rows), rows, RECIPE)
+    clip = decode_clip(row_of(rows), rows, RECIPE)
     with ChatServer(lambda r, n: "ok") as server:
         teacher_of(rows, server.url).ask(row_of(rows), ("frames", "audio"), "What?", 9, str)
-        teacher_of(rows, server.url, frames_as="video").ask(row_of(rows), ("frames",), "What?", 9, str)
+        teacher_of(rows, server.url, frames_as="video").ask(
+            row_of(rows), ("frames",), "What?", 9, str
+        )
         teacher_of(rows, server.url).ask(row_of(rows), ("audio",), "What?", 9, str)
     images, video, sound = (r["messages"][0]["content"] for r in server.requests)
     assert [part["type"] for part in images] == ["image_url"] * len(clip.frames) + [
@@ -286,11 +297,13 @@ def test_a_reply_of_no_use_is_not_kept(rows):
 
 def test_a_clip_is_decoded_once_for_many_questions(rows, monkeypatch):
     decoded = []
-    decode = ask.decode_clip
-    monkeypatch.setattr(ask, "decode_clip", lambda *a: decoded.append(1) or decode(*a))
+    decode = client.decode_clip
+    monkeypatch.setattr("teachers.client.decode_clip", lambda *a: decoded.append(1) or decode(*a))
     with ChatServer(lambda r, n: "x") as server:
         teacher = teacher_of(rows, server.url, concurrency=8)
-        asked = [teacher.submit(teacher.ask, row_of(rows), ("frames",), str(i), 9, str) for i in range(8)]
+        asked = [
+            teacher.submit(teacher.ask, row_of(rows), ("frames",), str(i), 9, str) for i in range(8)
+        ]
         assert [a.result() for a in asked] == ["x"] * 8 and len(decoded) == 1
 
 
@@ -300,7 +313,7 @@ def test_a_users_mistakes_are_one_line(rows):
     with pytest.raises(UserError, match="no model folder"):
         teacher_of(rows, rows / "nothing")
     row = row_of(rows) | dict(video="../../etc/passwd")
-    with pytest.raises(data.BadRow, match="not in the JSONL's folder"):
+    with pytest.raises(BadRow, match="not in the JSONL's folder"):
         teacher_of(rows, "http://127.0.0.1:9/v1").ask(row, ("frames",), "What?", 9, str)
 
 
@@ -308,26 +321,48 @@ def test_a_users_mistakes_are_one_line(rows):
 
 
 def caption(rows, where, *more, code=0, out="out.jsonl"):
-    flags = ("--data", rows / "in.jsonl", "--out", rows / out, "--captioner", where,
-             "--captioner-model", "m", "--retries", 1, "--timeout", 5, "--concurrency", 2)  # fmt: skip
+    flags = (
+        "--data",
+        rows / "in.jsonl",
+        "--out",
+        rows / out,
+        "--captioner",
+        where,
+        "--captioner-model",
+        "m",
+        "--retries",
+        1,
+        "--timeout",
+        5,
+        "--concurrency",
+        2,
+    )
     return launch("prepare.py", "captions", *flags, *more, code=code)
 
 
 def test_captions_of_every_row_in_order(rows):
     extra = dict(read(rows / "in.jsonl")[0], prompt_id="silent", use_audio=False)
     kept = dict(extra, prompt_id="kept", use_audio=True, audio_caption="a bell")
-    video_r1 = dict(problem_id=77, problem="What?", problem_type="free-form", solution="<answer>x</answer>",
-                    data_type="video", path=extra["video"])  # fmt: skip
+    video_r1 = dict(
+        problem_id=77,
+        problem="What?",
+        problem_type="free-form",
+        solution="<answer>x</answer>",
+        data_type="video",
+        path=extra["video"],
+    )
     with open(rows / "in.jsonl", "a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in (extra, kept, video_r1)))
     with ChatServer(lambda r, n: ' "A high <|AUDIO|> tone,\nthen silence." ') as server:
         printed = caption(rows, server.url)
         assert len(server.requests) == 4
-        assert all(p["type"] != "image_url" for r in server.requests for p in r["messages"][0]["content"])
+        assert all(
+            p["type"] != "image_url" for r in server.requests for p in r["messages"][0]["content"]
+        )
     before, after = read(rows / "in.jsonl"), read(rows / "out.jsonl")
     for old, new in zip(before[:4], after[:4], strict=True):
         assert new == old | dict(audio_caption="A high tone, then silence")
-        data.normalize_row(new)
+        normalize_row(new)
     assert after[4:] == before[4:]  # silent, kept, and Video-R1's row without sound
     assert "7 rows: 4 got their audio_caption, 1 had it, 2 need none, 0 without" in printed
 
@@ -354,20 +389,22 @@ def test_nothing_is_lost_and_a_second_run_goes_on(rows):
 
 
 def row_of_text(line):
-    return data.normalize_row(json.loads(line))
+    return normalize_row(json.loads(line))
 
 
 def same_clip(request, folder, row):
     sound = next(p for p in request["messages"][0]["content"] if p["type"] == "input_audio")
-    clip = data.decode_clip(row, folder, RECIPE)
-    return base64.b64decode(sound["input_audio"]["data"]) == ask.wav_bytes(clip.audio)
+    clip = decode_clip(row, folder, RECIPE)
+    return base64.b64decode(sound["input_audio"]["data"]) == client.wav_bytes(clip.audio)
 
 
 def test_a_killed_run_pays_for_nothing_twice(rows):
     flags = ["--data", rows / "in.jsonl", "--out", rows / "out.jsonl", "--captioner-model", "m"]
     with ChatServer(lambda r, n: "a tone", delay=0.3) as server:
         words = ["prepare.py", "captions", "--captioner", server.url, "--concurrency", "1", *flags]
-        run = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         while len(server.requests) < 3:
             time.sleep(0.01)
             assert run.poll() is None
@@ -416,7 +453,7 @@ def test_a_command_that_ends_early_loses_no_answer(rows):
     assert "in.jsonl: no answer since then: lines 2\n" in printed
     assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
     assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
-    assert fill.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+    assert annotate.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
 
 
 def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
@@ -438,9 +475,15 @@ def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
 def test_a_row_with_several_sounds_is_asked_about(rows):
     for name, rate in (("one.wav", 400), ("two.wav", 800)):
         tone = np.sin(np.arange(16000) * rate / 16000 * 2 * np.pi).astype(np.float32)
-        (rows / name).write_bytes(ask.wav_bytes(tone))
-    row = dict(prompt_id="both", question="Which?", answer="A", answer_type="choice",
-               options=["first", "second"], audio=["one.wav", "two.wav"])  # fmt: skip
+        (rows / name).write_bytes(client.wav_bytes(tone))
+    row = dict(
+        prompt_id="both",
+        question="Which?",
+        answer="A",
+        answer_type="choice",
+        options=["first", "second"],
+        audio=["one.wav", "two.wav"],
+    )
     (rows / "in.jsonl").write_text(json.dumps(row) + "\n")
     with ChatServer(lambda r, n: "two tones") as server:
         assert "1 got their audio_caption" in caption(rows, server.url)
@@ -448,7 +491,11 @@ def test_a_row_with_several_sounds_is_asked_about(rows):
         (rows / "in.jsonl").write_text(json.dumps(row) + "\n")
         caption(rows, server.url)
     heard = [
-        [p["input_audio"]["data"] for p in r["messages"][0]["content"] if p["type"] == "input_audio"]
+        [
+            p["input_audio"]["data"]
+            for p in r["messages"][0]["content"]
+            if p["type"] == "input_audio"
+        ]
         for r in server.requests
     ]
     assert len(heard) == 2 and len(heard[0]) == 2 and heard[0] == heard[1][::-1]
@@ -463,8 +510,22 @@ def test_out_must_lie_beside_the_rows(rows, tmp_path_factory):
 
 
 def write_hints(rows, where, *more, code=0):
-    flags = ("--data", rows / "in.jsonl", "--out", rows / "out.jsonl", "--teacher", where,
-             "--teacher-model", "m", "--retries", 1, "--timeout", 5, "--attempts", 3)  # fmt: skip
+    flags = (
+        "--data",
+        rows / "in.jsonl",
+        "--out",
+        rows / "out.jsonl",
+        "--teacher",
+        where,
+        "--teacher-model",
+        "m",
+        "--retries",
+        1,
+        "--timeout",
+        5,
+        "--attempts",
+        3,
+    )
     return launch("prepare.py", "hints", *flags, *more, code=code)
 
 
@@ -490,7 +551,7 @@ def test_hints_that_leak_are_refused_and_asked_for_again(rows):
     assert "4 rows: 4 got their hint" in printed
     for old, new in zip(rows_in, read(rows / "out.jsonl"), strict=True):
         assert new == old | dict(hint="Find the tone first, then look at that second.")
-        data.normalize_row(new)
+        normalize_row(new)
 
 
 def test_a_teacher_that_always_leaks_writes_no_hint(rows):
@@ -554,7 +615,8 @@ def test_a_folder_is_asked_in_process(rows, tiny, name, monkeypatch):
     random_state = torch.get_rng_state()
     greedy = teacher.ask(row_of(rows), ("frames",), "What is seen?", 12, str)
     one, two, same = (
-        teacher.ask(row_of(rows), ("frames",), "What is seen?", 12 + i // 2, str, 1.0, seed=i % 2) for i in range(3)
+        teacher.ask(row_of(rows), ("frames",), "What is seen?", 12 + i // 2, str, 1.0, seed=i % 2)
+        for i in range(3)
     )
     assert greedy and one != two and same.startswith(one[:3])
     assert torch.equal(random_state, torch.get_rng_state())  # training's draws are not disturbed
@@ -574,7 +636,9 @@ def test_captions_by_a_local_model(rows, tiny):
     assert "4 rows: 4 got their audio_caption" in printed
 
 
-SERVES = all(importlib.util.find_spec(m) for m in ("fastapi", "uvicorn", "openai", "soundfile", "soxr"))
+SERVES = all(
+    importlib.util.find_spec(m) for m in ("fastapi", "uvicorn", "openai", "soundfile", "soxr")
+)
 
 
 @pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements.txt")
@@ -588,13 +652,17 @@ def test_every_command_against_a_real_server(rows, tiny):
         assert "2 rows: 2 got their audio_caption" in printed
         teacher = teacher_of(rows, url, str(tiny / "omni"), timeout=60.0)
         local = teacher_of(rows, tiny / "omni", None)
-        asked = [t.ask(row_of(rows), ("frames", "audio"), "What?", 16, str) for t in (teacher, local)]
+        asked = [
+            t.ask(row_of(rows), ("frames", "audio"), "What?", 16, str) for t in (teacher, local)
+        ]
         assert asked[0] == asked[1]  # the same clip arrives, over HTTP and in process
         # random weights: whatever they write is a hint, if it is short and no leak
         where = (url, "--teacher-model", tiny / "qwen", "--timeout", 60)
         write_hints(rows, *where, code=os.EX_OK if hints_come(rows, url, tiny) else 1)
         with pytest.raises(chat.NoAnswer, match="of no use"):  # a random model writes no verdict
-            judge.score_steps(teacher_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS)
+            judge.score_steps(
+                teacher_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS
+            )
 
 
 def hints_come(rows, url, tiny):

@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import RECIPE, ROOT
 
-from rows import data
 import prepare
 import rewards
 import toy
+from data.clips import decode_clip
+from data.rows import Rows, completion_text
 from teachers.leaks import hint_leak
 
 
 def rows_of(toy_dir, stage, split="train"):
-    rows = data.Rows(toy_dir / f"stage{stage}" / f"{split}.jsonl")
+    rows = Rows(toy_dir / f"stage{stage}" / f"{split}.jsonl")
     return [rows[i] for i in range(len(rows))]
 
 
@@ -55,7 +56,7 @@ def dominant_color(frame):
 def test_what_is_seen_and_heard_is_what_the_row_says(toy_dir):
     """Decoded pixels and sound against the row's events, second by second."""
     for row in rows_of(toy_dir, 2):
-        clip = data.decode_clip(row, toy_dir / "stage2", RECIPE)
+        clip = decode_clip(row, toy_dir / "stage2", RECIPE)
         assert clip.fps == pytest.approx(2, abs=0.05) and len(clip.frames) == 2 * len(row["events"])
         for i, event in enumerate(row["events"]):
             seen, tone = event.split("; ")
@@ -78,9 +79,11 @@ def test_rows_are_complete_and_scorable(toy_dir, stage):
     for row in rows_of(toy_dir, stage):
         truth = (row["answer"], row["answer_type"], row.get("options"))
         assert rewards.accuracy_reward(row["answer"], *truth) == 1
-        assert ("audio_caption" in row) == (stage != 2) and row["use_audio"] == (stage > 1 or row["use_audio"])
+        assert ("audio_caption" in row) == (stage != 2) and row["use_audio"] == (
+            stage > 1 or row["use_audio"]
+        )
         if stage == 0:
-            text = data.completion_text(row)
+            text = completion_text(row)
             assert rewards.format_reward(text) == 1 and rewards.parse_answer(text) == row["answer"]
         else:
             assert not hint_leak(row["hint"], *truth)
@@ -129,4 +132,8 @@ def test_judge_scores_steps_against_the_clip():
 
 def test_shipped_model(toy_dir):
     assert toy.WEIGHTS.stat().st_size <= 5e6
-    assert toy.is_toy(None) and toy.is_toy(toy_dir / "model") and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")
+    assert (
+        toy.is_toy(None)
+        and toy.is_toy(toy_dir / "model")
+        and not toy.is_toy("Qwen/Qwen2.5-Omni-7B")
+    )

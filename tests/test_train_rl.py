@@ -20,14 +20,21 @@ import train_rl
 
 def test_stage_defaults_and_precedence():
     args, source, weights = train_rl.parse_args(["--stage", "2"])
-    assert weights == {"format": 0.2, "acc": 0.4, "self": 0.4} and source["reward_weights"] == "stage 2"
+    assert (
+        weights == {"format": 0.2, "acc": 0.4, "self": 0.4}
+        and source["reward_weights"] == "stage 2"
+    )
     assert args.num_on == 4 and args.num_off == 4 and args.off_policy_coef == 0.6
     args, _, _ = train_rl.parse_args(["--stage", "2", "--algo", "grpo", "--model", "some/7B"])
     assert (args.num_on, args.num_off, args.tas_shape, args.hints) == (8, 0, "uniform", False)
-    assert args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7  # the paper's, not the toy's
+    assert (
+        args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7
+    )  # the paper's, not the toy's
     args, source, _ = train_rl.parse_args(["--algo", "avatar-gspo"])
     assert (args.clip_eps, source["clip_eps"], args.num_off) == (0.005, "avatar-gspo", 4)
-    args, _, _ = train_rl.parse_args(["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"])
+    args, _, _ = train_rl.parse_args(
+        ["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"]
+    )
     assert (args.num_on, args.lr, args.buffer_size) == (6, 0.1, 7)  # a typed flag wins
 
 
@@ -52,9 +59,30 @@ def read_metrics(out):
 
 def rl_flags(toy_dir, stage, out, *more):
     rows = toy_dir / f"stage{stage}"
-    return ("train_rl.py", "--stage", stage, "--model", toy_dir / "model", "--data", rows / "train.jsonl", "--judge", "toy",
-            "--eval-data", rows / "test.jsonl", "--eval-samples", 8, "--out", out, "--steps", 3, "--max-new-tokens", 24,
-            "--prompts-per-step", 4, *more)  # fmt: skip
+    return (
+        "train_rl.py",
+        "--stage",
+        stage,
+        "--model",
+        toy_dir / "model",
+        "--data",
+        rows / "train.jsonl",
+        "--judge",
+        "toy",
+        "--eval-data",
+        rows / "test.jsonl",
+        "--eval-samples",
+        8,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--max-new-tokens",
+        24,
+        "--prompts-per-step",
+        4,
+        *more,
+    )
 
 
 @pytest.mark.parametrize("stage, algo", [(1, "avatar"), (2, "avatar"), (3, "avatar"), (2, "grpo")])
@@ -70,7 +98,9 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
     # nothing to replay at step 1: eight fresh; then what is stored decides
     assert metrics[0]["completions_generated"] == 32
     if algo == "grpo":
-        assert [m["completions_generated"] for m in metrics] == [32, 64, 96] and metrics[-1]["buffer/size"] == 0
+        assert [m["completions_generated"] for m in metrics] == [32, 64, 96] and metrics[-1][
+            "buffer/size"
+        ] == 0
     else:
         assert metrics[1]["completions_generated"] == 48 and metrics[1]["buffer/size"] == 48
     assert "eval/acc" in metrics[1] and "eval/acc" in metrics[2]
@@ -80,7 +110,9 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
 
 
 def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):
-    rows = [json.loads(line) for line in (toy_dir / "stage2" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (toy_dir / "stage2" / "train.jsonl").read_text().splitlines()
+    ]
     rows[0]["hint"] = f"the answer is {rows[0]['answer']}"
     leaky = toy_dir / "stage2" / "leaky.jsonl"
     leaky.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,7 +160,9 @@ def test_a_second_update_learns_more_from_the_same_completions(toy_dir, tmp_path
 def test_one_ratio_a_completion(toy_dir, tmp_path):
     """[U22] Fresh completions of a first update have ratio 1 either way; replayed ones tell the two apart."""
     for algo in ("avatar", "avatar-gspo"):
-        launch(*rl_flags(toy_dir, 2, tmp_path / algo, "--eval-every", 0, "--lr", 1e-3, "--algo", algo))
+        launch(
+            *rl_flags(toy_dir, 2, tmp_path / algo, "--eval-every", 0, "--lr", 1e-3, "--algo", algo)
+        )
     token, sequence = (read_metrics(tmp_path / algo) for algo in ("avatar", "avatar-gspo"))
     same = ("loss", "grad_norm", "kl")
     first = [[run[0][name] for name in same] for run in (token, sequence)]
@@ -136,7 +170,10 @@ def test_one_ratio_a_completion(toy_dir, tmp_path):
     token, sequence = token[1], sequence[1]  # of the same policy, by the same completions
     for name in ("kl", "off/ratio_mean", "reward"):
         assert token[name] == pytest.approx(sequence[name], rel=1e-3), name
-    assert token["off/ratio_max"] > sequence["off/ratio_max"] and token["off/ess_frac"] < sequence["off/ess_frac"]
+    assert (
+        token["off/ratio_max"] > sequence["off/ratio_max"]
+        and token["off/ess_frac"] < sequence["off/ess_frac"]
+    )
     assert token["grad_norm"] != pytest.approx(sequence["grad_norm"], rel=1e-3)
 
 
@@ -145,14 +182,18 @@ def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     folder = tmp_path / "rows"
     (folder / "clips").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
-    while len(rows) < 32:  # long clips, one question: nearly hopeless without looking at every second
+    while (
+        len(rows) < 32
+    ):  # long clips, one question: nearly hopeless without looking at every second
         row, seconds = toy.make_row(rng, 2, f"{len(rows):05d}", "hard")
         if len(seconds) == 6 and row["answer_type"] == "choice":
             toy.write_clip(folder / row["video"], seconds, rng)
             rows.append(json.dumps(row) + "\n")
     (folder / "rows.jsonl").write_text("".join(rows))
     toy.write_model(tmp_path / "model", toy.WEIGHTS)
-    flags = "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
+    flags = (
+        "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
+    )
     flags += " --eval-every 0 --judge toy --buffer-size 10000"
     paths = (
         "--model",

@@ -1,0 +1,146 @@
+"""
+A row as a prompt of P tokens, by the backbone that a folder holds: qwen.py or ola.py; which prompts
+share a clip.
+"""
+
+import copy
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from data.clips import BadRow, decode_clip
+from data.rows import SYSTEM_PROMPT, clip_of, question_text
+from hints import place_hint
+from models import ola, qwen
+from models.paths import from_pretrained
+from run.errors import UserError
+
+BACKBONES = {kind: backbone for backbone in (qwen, ola) for kind in backbone.MODEL_TYPES}
+
+
+def config_of(folder):
+    """The configuration of the model in a folder, if it is of a backbone that we have."""
+    config = from_pretrained(AutoConfig, folder)
+    config = getattr(config, "thinker_config", config)
+    if config.model_type not in BACKBONES:
+        told = "give Qwen2.5-Omni, or Ola as `python -m models.ola convert` writes it"
+        raise UserError(f"{folder} is of the kind {config.model_type}: {told}")
+    return config
+
+
+class Prompt(NamedTuple):
+    """One prompt as the model takes it. Media are tensors for the towers, or their outputs."""
+
+    input_ids: torch.Tensor  # (P,) int64, media placeholders filled in
+    position_ids: torch.Tensor  # (3, P) int64: TMRoPE time, height, width; plain ones: all equal
+    media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
+
+    @property
+    def encoded(self):
+        return not any(isinstance(m, dict) for m in self.media.values())
+
+
+def shared_clip_groups(prompts):
+    """-> lists of indices: prompts with the very same media together, in the order of the first."""
+    families = {}
+    for b, prompt in enumerate(prompts):
+        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
+    return list(families.values())
+
+
+class InputBuilder:
+    """
+    A row -> Prompt, by the backbone's processor; calling it is safe from several threads.
+
+    raises  BadRow     the row's media cannot be used, or the prompt is too long
+    """
+
+    def __init__(self, folder, recipe, root, audio_captions):
+        self.config = config_of(folder)
+        self.backbone = BACKBONES[self.config.model_type]
+        self.processor = from_pretrained(self.backbone.Processor, folder)
+        # a fast tokenizer must not be called by two threads at once: a processor a thread
+        self.in_thread = threading.local()
+        self.recipe = recipe and recipe._replace(side=self.backbone.SIDE)
+        self.root, self.audio_captions = Path(root), audio_captions
+        self.tokenizer = self.processor.tokenizer
+        ends = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.eos_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
+        self.media_ends = self.backbone.media_ends(self.tokenizer, self.config)
+        # what a rank reads that has less to do than others: FSDP would wait for ever
+        self.filler = Prompt(torch.tensor(self.eos_ids[:1] * 2), torch.arange(2).expand(3, -1), {})
+
+    def __call__(self, row, hint=None):
+        return self.from_clip(row, decode_clip(row, self.root, self.recipe), hint)
+
+    def texts(self, completions):
+        """What a group of completions says, without special tokens."""
+        return [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+
+    def at(self, root):
+        """The same builder for rows whose media lie under another folder."""
+        other = copy.copy(self)
+        other.root = Path(root)
+        return other
+
+    def chat(self, processor, media, row, hint, words):
+        """
+        The prompt as text, with one placeholder for each of `media`.
+
+        words   None, or (system prompt, the user's turn) in the place of ours: text, or a list of
+                pieces {"type": "text", "text"} and {"type", "index"} with the media among them
+        """
+        question = question_text(row, self.audio_captions)
+        question = place_hint(question, hint) if hint else question  # [HINT]
+        system, text = words or (SYSTEM_PROMPT, question)
+        pieces = [*(dict(type=kind) for kind in media), dict(type="text", text=text)]
+        turns = dict(system=[dict(type="text", text=system)])
+        turns["user"] = text if isinstance(text, list) else pieces
+        messages = [dict(role=role, content=content) for role, content in turns.items()]
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def own_processor(self):
+        if not hasattr(self.in_thread, "processor"):
+            self.in_thread.processor = copy.deepcopy(self.processor)
+        return self.in_thread.processor
+
+    def from_clip(self, row, clip, hint=None, words=None):
+        processor = self.own_processor()
+        if words and isinstance(words[1], list):
+            clip = clip.in_order(words[1])
+        media = ["image"] * len(clip.images)  # media first: it moves scores by points
+        media += ["video"] * (clip.frames is not None)
+        media += ["audio"] * (0 if clip.use_audio else len(clip.sounds))  # else it is the video's
+        text = self.chat(processor, media, row, hint, words)
+        given = processor, self.config, text, clip, f"row {row['prompt_id']}"
+        return self.checked(Prompt(*self.backbone.inputs(*given)), row)
+
+    def checked(self, prompt, row):
+        if (num_tokens := len(prompt.input_ids)) > self.recipe.max_prompt_tokens:
+            raise BadRow(
+                f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
+                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or raise it"
+            )
+        return prompt
+
+    def with_text(self, prompt, row, hint=None, words=None):
+        """The prompt of another question, or of a hint, about the same clip: the same media."""
+        ends = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.media_ends))
+        media = (
+            int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1
+        )  # up to the last one's end
+        processor = self.own_processor()
+        text = self.chat(processor, ["audio"], row, hint, words).split(self.media_ends[-1])[1]
+        tail = torch.tensor(processor.tokenizer(text).input_ids)
+        positions = prompt.position_ids[:, :media]
+        after = int(positions.max()) + 1 + torch.arange(len(tail))  # text: all three the same
+        positions = torch.cat([positions, after.expand(3, -1)], dim=1)
+        ids = torch.cat([prompt.input_ids[:media], tail])
+        return self.checked(Prompt(ids, positions, prompt.media), row)
+
+    def key(self, row):
+        """What tells one clip from another: rows with the same key differ only in their texts."""
+        return (str(self.root.resolve()), *clip_of(row))

@@ -1,0 +1,105 @@
+"""
+Loads a policy: a folder or hub id becomes a Policy on its device, with a new adapter or without.
+"""
+
+from functools import partial
+from types import MethodType
+
+import torch
+
+from models.attention import set_attention_kernel
+from models.inputs import BACKBONES, config_of
+from models.paths import from_pretrained, is_adapter
+from models.policy import Policy
+from models.sharding import load_sharded
+from run import processes
+from run.errors import UserError
+
+CHECKPOINT_ABOVE_PARAMS = 10**8  # above it activations are computed again: less memory, more time
+
+
+def open_policies(folder, args, device, with_reference):
+    """
+    -> the policy to train, and the frozen one that the KL is to, None where none of its own is needed:
+    with LoRA it is the policy without its adapter                                          [U15]
+    """
+    try:
+        kernel = set_attention_kernel(
+            args.attn, device, processes.compute_dtype(device, args.dtype)
+        )
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"--attn {args.attn}: {error}: install it, or leave --attn out") from None
+    if args.attn == "auto" and kernel != "flash":
+        processes.print0(
+            "  attention without flash, which has no float32 on a GPU: --dtype bfloat16"
+        )
+    given, reference = (device, args.dtype), None
+    if with_reference and not args.lora_rank:
+        reference = load_sharded(
+            partial(load_policy, folder, 0, args.train_towers), *given, frozen=True
+        )
+    policy = load_sharded(partial(load_policy, folder, args.lora_rank, args.train_towers), *given)
+    if reference and not args.train_towers:  # they are the same, and whole on every rank
+        reference.thinker.model.visual, reference.thinker.model.audio_tower = policy.towers
+    return policy, reference
+
+
+def load_policy(folder, lora_rank, train_towers, empty=False):
+    """
+    A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
+
+    lora_rank     int     0 = every weight of the text model trains
+    train_towers  bool    whether the vision and audio towers train too
+    empty         bool    built alone, without reading weights
+    raises        FileNotFoundError     no such folder and no such model on the hub
+    """
+    backbone = BACKBONES[config_of(folder).model_type]
+    thinker = from_pretrained(backbone.Thinker, folder, empty, dtype=torch.float32)
+    if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new
+        from peft import PeftModel
+
+        thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
+        thinker.requires_grad_(True)  # PEFT had frozen them
+    return wrap_policy(thinker, lora_rank, train_towers)
+
+
+def wrap_policy(thinker, lora_rank, train_towers):
+    """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
+    policy = Policy(thinker, train_towers)
+    for module in policy.frozen:
+        module.requires_grad_(False)
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import Linear
+
+        target = rf".*language_model\.layers\.\d+\..*\.({policy.backbone.TEXT_LAYERS})"
+        target += rf"|.*({policy.backbone.TOWER_LAYERS})" * train_towers
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target)  # [D2]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
+            policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+        for module in policy.modules():
+            if isinstance(module, Linear):
+                module.forward = MethodType(fused_lora_forward, module)
+    if sum(p.numel() for p in thinker.parameters()) > CHECKPOINT_ABOVE_PARAMS:
+        thinker.activation_checkpointing_enable(
+            dict(use_reentrant=False, preserve_rng_state=False)
+        )  # no dropout
+    return policy.train()
+
+
+def fused_lora_forward(layer, x):
+    """W x + s B A x of a PEFT layer, as it computes it, but the sum is the end of the last product."""
+    result = layer.base_layer(x)
+    if layer.disable_adapters:
+        return result
+    a, b, scale = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    added = torch.addmm(result.flatten(0, -2), a(x).flatten(0, -2), b.weight.T, alpha=scale)
+    return added.view(result.shape)
+
+
+def write_merged(folder, part):
+    """Writes a trained adapter and its base as one model."""
+    merged = load_policy(folder, lora_rank=0, train_towers=False)
+    merged.thinker.save_pretrained(part)
+    from_pretrained(merged.backbone.Processor, folder).save_pretrained(part)

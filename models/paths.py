@@ -1,0 +1,112 @@
+"""
+The folder of a model: on disk or on the hub, an adapter or whole.
+"""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from run import processes
+from run.errors import UserError
+from run.io import temp_dir
+
+
+def resolve_run_dir(folder):
+    """The folder of a model, where that of a run may be given: then its RUN/final, and this is told."""
+    run = Path(folder)
+    if not (run / "run.json").is_file() or (run / "config.json").exists():
+        return folder
+    if not (run / "final").is_dir():
+        raise UserError(f"--model: {folder} is a run that has not ended: it has no final/ yet")
+    processes.print0(f"  --model: {folder} is a run: {run / 'final'} is taken")
+    return str(run / "final")
+
+
+@functools.cache
+def hub_is_online():
+    """Whether the hub answers: asked once, where transformers would ask for minutes."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        return True
+    except Exception:  # of whatever library speaks HTTP
+        return False
+
+
+def from_pretrained(kind, folder, empty=False, **kwargs):
+    """A model, processor or config. empty: a model built from its config; no weights are read."""
+    if empty:
+        return kind(from_pretrained(kind.config_class, folder))
+    name = base_model(folder)
+    # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
+    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+        why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
+        raise FileNotFoundError(f"no model at {folder}: {why}")
+    away = not Path(name).is_dir() and not hub_is_online()
+    try:
+        return kind.from_pretrained(name, local_files_only=away, **kwargs)
+    except (OSError, ValueError) as error:
+        why = (
+            "the hub does not answer, and it is not on this disk"
+            if away
+            else str(error).splitlines()[0]
+        )
+        raise FileNotFoundError(f"no model at {folder}: {why}") from None
+
+
+def base_model(folder):
+    """The folder with the processor and full weights: an adapter's base, or the folder itself."""
+    if is_adapter(folder):
+        named = read_config(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
+        beside = Path(folder).resolve().parent / "base"  # as a run left it, wherever that is now
+        return str(beside) if beside.is_dir() and not Path(named).is_dir() else named
+    return str(folder)
+
+
+def read_config(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}): mend it, or copy the model anew") from None
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def resolve_start_model(folder, lora_rank, out, write_merged):
+    """
+    Where a run starts; a folder that an adapter will name as its base is named from the root. For
+    a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
+    that exists (PEFT would name the old base and lose a stage).
+    """
+    folder = resolve_run_dir(folder)
+    if not lora_rank or not is_adapter(folder):
+        return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
+    base = Path(out).resolve() / "base"
+    if processes.rank() == 0 and not (Path(out) / "run.json").exists():
+        shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
+    if processes.rank() == 0 and not base.exists():
+        part = temp_dir(base)
+        write_merged(folder, part)
+        part.rename(base)
+    processes.all_gather_object(None)  # the others wait
+    return str(base)
+
+
+def save_model(policy, folder, processor):
+    """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
+    # of an adapter its base is not gathered: it is not written
+    kwargs = dict(ignore_frozen_params=hasattr(policy.model, "disable_adapter"))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, **kwargs)
+    state = get_model_state_dict(policy, options=options)
+    if processes.rank() == 0:
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        part = temp_dir(folder)
+        policy.model.save_pretrained(part, state_dict=state)
+        processor.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)

@@ -1,0 +1,56 @@
+"""
+Accuracy on held-out rows while training goes on: sampled as in training, on all ranks.
+"""
+
+import rewards
+from data.clip_cache import ClipCache
+from data.row_stream import read_on_all_ranks
+from data.rows import Rows, answer_spec
+from models.rollout import rollout
+from run import optim, processes
+
+BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
+
+
+def evaluator(file, policy, build, room, encode, args):
+    """
+    -> callable that gives the accuracy on the rows of a file; on None it gives None.
+
+    room, encode   of the reader that keeps their clips
+    """
+    if not file:
+        return lambda: None
+    rows = Rows(file)
+    reader = ClipCache(build.at(rows.path.parent), room, encode)
+    return lambda: accuracy(policy, reader.get, rows, build, args)
+
+
+def accuracy(policy, load, rows, build, args):
+    """
+    Share of right answers among about --eval-samples completions (as many of each row), sampled as
+    in training.
+
+    load      callable(row) -> Prompt, raises BadRow: such a row is named, and its share is wrong
+    """
+    count = min(len(rows), args.eval_samples)
+    per_row, right, bad = max(1, round(args.eval_samples / count)), 0, {}
+    for first in range(0, count, BATCH * processes.world_size()):  # as many rounds on every rank
+        places = range(count)[first + processes.rank() :: processes.world_size()][:BATCH]
+        look = lambda i: ((row := rows[i]), load(row))  # noqa: E731
+        found, failed = read_on_all_ranks(look, {i: (i,) for i in places})
+        bad |= failed
+        batch = [(*both, per_row, processes.seed(args.seed, 0, i)) for i, both in found.items()]
+        packs = optim.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
+        packs = [[batch[i] for i in pack] for pack in packs]
+        for part, _ in processes.even_rounds(packs, [(None, build.filler, 1, 0)]):
+            taken, prompts, counts, seeds = zip(*part)
+            rolled = rollout(
+                policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
+            )
+            for row, group in zip(taken, rolled):
+                for text in build.texts(group) if row else ():
+                    answer = rewards.parse_answer(text)
+                    right += rewards.accuracy_reward(answer, *answer_spec(row)) == 1
+    for problem in bad.values():
+        processes.print0(f"held-out, counted as wrong: {problem}")
+    return sum(processes.all_gather_object(right)) / (count * per_row)

@@ -1,0 +1,146 @@
+"""
+What a step of RL reports: every metric with its formula, and the printed line.
+
+Names follow TRL where TRL has the quantity. Each number is computed once, over all completions of
+the step on all ranks: no mean of means.
+"""
+
+import math
+import time
+from statistics import fmean as mean
+
+import torch
+
+METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
+    "step": "optimizer steps so far",
+    "completions_generated": "fresh completions so far: hinted, unjudged and warm-up ones too",
+    "loss": "-J, see [J]",
+    "reward": "mean of R over fresh completions, R = sum_k w_k r_k [R.stage]",
+    "reward_std": "std of R over fresh completions",
+    "rewards/format": "mean of r_format, -1 or 1 [R.format]",
+    "rewards/acc": "mean of r_acc in 0..1, whatever its weight [R.acc]",
+    "rewards/self": "mean of r_self, 0 or 1 [R.self]",
+    "rewards/judge": "mean of r_judge in 0..1, where it counts [R.judge]",
+    "rewards/unjudged_frac": "share of fresh completions without a judgement: not trained on, not stored",
+    "frac_reward_zero_std": "share of fresh groups with all R equal: the vanishing advantage [GRPO.A]",
+    "advantage_std": "std of A over fresh and replayed completions",
+    "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
+    "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; A = 0 in none",
+    "kl": "mean over completions of mean_t KL_t, an estimate of KL(pi || ref), nats [KL]",
+    "entropy": "mean over the update's fresh completions (if none: replayed) of mean_t entropy, nats",
+    "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
+    "logprob_gap": "max over fresh tokens of abs(log-prob in the rollout - recomputed), nats; null: none",
+    "off/ratio_mean": "mean over replayed completions of prod_t r_t; 1 without replay [RATIO]",
+    "off/ratio_max": "max over replayed tokens of r_t; 1 without replay",
+    "off/clip_frac": "clip_frac over replayed completions",
+    "off/ess_frac": "(sum w)^2 / (n sum w^2), w = min(r, 3) of the n replayed tokens; 1 = all alike",
+    "off/age_mean": "mean of step - birth step over replayed completions; 0 without replay",
+    "tas/weight_mean": "mean over completions of mean_t w_t; about 1 + lambda / 3 [TAS.w]",
+    "completions/mean_length": "tokens of a fresh completion, EOS included",
+    "completions/clipped_ratio": "share of fresh completions cut off by --max-new-tokens",
+    "num_valid_tokens": "completion tokens in the update, fresh and replayed",
+    "grad_norm": "L2 norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "buffer/size": "completions stored",
+    "buffer/prompts": "prompts with stored completions",
+    "buffer/frac_easy": "share of the stored completions whose prompt is Easy now [TIER]",
+    "buffer/frac_medium": "same, Medium",
+    "buffer/frac_hard": "same, Hard",
+    "buffer/staleness_mean": "mean of step - birth step over stored completions",
+    "buffer/mean_reward": "mean of R̄(q) over prompts seen [R.mean]",
+    "hints/frac": "share of the step's prompts that carried their hint [HINT]",
+    "hints/entered": "hints that entered so far",
+    "hints/withdrawn": "hints withdrawn so far",
+    "tokens_per_s": "num_valid_tokens / seconds of the whole step",
+    "steps_skipped": "steps so far without an update, as their numbers were bad (--on-bad-step skip)",
+    "data/bad_rows": "rows so far that could not be used, each replaced by the next one",
+    "time/data_s": "seconds before the rollout: waiting for clips, encoding new ones, hints",
+    "time/rollout_s": "seconds of sampling",
+    "time/update_s": "seconds of log-probs, backward passes and the optimizer",
+    "time/judge_s": "seconds from the first question to the judge to its last answer; rank 0",
+    "time/judge_wait_s": "seconds of them in which the loop had to wait",
+    "eval/acc": "share of right answers on held-out rows, at --temperature",
+    "eval/before": "the same before the first step",
+}
+
+
+def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
+    """
+    info              dict of (N,) tensors from the update, all ranks
+    groups            list of lists of Entry, the fresh ones
+    fresh_advantages  list of (G,) tensors; off_advantages list of (M,) tensors
+    returns           dict: the part of METRICS that comes from the completions
+    """
+    fresh, off = info["fresh"], ~info["fresh"]
+    made = [entry for group in groups for entry in group]
+    rewards = torch.tensor([e.reward for e in made])
+    advantages = torch.cat([*fresh_advantages, *off_advantages])
+    log_w = info["log_ratio"][off] if off.any() else torch.zeros(1)  # of whole completions
+    w, w2, n = (info[name][off].sum() for name in ("ratio_sum", "ratio_square_sum", "num_tokens"))
+    return {
+        "loss": info["loss"].sum().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        **{
+            f"rewards/{part}": mean(e.reward_parts[part] for e in made)
+            for part in made[0].reward_parts
+        },
+        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups if g),
+        "advantage_std": advantages.std().item(),
+        "advantage_zero_frac": (advantages == 0).float().mean().item(),
+        "advantage_hist": histogram(advantages),
+        "kl": info["kl"].mean().item(),
+        "entropy": info["entropy"][fresh if fresh.any() else off].mean().item(),
+        "clip_frac": info["clip_frac"].mean().item(),
+        "logprob_gap": info["gap"][fresh].max().item() if fresh.any() else math.nan,
+        "off/ratio_mean": log_w.clamp(max=20).exp().mean().item(),
+        "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
+        "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
+        "off/ess_frac": (w**2 / (n * w2)).item() if off.any() else 1.0,
+        "off/age_mean": info["age"][off].float().mean().item() if off.any() else 0.0,
+        "tas/weight_mean": info["tas_weight"].mean().item(),
+        "completions/mean_length": mean(len(e.completion_ids) for e in made),
+        "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),
+        "num_valid_tokens": int(info["num_tokens"].sum()),
+    }
+
+
+def histogram(advantages):
+    """advantages (N,) -> 60 counts, see METRICS: exact zeros are counted apart, as a share."""
+    bins = torch.histc(advantages[advantages != 0].float().clamp(-3, 3), bins=60, min=-3, max=3)
+    return bins.int().tolist()
+
+
+class Clock:
+    """Where the seconds of a step go: each lap belongs to the part that is named at its end."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, part):
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def total(self):
+        return time.perf_counter() - self.began
+
+    def report(self, judged):
+        """Metrics: seconds of data, rollout and update; of the judge, if there is one."""
+        judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
+        parts = {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
+        return parts | {"time/judge_s": judge_s, "time/judge_wait_s": judge_wait_s}
+
+
+def step_line(m):
+    """The line printed for a step."""
+    parts = ("data", "rollout", "update", "judge_wait")
+    seconds = sum(m[f"time/{part}_s"] for part in parts)
+    line = (
+        f"reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  kl {m['kl']:.4f}  "
+        f"zero-std {m['frac_reward_zero_std']:.2f}  grad {m['grad_norm']:.2f}  "
+        f"len {m['completions/mean_length']:.0f}  buffer {m['buffer/size']}  "
+        f"made {m['completions_generated']}  {seconds:.1f} s"
+    )
+    return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
