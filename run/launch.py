@@ -70,7 +70,7 @@ def user_message(error, user_errors):
     return None
 
 
-def run_main(main, user_errors=()):
+def run_main(main, *user_errors):
     """
     Runs main() and exits. Of several processes, one that fails ends the others too: none waits for
     it forever.
