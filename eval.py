@@ -31,7 +31,7 @@ from data.clip_cache import num_decoders
 from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
 from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
-from evaluation import benchmarks, items, page, protocol, tables
+from evaluation import benchmarks, items, items_page, protocol, tables
 from models import attention
 from models.inputs import InputBuilder
 from models.loading import load_policy
@@ -333,7 +333,9 @@ def main():
         print(f"not like with like: other {', '.join(changed)} than in {args.against}")
     if args.html:
         roots = {name: root for name, (root, _) in sets.items()}
-        page.write(out / "items.html", str(folder), records, roots, args.html, build.recipe)
+        items_page.write_items_page(
+            out / "items.html", str(folder), records, roots, args.html, build.recipe
+        )
         print(f"wrote {out / 'items.html'}")
 
 

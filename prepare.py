@@ -42,7 +42,8 @@ from data.rows import (
     question_text,
     row_id,
 )
-from evaluation import benchmarks, page
+from evaluation import benchmarks
+from evaluation.items_page import write_items_page
 from models.inputs import InputBuilder
 from run.arguments import PARSER
 from run.errors import UserError
@@ -336,14 +337,14 @@ def finish(args, out, part, report, clips, order, two_files):
     if args.html:
         records = [as_record(row, out.name) for row in shown]
         recipe = media_config_from(args)._replace(allow_outside=True)
-        page.write(
+        write_items_page(
             out.with_suffix(".html"), out.name, records, {out.name: out.parent}, args.html, recipe
         )
     tell(told, out)
 
 
 def as_record(row, name):
-    """A row as page.py shows it: as the model gets it, and what is known of it."""
+    """A row as items_page.py shows it: as the model gets it, and what is known of it."""
     keys = "prompt_id video audio images start end use_audio".split()
     record = {key: row.get(key) for key in keys} | dict(
         file=name, score=None, failure=None, parsed=None

@@ -14,9 +14,10 @@ A row of a benchmark has more keys:
 
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from data.clips import BadRow
 from evaluation.annotations import (

@@ -154,7 +154,7 @@ def prefill(policy, prompts, families, owner, micro_tokens):
         tails = [
             [(own[b], prompts[b].position_ids[:, cut[b] :]) for b in families[i]] for i in pack
         ]
-        hidden, packed = policy.read(heads, tails, capture=True)
+        hidden, packed = policy.read(heads, tails, record=True)
         ends = torch.tensor([len(own[b]) for i in pack for b in families[i]]).cumsum(0) + len(pack)
         logits.append(policy.thinker.lm_head(hidden[(ends - 1).to(device)]).float())
         kept.append((sum(alike[i] for i in pack), packed.kept))

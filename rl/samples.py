@@ -17,7 +17,7 @@ import math
 
 from data.clips import BadRow, decode_clip
 from data.rows import answer_spec, question_text
-from evaluation import page
+from data.thumbnails import THUMBNAIL_LIMITS, clip_as_data_uris
 from run import processes
 from run.io import append_json
 
@@ -105,9 +105,9 @@ class Samples:
 
     def clip(self, row):
         """Frames and sounds of a row, as data URIs; none of a clip that is gone by now."""
-        recipe = self.build.recipe._replace(**page.PICTURES)
+        recipe = self.build.recipe._replace(**THUMBNAIL_LIMITS)
         try:
-            frames, sounds = page.encoded_clip(
+            frames, sounds = clip_as_data_uris(
                 decode_clip(row, self.build.root, recipe), SOUND_BYTES
             )
         except BadRow:

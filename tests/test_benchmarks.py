@@ -15,8 +15,8 @@ import wave
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, assert_same_values, launch
 from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
+from conftest import RECIPE, assert_same_values, launch
 
 import eval as evaluation
 from data.clips import BadRow, decode_clip

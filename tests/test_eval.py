@@ -15,7 +15,8 @@ from conftest import RECIPE, in_browser, launch, needs_browser
 
 import eval as evaluation
 import rewards
-from evaluation import items, page, protocol, scores, tables
+from data.thumbnails import encode_sound
+from evaluation import items, items_page, protocol, scores, tables
 from run.run_dir import git_commit
 
 
@@ -458,7 +459,7 @@ def write_page(toy_dir, tmp_path):
         records.append(item | dict(completion=said, parsed=HOSTILE, score=score))
     records[1]["failure"] = HOSTILE
     roots = {"<set>": toy_dir / "stage2"}
-    page.write(tmp_path / "items.html", HOSTILE, records, roots, 10, RECIPE)
+    items_page.write_items_page(tmp_path / "items.html", HOSTILE, records, roots, 10, RECIPE)
     return tmp_path / "items.html"
 
 
@@ -485,7 +486,7 @@ def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
         json.loads(line) for line in (toy_dir / "stage2" / "test.jsonl").read_text().splitlines()
     ]
     item = items.new_record("x", dict(row, use_audio=True, question="half: \ud83d"))
-    shown = lambda root, recipe, **edit: page.media(item | edit, root, recipe)  # noqa: E731
+    shown = lambda root, recipe, **edit: items_page.media(item | edit, root, recipe)  # noqa: E731
     assert "<img" in shown(toy_dir / "stage2", RECIPE)
     outside = dict(video=str(toy_dir / "stage2" / row["video"]))
     assert "<img" not in shown(tmp_path, RECIPE, **outside)
@@ -493,7 +494,7 @@ def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
     assert "--max-audio-seconds" in shown(toy_dir / "stage2", RECIPE._replace(max_audio_seconds=1))
     assert "<img" not in shown(toy_dir / "stage2", RECIPE, images=[5])
     assert "not shown" in shown(None, RECIPE)
-    page.write(tmp_path / "items.html", "x", [item], {}, 1, RECIPE)
+    items_page.write_items_page(tmp_path / "items.html", "x", [item], {}, 1, RECIPE)
     assert "half: ?" in (tmp_path / "items.html").read_text()
 
 
@@ -525,7 +526,7 @@ def test_sound_on_the_page_is_the_clips(tmp_path):
     import av
 
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000).astype(np.float32)
-    (tmp_path / "x.ogg").write_bytes(page.ogg(tone, 24000))
+    (tmp_path / "x.ogg").write_bytes(encode_sound(tone, 24000))
     with av.open(str(tmp_path / "x.ogg")) as container:
         heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     assert abs(len(heard) / 48000 - 1) < 0.05
