@@ -22,15 +22,15 @@ Not guaranteed: that a step which speaks for some steps only leaves the judge mo
 import functools
 import hashlib
 import json
-import math
 import re
 import threading
 import time
 import unicodedata
 from concurrent.futures import Future
 
-import rewards
+import answers
 from data.clips import BadRow
+from rewards import judge_reward
 from run import processes
 from run.errors import UserError
 from run.resume import resume_command
@@ -183,20 +183,6 @@ def reasoning_steps(think):
     return [step.strip() for step in steps if any(c.isalnum() for c in step)]
 
 
-def judge_reward(step_scores):
-    """
-    R_judge = (1/S) sum_s clip(score_s, 0, 1)                                          [R.judge]
-    Averages what the judge gave to the S steps of the reasoning.
-
-    step_scores  S of float, or None
-    returns      float in [0, 1]; None is "not judged", which is not zero: no scores, or one
-                 among them None, NaN or infinite
-    """
-    if not step_scores or any(s is None or not math.isfinite(s) for s in step_scores):
-        return None
-    return sum(min(max(float(s), 0.0), 1.0) for s in step_scores) / len(step_scores)
-
-
 # ---- while the loop goes on
 
 
@@ -219,7 +205,7 @@ class Judge:
         """Has the reasonings of the completions, a list for each row, scored; returns at once."""
         for row, group_texts in zip(rows, texts):
             for text in group_texts:
-                if steps := reasoning_steps(rewards.split_completion(text)[0]):
+                if steps := reasoning_steps(answers.split_completion(text)[0]):
                     self._ask(row, steps)
 
     def _ask(self, row, steps):

@@ -11,6 +11,7 @@ import re
 
 import pytest
 
+import answers
 import rewards
 import toy
 from rewards import (
@@ -1052,8 +1053,8 @@ def test_edits_are_those_of_the_definition():
     rng = random.Random(0)
     for _ in range(300):
         a, b = (rng.choices("xyz", k=rng.randint(0, 6)) for _ in range(2))
-        assert rewards._distance(a, b, 1) == slow_edits(a, b)
-        assert rewards._distance(a, b, 2) == len(a) + len(b) - 2 * slow_common(a, b)
+        assert answers.edit_distance(a, b, 1) == slow_edits(a, b)
+        assert answers.edit_distance(a, b, 2) == len(a) + len(b) - 2 * slow_common(a, b)
 
 
 def test_open_answers_vote_by_all_their_words():
@@ -1108,14 +1109,14 @@ def test_other_types_as_models_write_them():
 # ------------------------------------------------------------------------------------------
 # hostile text
 
-MEGA = 10_000_000
+MEGA = 1_000_000
 
 
 @pytest.mark.parametrize(
     "unit",
     ["<answer>", "</answer>", "<think>", "<think><answer>", "<answer>A</answer>", "<", " ", "."],
 )
-def test_ten_megabytes_of_tags_complete(unit):
+def test_a_megabyte_of_tags_completes(unit):
     text = unit * (MEGA // len(unit))
     think, answer = rewards.split_completion(text)
     assert think is None and answer in (None, "A")
@@ -1144,7 +1145,7 @@ def test_ten_megabytes_of_tags_complete(unit):
         ("number", "than "),
     ],
 )
-def test_ten_megabytes_of_answer_complete(answer_type, unit):
+def test_a_megabyte_of_answer_completes(answer_type, unit):
     answer = unit * (MEGA // len(unit))
     assert 0.0 <= accuracy_reward(answer, TRUTHS[answer_type], answer_type, COLORS) < 1.0 or (
         answer_type == "yesno"
@@ -1196,7 +1197,7 @@ def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
     )
     tokens += [" and ", " or ", " hundred ", "the ", "A. ", "option "]
     num_read = 0
-    for _ in range(8_000):
+    for _ in range(3_000):
         answer = "".join(rng.choices(tokens, k=rng.randint(0, 8)))
         options = rng.choice([COLORS, None])
         form = normalize_answer(answer, answer_type, options)
@@ -1205,7 +1206,7 @@ def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
         votes = self_consistency_rewards([answer, None, answer], [-1, 0, -2], answer_type, options)
         assert votes == [float(form is not None), 0.0, float(form is not None)]
         num_read += form is not None
-    assert 50 < num_read < 8_000
+    assert 20 < num_read < 3_000
 
 
 # ---- a whole group
