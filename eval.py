@@ -16,35 +16,12 @@ is decoded, encoded and read once for all questions about it.
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
-import json
-import os
-import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 import toy
-from data.clip_cache import num_decoders
-from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
-from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
-from evaluation import benchmarks, items, items_page, protocol, tables
-from models import attention
-from models.inputs import InputBuilder
-from models.loading import load_policy
-from models.paths import base_model, resolve_run_dir
-from models.rollout import rollout
-from models.sharding import cast_params
-from run import arguments, optim, processes
-from run.errors import UserError
-from run.io import write_text
-from run.launch import run_main
-from run.run_dir import git_commit, lock_run_dir
-
-MANY = 0.1  # of a file's items: if the media of more (and of more than 2) are out of reach, it is no bad item
+from evaluation import benchmarks
+from run import arguments
 
 
 def parse_args(argv=None):
@@ -105,6 +82,37 @@ def parse_args(argv=None):
     if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):
         parser.error("--protocol paper is for --benchmark alone: the authors have other scripts")
     return args
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)
+
+import json
+import os
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from data.clip_cache import num_decoders
+from data.clips import BadRow
+from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
+from evaluation import items, items_page, protocol, tables
+from models import attention
+from models.inputs import InputBuilder
+from models.loading import load_policy
+from models.paths import base_model, resolve_run_dir
+from models.rollout import rollout
+from models.sharding import cast_params
+from run import optim, processes
+from run.errors import UserError
+from run.io import write_text
+from run.launch import run_main
+from run.run_dir import git_commit, lock_run_dir
+
+MANY = 0.1  # of a file's items: if the media of more (and of more than 2) are out of reach, it is no bad item
 
 
 def read_template(path):
@@ -239,8 +247,14 @@ def main():
     others = tables.read_records(args.against) if args.against else None
     if others == []:
         raise UserError(f"--against: no records in {args.against}")
-    toy_paths = [] if args.benchmark else [toy.defaults(args, stage) for stage in (1, 2, 3)]
-    folder = resolve_run_dir(args.model or (toy_paths or [toy.defaults(args, 1)])[0][0])
+    toy_paths = (
+        []
+        if args.benchmark
+        else [toy.write_defaults(stage, args.model, args.data) for stage in (1, 2, 3)]
+    )
+    folder = resolve_run_dir(
+        args.model or (toy_paths or [toy.write_defaults(1, args.model, args.data)])[0][0]
+    )
     sets = load_sets(args, [test for _, _, test in toy_paths])
 
     # ---- the recipe: every score carries it, and what is resumed has the same

@@ -15,44 +15,11 @@ In the place of a URL a Hugging Face folder may stand: then the model is asked i
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
-import hashlib
-import json
-import os
-import re
-import sys
-from array import array
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from data import converters, readers
-from data.clip_cache import num_decoders
-from data.clips import BadRow, decode_clip
+from data import converters
 from data.media_flags import add_media_flags, media_config_from
-from data.rows import (
-    answer_spec,
-    check_file,
-    clip_of,
-    media_paths,
-    normalize_row,
-    parse_line,
-    question_text,
-    row_id,
-)
-from evaluation import benchmarks
-from evaluation.items_page import write_items_page
-from models.inputs import InputBuilder
-from run.arguments import PARSER
-from run.errors import UserError
-from run.io import write_text
-from run.launch import run_main
+from run.arguments import PARSER, answer_early
 from teachers.annotate import add_flags, fill, from_args
-from teachers.captions import find_caption
-from teachers.hint_writer import ask_hint
-from teachers.leaks import hint_leak
 
 
 def parse_args(argv=None):
@@ -113,6 +80,45 @@ def parse_args(argv=None):
     hints.add_argument("--attempts", type=int, default=5, help=told)
     return parser.parse_args(argv)
 
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+import hashlib
+import json
+import os
+import re
+import sys
+from array import array
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import readers
+from data.clip_cache import num_decoders
+from data.clips import BadRow, decode_clip
+from data.rows import (
+    answer_spec,
+    check_file,
+    clip_of,
+    media_paths,
+    normalize_row,
+    parse_line,
+    question_text,
+    row_id,
+)
+from evaluation import benchmarks
+from evaluation.items_page import write_items_page
+from models.inputs import InputBuilder
+from run.errors import UserError
+from run.io import write_text
+from run.launch import run_main
+from teachers.captions import find_caption
+from teachers.hint_writer import ask_hint
+from teachers.leaks import hint_leak
 
 # ---- rows --------------------------------------------------------------------------------------
 

@@ -11,26 +11,10 @@ train along by default: this is the stage in which the model may still learn to 
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
-import functools
-
-import torch
-import torch.distributed as dist
 
 import toy
-from data.clip_cache import ClipCache
-from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
-from data.row_stream import MAX_BAD_FRAC, RowStream
-from data.rows import Rows, completion_text
-from models.inputs import InputBuilder
-from models.loading import open_policies, write_merged
-from models.paths import resolve_start_model, save_model
-from models.policy import completion_logprobs
-from rl import guards, metrics
-from run import arguments, checkpoint, logs, optim, processes
-from run.launch import run_main
-from run.run_dir import open_run_dir
-from run.signals import save_and_maybe_stop, watch_signals
+from run import arguments
 
 
 def parse_args(argv=None):
@@ -53,6 +37,29 @@ def parse_args(argv=None):
     args, source = arguments.parse(parser, argv, overrides)
     arguments.check_bounds(args, **arguments.BOUNDS, batch_size=1)
     return args, source
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)
+
+import functools
+
+import torch
+import torch.distributed as dist
+
+from data.clip_cache import ClipCache
+from data.clips import BadRow
+from data.row_stream import MAX_BAD_FRAC, RowStream
+from data.rows import Rows, completion_text
+from models.inputs import InputBuilder
+from models.loading import open_policies, write_merged
+from models.paths import resolve_start_model, save_model
+from models.policy import completion_logprobs
+from rl import guards, metrics
+from run import checkpoint, logs, optim, processes
+from run.launch import run_main
+from run.run_dir import open_run_dir
+from run.signals import save_and_maybe_stop, watch_signals
 
 
 def gradient(policy, prompts, completions, micro_tokens):
@@ -84,7 +91,7 @@ def main():
     device = processes.init(args.device)
     out = open_run_dir(args, source)
     processes.check_multiple("--batch-size", args.batch_size)
-    toy_model, toy_train, _ = toy.defaults(args, stage=0)
+    toy_model, toy_train, _ = toy.write_defaults(0, args.model, args.data)
 
     rows = Rows(args.data or toy_train)
     folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)

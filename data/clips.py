@@ -13,14 +13,14 @@ import os
 import re
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-try:  # where no clip is decoded nobody needs them
+# torch and torchaudio take seconds to load: they are imported where a clip is decoded, so that a
+# command can refuse a mistyped flag at once
+try:  # where no clip is decoded nobody needs it
     import av
-    import torchaudio.functional
 except ModuleNotFoundError:
     av = None
 
@@ -50,7 +50,7 @@ class MediaConfig(NamedTuple):
 class Clip(NamedTuple):
     """A decoded row. A video and its own sound cover the same span of time."""
 
-    frames: torch.Tensor | None  # (T, 3, H, W) uint8
+    frames: Any  # (T, 3, H, W) uint8 tensor or None
     fps: float | None  # of the frames really taken: T / span
     audio: np.ndarray | list | None  # (S,) float32 at 16 kHz; a list of them if the row has one
     images: list  # of (3, H, W) uint8
@@ -241,6 +241,8 @@ def _upright(frame, size):
 
 def decode_image(path, name, recipe):
     """-> (3, H, W) uint8."""
+    import torch
+
     with open_media(path, name) as container:
         stream = _stream(container, "video", path, name)
         stream.codec_context.options = {"err_detect": "explode"}  # else half a JPEG turns grey
@@ -262,6 +264,8 @@ def decode_video(path, name, start, end, recipe):
     [U17] The span is cut into T equal parts and the frame on show in the middle of each is taken,
     so that frame i stands for the time i / fps, which is what the positions say.
     """
+    import torch
+
     with open_media(path, name) as container:
         stream = _stream(container, "video", path, name)
         stream.thread_type = "AUTO"
@@ -317,6 +321,9 @@ def decode_audio(path, name, start, end, recipe, of_video):
     of_video   bool   True: exactly start..end by the clock of the file's video, silence where the
                       track is shorter; False: by its own clock, and no further than it goes
     """
+    import torch
+    import torchaudio.functional
+
     start, limit, found, pieces, rate = float(start or 0), float(end or math.inf), 0.0, [], None
     with open_media(path, name) as container:
         stream = _stream(container, "audio", path, name)

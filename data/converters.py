@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torchvision
 
 from data.rows import LETTERS, PROBLEM_TYPES, TAGS, cut_options
 
@@ -169,9 +168,7 @@ def avsbench(record, context):
     frames = sorted((context.media / "visual_frames" / inside).glob("*.png"))
     if not masks or not frames:
         raise Dropped("masks or frames that are not there", str(inside))
-    seen = [
-        {label: torchvision.io.decode_image(str(path), "GRAY")[0].numpy() > 0} for path in masks
-    ]
+    seen = [{label: read_mask(path, "GRAY")[0] > 0} for path in masks]
     audio = f"audio_wav/{record['split']}/{label}/{name}.wav"
     yield where_row(f"avs-{name}", seen, frames, audio, context)
 
@@ -185,11 +182,18 @@ def avsbench_semantic(record, context):
         raise Dropped("masks or frames that are not there", str(inside))
     colours, seen = class_colours(context.media / "label2idx.json"), []
     for path in masks:
-        r, g, b = torchvision.io.decode_image(str(path), "RGB").int().numpy()
+        r, g, b = read_mask(path, "RGB").astype(np.int32)
         mask = (r << 16) + (g << 8) + b
         shown = set(np.unique(mask).tolist())
         seen.append({name: mask == of for name, of in colours.items() if of in shown})
     yield where_row(f"avss-{record['uid']}", seen, frames, str(inside / "audio.wav"), context)
+
+
+def read_mask(path, mode):
+    """-> (C, H, W) uint8 of a PNG."""
+    from torchvision.io import decode_image  # slow to load, and not every format needs it
+
+    return decode_image(str(path), mode).numpy()
 
 
 @functools.cache

@@ -4,8 +4,9 @@ The limits of media as flags, the same for every command, and the MediaConfig th
 
 import argparse
 
-from data.clips import BadRow, MediaConfig
+from data.clips import MediaConfig
 from run.arguments import check_bounds
+from run.errors import UserError
 
 
 def add_media_flags(parser, keeps_clips=True):
@@ -31,5 +32,7 @@ def media_config_from(args):
     check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
     check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if recipe.max_frames % 2:
-        raise BadRow(f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs")
+        raise UserError(
+            f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs"
+        )
     return recipe

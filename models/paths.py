@@ -7,28 +7,35 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
 from run import processes
+from run.arguments import check_model
 from run.errors import UserError
 from run.io import temp_dir
 
 
-def resolve_run_dir(folder):
-    """The folder of a model, where that of a run may be given: then its RUN/final, and this is told."""
+def run_final(folder):
+    """RUN/final where `folder` is that of a run; any other folder or name as it is."""
     run = Path(folder)
     if not (run / "run.json").is_file() or (run / "config.json").exists():
         return folder
     if not (run / "final").is_dir():
         raise UserError(f"--model: {folder} is a run that has not ended: it has no final/ yet")
-    processes.print0(f"  --model: {folder} is a run: {run / 'final'} is taken")
     return str(run / "final")
+
+
+def resolve_run_dir(folder):
+    """As run_final, and prints when it takes RUN/final."""
+    final = run_final(folder)
+    if final != folder:
+        processes.print0(f"  --model: {folder} is a run: taking {final}")
+    return final
 
 
 @functools.cache
 def hub_is_online():
     """Whether the hub answers: asked once, where transformers would ask for minutes."""
+    import huggingface_hub  # here: commands read this file's paths before anything slow is loaded
+
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
         return True
@@ -41,10 +48,7 @@ def from_pretrained(kind, folder, empty=False, **kwargs):
     if empty:
         return kind(from_pretrained(kind.config_class, folder))
     name = base_model(folder)
-    # a mistyped path is told at once: asking the hub for it takes minutes where there is no network
-    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
-        why = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
-        raise FileNotFoundError(f"no model at {folder}: {why}")
+    check_model(name)
     away = not Path(name).is_dir() and not hub_is_online()
     try:
         return kind.from_pretrained(name, local_files_only=away, **kwargs)
@@ -99,6 +103,8 @@ def resolve_start_model(folder, lora_rank, out, write_merged):
 
 def save_model(policy, folder, processor):
     """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     # of an adapter its base is not gathered: it is not written
     kwargs = dict(ignore_frozen_params=hasattr(policy.model, "disable_adapter"))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, **kwargs)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from run.errors import UserError
+from run.io import safe_streams
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -89,6 +90,47 @@ def parse(parser, argv, overrides):
         key: source.get(key) if value == parser.get_default(key) else "typed"
         for key, value in vars(args).items()
     }
+
+
+def answer_early(parse_args):
+    """
+    Parses the flags of a command and looks for its --model and --data before it loads torch and
+    transformers, which takes seconds: --help and a user's mistake are answered at once. main() parses
+    the flags again.
+    """
+    try:
+        with safe_streams():
+            parsed = parse_args()
+            args = parsed[0] if isinstance(parsed, tuple) else parsed
+            check_inputs(getattr(args, "model", None), getattr(args, "data", None))
+    except (UserError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def check_inputs(model, data):
+    """
+    model    folder, a run's folder, hub name or None
+    data     a file, a list of them or None
+    raises   UserError, FileNotFoundError   one of them does not exist
+    """
+    if model is not None:
+        check_model(model)
+    files = [data] if isinstance(data, str) else data or []
+    for file in files:
+        if not Path(file).is_file():
+            problem = "a folder, no data file" if Path(file).is_dir() else "no data file"
+            raise UserError(f"{problem} at {file}: give a JSONL file")
+
+
+def check_model(name):
+    """
+    raises   FileNotFoundError   neither a folder nor a name that a model on the hub can have. Asking
+                                 the hub for a mistyped path takes minutes where there is no network.
+    """
+    is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
+    if not Path(name).is_dir() and not is_hub_name:
+        reason = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
+        raise FileNotFoundError(f"no model at {name}: {reason}")
 
 
 def encodable(text):

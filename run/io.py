@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,3 +43,36 @@ def file_lock(folder):
         with contextlib.suppress(OSError):  # this file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+class SafeStream:
+    """
+    stdout or stderr that may go away (`| head`): the run continues without it. A character that
+    the terminal's encoding lacks is written as its code.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def safe_streams():
+    """In here sys.stdout and sys.stderr are SafeStreams."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams

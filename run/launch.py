@@ -10,11 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-
 from run.errors import Stopped, UserError
+from run.io import safe_streams
 from run.processes import rank, world_size
 from run.resume import resume_command
 from run.run_dir import check_versions, exit_stack
@@ -25,43 +22,22 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBI
 PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
 
 
-class SafeStream:
-    """
-    stdout or stderr that may go away (`| head`): the run continues without it. A character that
-    the terminal's encoding lacks is written as its code.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 def user_message(error, user_errors):
     """The one line for an error that the user can fix, or None for all others."""
     missing_paths = (FileNotFoundError, FileExistsError, NotADirectoryError)
     if isinstance(error, (UserError, *user_errors, *missing_paths)):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name == "av":
+    if isinstance(error, ModuleNotFoundError) and error.name in ("av", "torchaudio"):
         return f"{error}: pip install -r requirements.txt"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         is_denied = error.errno in (errno.EACCES, errno.EROFS)
         remedy = "give another path, or the right to use it" if is_denied else "make room"
         place = error.filename or "disk"
         return f"{place}: {error.strerror}: {remedy}, then continue with --resume"
-    if isinstance(error, SafetensorError):
+    # by name: this file does not load torch and safetensors
+    if type(error).__name__ == "SafetensorError":
         return f"a weights file cannot be read or written ({error}): is the disk full, or the file cut off?"
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":
         always = "what every step needs: more GPUs, or --lora-rank 16"
         return f"out of GPU memory in {getattr(error, 'advice', always)}"
     if isinstance(error, RuntimeError) and world_size() > 1 and re.search(PEER_GONE, str(error)):
@@ -78,28 +54,28 @@ def run_main(main, *user_errors):
     user_errors   more exceptions that are shown as one line, such as clips.BadRow
     """
     line, code = None, 0
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     restore_signals()
-    try:
-        check_versions()
-        main()
-    except Stopped as stop:
-        line, code = stop.args
-    except KeyboardInterrupt:
-        line, code = "stopped", 128 + signal.SIGINT
-    except Exception as error:
-        code = 1
-        line = user_message(error, user_errors)
-        if not line and world_size() == 1:
-            raise
-        if not line:
-            traceback.print_exc()
-            line = f"rank {rank()} failed with the error above; continue with: {resume_command()}"
-    finally:
-        exit_stack.close()
-        restore_signals()
-        sys.stdout, sys.stderr = streams
+    with safe_streams():
+        try:
+            check_versions()
+            main()
+        except Stopped as stop:
+            line, code = stop.args
+        except KeyboardInterrupt:
+            line, code = "stopped", 128 + signal.SIGINT
+        except Exception as error:
+            code = 1
+            line = user_message(error, user_errors)
+            if not line and world_size() == 1:
+                raise
+            if not line:
+                traceback.print_exc()
+                line = (
+                    f"rank {rank()} failed with the error above; continue with: {resume_command()}"
+                )
+        finally:
+            exit_stack.close()
+            restore_signals()
 
     if line:
         line = f"{Path(sys.argv[0]).name}: {line}"
@@ -109,8 +85,7 @@ def run_main(main, *user_errors):
             print(line, file=sys.stderr if code else sys.stdout, flush=True)
     if world_size() > 1 and code == 1:
         os._exit(code)  # the others may be waiting for this rank: torchrun ends them
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close_process_group()
     if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -118,3 +93,11 @@ def run_main(main, *user_errors):
         os._exit(code)
     if line:
         sys.exit(code)
+
+
+def close_process_group():
+    if "torch" in sys.modules:  # a command that answered early has not loaded it
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,5 +1,8 @@
 """
 The processes of a run, one or many: who does what, and what all of them know.
+
+torch is imported by the functions that need it: commands parse their flags, with the help of this
+file, before anything slow is loaded.
 """
 
 import os
@@ -7,8 +10,6 @@ import time
 from datetime import timedelta
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from run.errors import UserError
@@ -28,12 +29,23 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def init(device):
-    """-> torch.device. One process without torchrun, several with it."""
+def choose_device(device):
+    """--device -> "cpu" or "cuda"."""
+    import torch
+
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
+    return device
+
+
+def init(device):
+    """-> torch.device. One process without torchrun, several with it."""
+    import torch
+    import torch.distributed as dist
+
+    device = choose_device(device)
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(gpu)
@@ -50,6 +62,8 @@ def init(device):
 
 
 def compute_dtype(device, dtype):
+    import torch
+
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, dtype)
@@ -59,6 +73,8 @@ def all_gather_object(item):
     """-> list of every rank's item, in the order of the ranks."""
     items = [item] * world_size()
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.all_gather_object(items, item, *_objects)
     return items
 
@@ -67,6 +83,8 @@ def broadcast_object(item):
     """-> rank 0's item, on every rank."""
     items = [item]
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.broadcast_object_list(items, 0, *_objects)
     return items[0]
 

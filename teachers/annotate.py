@@ -8,15 +8,14 @@ from collections import deque
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
 from data.rows import check_file, normalize_row, parse_line
+from run import processes
 from run.errors import UserError
 from teachers.chat import NoAnswer
-from teachers.client import Teacher
 
 
 def add_flags(parser, who):
@@ -31,17 +30,20 @@ def add_flags(parser, who):
     flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
     flag("--retries", type=int, default=4, help="attempts after the first")
     flag("--frames-as", choices=["images", "video"], default="images", help="video: vLLM only")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a folder")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for a folder's model")
     add_media_flags(parser, keeps_clips=False)
 
 
 def from_args(args, where, name):
     """-> the Teacher of such a command."""
+    from teachers.client import Teacher  # slow to load: flags are parsed before it
+
     check_file(args.data)
     if Path(args.out).resolve().parent != Path(args.data).resolve().parent:
         raise UserError("--out must lie beside --data: the rows' media paths are relative to it")
     if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:
         raise UserError("--concurrency and --timeout must be over 0, --retries at least 0")
+    device = processes.choose_device(args.device)
     recipe, answers = media_config_from(args), args.answers or f"{args.out}.answers"
     return Teacher(
         where,
@@ -53,7 +55,7 @@ def from_args(args, where, name):
         args.timeout,
         args.retries,
         args.frames_as,
-        args.device,
+        device,
     )
 
 

@@ -26,7 +26,9 @@ from media_files import RECIPE, media  # noqa: E402, F401  media is a fixture
 import toy  # noqa: E402
 from data.clips import BadRow
 from data.rows import Rows
+from data.toy_rows import write_rows
 from models.inputs import InputBuilder
+from models.toy_model import write_model
 from run.launch import run_main
 
 
@@ -34,9 +36,9 @@ from run.launch import run_main
 def toy_dir(tmp_path_factory):
     """A folder with model/ and stage0..3/, real mp4 clips, few rows."""
     folder = tmp_path_factory.mktemp("toy")
-    toy.write_model(folder / "model", toy.WEIGHTS if toy.WEIGHTS.exists() else None)
+    write_model(folder / "model", toy.WEIGHTS if toy.WEIGHTS.exists() else None)
     for stage in range(4):
-        toy.write_rows(folder / f"stage{stage}", stage, num_train=16, num_test=8, seed=0)
+        write_rows(folder / f"stage{stage}", stage, num_train=16, num_test=8, seed=0)
     return folder
 
 

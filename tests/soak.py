@@ -28,6 +28,8 @@ from test_faults import children, same_end
 from tqdm import tqdm
 
 import toy
+from data.toy_rows import write_rows
+from models.toy_model import write_model
 from run import arguments
 from run.io import REPOSITORY
 
@@ -40,8 +42,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    toy.write_model(work / "model", toy.WEIGHTS)
-    toy.write_rows(work / "rows", 2, num_train=64, num_test=8, seed=0)
+    write_model(work / "model", toy.WEIGHTS)
+    write_rows(work / "rows", 2, num_train=64, num_test=8, seed=0)
     clip = work / "rows" / "clips" / "train-00003.mp4"
     clip.write_bytes(clip.read_bytes()[:1500])  # a bad clip must not matter either
 

@@ -33,6 +33,7 @@ from models.loading import load_policy
 from models.modeling_ola import OlaForConditionalGeneration
 from models.policy import Policy, completion_logprobs
 from models.rollout import rollout
+from models.toy_model import write_model
 
 WHISPER, BEATS = "large-v3.pt", "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
 
@@ -60,7 +61,7 @@ def published(known, tmp_path_factory):
         (root / folder).mkdir()
     save_file(whole, root / "ola" / "model.safetensors")
     (root / "ola" / "config.json").write_text(json.dumps(original.CONFIG))
-    toy.write_model(root / "toy", toy.WEIGHTS)
+    write_model(root / "toy", toy.WEIGHTS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (root / "toy" / name).read_text()
         for kind, token in ola.PLACES.items():  # the tokens that Qwen2.5 has at these places
@@ -219,7 +220,7 @@ def test_names_of_the_published_weights(known):
 def tiny(toy_dir, tmp_path_factory):
     """A folder with a tiny Ola that knows the format, and rows of every stage."""
     folder = tmp_path_factory.mktemp("tiny")
-    toy.write_model(folder / "random", toy.WEIGHTS, "ola")
+    write_model(folder / "random", toy.WEIGHTS, "ola")
     for stage in range(4):
         shutil.copytree(toy_dir / f"stage{stage}", folder / f"stage{stage}")
     rows = [

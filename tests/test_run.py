@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import ROOT, launch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from test_train_rl import read_metrics, rl_flags
 
 from models.loading import load_policy
-from models.paths import hub_is_online, huggingface_hub
+from models.paths import hub_is_online
 from run import optim
 from run.resume import resume_command
 from run.run_dir import begin_run_dir
@@ -317,7 +318,7 @@ def test_the_folder_of_a_run_stands_for_its_model(toy_dir, tmp_path):
     launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
     more = ("--save-every", 0, "--model", tmp_path / "x")
     printed = launch(*sft_flags(toy_dir, tmp_path / "y", *more))
-    assert f"--model: {tmp_path / 'x'} is a run: {tmp_path / 'x' / 'final'} is taken" in printed
+    assert f"--model: {tmp_path / 'x'} is a run: taking {tmp_path / 'x' / 'final'}" in printed
     shutil.rmtree(tmp_path / "x" / "final")
     told = mistake(*sft_flags(toy_dir, tmp_path / "z", *more))
     assert "is a run that has not ended: it has no final/ yet" in told

@@ -17,8 +17,10 @@ from conftest import RECIPE, ROOT
 import prepare
 import rewards
 import toy
+from data import toy_clips, toy_rows
 from data.clips import decode_clip
 from data.rows import Rows, completion_text
+from data.toy_rows import write_rows
 from teachers.leaks import hint_leak
 
 
@@ -48,7 +50,7 @@ def dominant_color(frame):
     colored = pixels[pixels.max(1).values - pixels.min(1).values > 70]
     if len(colored) < 30:
         return None
-    names, values = zip(*toy.COLORS.items())
+    names, values = zip(*toy_clips.COLORS.items())
     distance = torch.cdist(colored.mean(0, keepdim=True), torch.tensor(values, dtype=torch.float))
     return names[int(distance.argmin())]
 
@@ -66,7 +68,7 @@ def test_what_is_seen_and_heard_is_what_the_row_says(toy_dir):
             if tone == "no tone":
                 assert np.abs(sound).max() < 0.1
             else:
-                assert abs(peak / toy.TONES[tone.split()[0]] - 1) < 0.06
+                assert abs(peak / toy_clips.TONES[tone.split()[0]] - 1) < 0.06
             for frame in clip.frames[2 * i : 2 * i + 2]:
                 color = dominant_color(frame)
                 assert color is None if seen == "nothing" else color in seen
@@ -98,10 +100,10 @@ def test_train_and_held_out_rows_differ(toy_dir):
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        toy.write_rows(tmp_path / name, 3, num_train=3, num_test=2, seed=5)
+        write_rows(tmp_path / name, 3, num_train=3, num_test=2, seed=5)
     for path in (tmp_path / "a").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
-    toy.write_rows(tmp_path / "c", 3, num_train=3, num_test=2, seed=6)
+    write_rows(tmp_path / "c", 3, num_train=3, num_test=2, seed=6)
     texts = [(tmp_path / name / "train.jsonl").read_text() for name in ("a", "c")]
     assert texts[0] != texts[1]
 
@@ -110,9 +112,9 @@ def test_longer_clips_reason_longer():
     rng = np.random.default_rng(0)
     words = {}
     for num_seconds in (2, 6):
-        clips = [toy.random_seconds(rng, num_seconds, 1) for _ in range(20)]
-        asked = [toy.ask(rng, "count at tone", clip) for clip in clips]
-        texts = [toy.reasoning_text(rng, 2, c, *a, "full")[0] for c, a in zip(clips, asked)]
+        clips = [toy_clips.random_seconds(rng, num_seconds, 1) for _ in range(20)]
+        asked = [toy_rows.ask(rng, "count at tone", clip) for clip in clips]
+        texts = [toy_rows.reasoning_text(rng, 2, c, *a, "full")[0] for c, a in zip(clips, asked)]
         words[num_seconds] = np.mean([len(t.split()) for t in texts])
     assert words[6] > 2 * words[2]
 

@@ -14,6 +14,8 @@ from conftest import launch
 
 import toy
 import train_rl
+from data import toy_clips, toy_rows
+from models.toy_model import write_model
 
 # ---- arguments
 
@@ -185,12 +187,12 @@ def test_a_hint_unlocks_a_prompt_that_was_never_solved(tmp_path):
     while (
         len(rows) < 32
     ):  # long clips, one question: nearly hopeless without looking at every second
-        row, seconds = toy.make_row(rng, 2, f"{len(rows):05d}", "hard")
+        row, seconds = toy_rows.make_row(rng, 2, f"{len(rows):05d}", "hard")
         if len(seconds) == 6 and row["answer_type"] == "choice":
-            toy.write_clip(folder / row["video"], seconds, rng)
+            toy_clips.write_clip(folder / row["video"], seconds, rng)
             rows.append(json.dumps(row) + "\n")
     (folder / "rows.jsonl").write_text("".join(rows))
-    toy.write_model(tmp_path / "model", toy.WEIGHTS)
+    write_model(tmp_path / "model", toy.WEIGHTS)
     flags = (
         "--stage 2 --steps 6 --prompts-per-step 16 --hint-patience 1 --hint-kl 10 --save-every 6"
     )
