@@ -211,10 +211,10 @@ def answer(policy, build, name, pairs, prompts, args):
         policy,
         [prompt for _, _, prompt in asked],
         [1] * len(asked),
-        args.temperature,
-        tokens,
-        build.eos_ids,
-        [processes.seed(args.seed, zlib.crc32(i)) for i in ids],
+        temperature=args.temperature,
+        max_new_tokens=tokens,
+        eos_ids=build.eos_ids,
+        seeds=[processes.seed(args.seed, zlib.crc32(i)) for i in ids],
     )
     for (row, record, _), (made,) in zip(asked, groups):
         items.judge(record, row, build.texts([made])[0], made.truncated, name, authors)

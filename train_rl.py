@@ -196,7 +196,15 @@ def main():
     judged = None
     if "judge" in reward_weights:
         judged = judge.open_judge(args, root, recipe, out, device, toy.judge)
-    policy, reference = open_policies(folder, args, device, with_reference=args.kl_coef > 0)
+    policy, reference = open_policies(
+        folder,
+        device=device,
+        dtype=args.dtype,
+        attn=args.attn,
+        lora_rank=args.lora_rank,
+        train_towers=args.train_towers,
+        with_reference=args.kl_coef > 0,
+    )
     optimizer = optim.adamw(policy, args.lr)
     filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
@@ -268,14 +276,16 @@ def main():
 
         # ---- roll out; a judge begins to think
         seeds = [processes.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        sampling = (
-            args.temperature,
-            args.max_new_tokens,
-            build.eos_ids,
-            seeds[mine],
-            args.micro_tokens,
+        groups = rollout(
+            policy,
+            prompts,
+            num_fresh[mine],
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            eos_ids=build.eos_ids,
+            seeds=seeds[mine],
+            micro_tokens=args.micro_tokens,
         )
-        groups = rollout(policy, prompts, num_fresh[mine], *sampling)
         guards.stop_if_broken(step, groups)
         texts = [build.texts(group) for group in groups]
         if judged:

@@ -96,7 +96,15 @@ def main():
     rows = Rows(args.data or toy_train)
     folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
     build = InputBuilder(folder, media_config_from(args), rows.path.parent, False)
-    policy, _ = open_policies(folder, args, device, with_reference=False)
+    policy, _ = open_policies(
+        folder,
+        device=device,
+        dtype=args.dtype,
+        attn=args.attn,
+        lora_rank=args.lora_rank,
+        train_towers=args.train_towers,
+        with_reference=False,
+    )
     optimizer = optim.adamw(policy, args.lr)
     reader = ClipCache(build, int(args.cache_gb * 1e9))
 

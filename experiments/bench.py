@@ -158,7 +158,15 @@ def update_copies(plain, prompts, completions):
 
 def rollout_ours(policy, prompts, group_size, num_tokens):
     counts, seeds = [group_size] * len(prompts), range(len(prompts))
-    return rollout(policy, prompts, counts, 1.0, num_tokens, [-1], seeds)
+    return rollout(
+        policy,
+        prompts,
+        counts,
+        temperature=1.0,
+        max_new_tokens=num_tokens,
+        eos_ids=[-1],
+        seeds=seeds,
+    )
 
 
 def rollout_generate(plain, prompts, group_size, num_tokens):

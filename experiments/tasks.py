@@ -124,13 +124,28 @@ def solved_counts(start, folder, rows, samples, with_hint=False):
 
     args, _, _ = parse_args(["--stage", "3", "--model", str(start)])
     build = InputBuilder(str(start), media_config_from(args), folder, audio_captions=False)
-    policy, _ = open_policies(str(start), args, torch.device("cpu"), with_reference=False)
+    policy, _ = open_policies(
+        str(start),
+        device=torch.device("cpu"),
+        dtype=args.dtype,
+        attn=args.attn,
+        lora_rank=args.lora_rank,
+        train_towers=args.train_towers,
+        with_reference=False,
+    )
     counts = []
     for i, row in enumerate(tqdm(rows, desc="rows sampled", disable=None)):
         row = normalize_row(row)
         prompt = build(row, row["hint"] if with_hint else None)
-        sampling = (args.temperature, args.max_new_tokens, build.eos_ids, [processes.seed(7, 0, i)])
-        (group,) = rollout(policy, [prompt], [samples], *sampling)
+        (group,) = rollout(
+            policy,
+            [prompt],
+            [samples],
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            eos_ids=build.eos_ids,
+            seeds=[processes.seed(7, 0, i)],
+        )
         answers = map(rewards.parse_answer, build.texts(group))
         right = [rewards.accuracy_reward(answer, *answer_spec(row)) == 1 for answer in answers]
         counts.append(sum(right))

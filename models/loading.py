@@ -18,30 +18,40 @@ from run.errors import UserError
 CHECKPOINT_ABOVE_PARAMS = 10**8  # above it activations are computed again: less memory, more time
 
 
-def open_policies(folder, args, device, with_reference):
+def open_policies(folder, *, device, dtype, attn, lora_rank, train_towers, with_reference):
     """
-    -> the policy to train, and the frozen one that the KL is to, None where none of its own is needed:
-    with LoRA it is the policy without its adapter                                          [U15]
+    The policy to train and the frozen reference policy that the KL is measured against     [U15]
+
+    folder          hub id or folder: a full Omni checkpoint, a thinker, or a PEFT adapter
+    dtype           "auto", "float32" or "bfloat16"
+    attn            attention kernel: a choice of --attn
+    with_reference  whether the loss has a KL term
+    returns         policy, reference; the reference is None if no separate one is needed: with LoRA
+                    it is the policy without its adapter (`Policy.reference`)
     """
-    try:
-        kernel = set_attention_kernel(
-            args.attn, device, processes.compute_dtype(device, args.dtype)
-        )
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"--attn {args.attn}: {error}: install it, or leave --attn out") from None
-    if args.attn == "auto" and kernel != "flash":
-        processes.print0(
-            "  attention without flash, which has no float32 on a GPU: --dtype bfloat16"
-        )
-    given, reference = (device, args.dtype), None
-    if with_reference and not args.lora_rank:
-        reference = load_sharded(
-            partial(load_policy, folder, 0, args.train_towers), *given, frozen=True
-        )
-    policy = load_sharded(partial(load_policy, folder, args.lora_rank, args.train_towers), *given)
-    if reference and not args.train_towers:  # they are the same, and whole on every rank
-        reference.thinker.model.visual, reference.thinker.model.audio_tower = policy.towers
+    choose_attention(attn, device, processes.compute_dtype(device, dtype))
+    reference = None
+    if with_reference and not lora_rank:
+        load_reference = partial(load_policy, folder, 0, train_towers)
+        reference = load_sharded(load_reference, device, dtype, frozen=True)
+    policy = load_sharded(partial(load_policy, folder, lora_rank, train_towers), device, dtype)
+    if reference and not train_towers:
+        # frozen towers are equal, and whole on every rank: hold them once
+        reference.thinker.model.visual = policy.thinker.model.visual
+        reference.thinker.model.audio_tower = policy.thinker.model.audio_tower
     return policy, reference
+
+
+def choose_attention(attn, device, dtype):
+    """Sets the attention kernel that --attn names; prints a line if `auto` cannot be flash."""
+    try:
+        kernel = set_attention_kernel(attn, device, dtype)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"--attn {attn}: {error}: install it, or leave --attn out") from None
+    if attn == "auto" and kernel != "flash":
+        processes.print0(
+            "  attention without flash, which has no float32 kernel on a GPU: try --dtype bfloat16"
+        )
 
 
 def load_policy(folder, lora_rank, train_towers, empty=False):

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from models.attention import PackedAttention, shared_prefix_attention, window_attention
 from models.inputs import BACKBONES
 from models.sharding import on_host
+from run.errors import out_of_memory_advice
 
 disable_progress_bar()
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -89,6 +90,7 @@ class Policy(nn.Module):
         encode, given = self.backbone.encode, (self.device, self.train_towers)
         return [media for b in batches for media in encode(self.thinker.model, b, *given)]
 
+    @out_of_memory_advice("the towers: lower --max-frames or --max-pixels")
     @torch.no_grad()
     def encoded(self, prompt):
         """The prompt with the outputs of frozen towers, which never change, for its media."""

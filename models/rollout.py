@@ -17,6 +17,7 @@ from models.attention import DecodeAttention
 from models.graphs import DelayedScalar, capture
 from models.inputs import shared_clip_groups
 from models.sharding import unsharded
+from run.errors import out_of_memory_advice
 from run.optim import micro_batches
 
 PIECE = 256  # tokens of the vocabulary that are summed before the one is searched
@@ -30,11 +31,15 @@ class Completion(NamedTuple):
     truncated: bool  # max_new_tokens came before EOS
 
 
+@out_of_memory_advice(
+    "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new-tokens"
+)
 @torch.no_grad()
 def rollout(
     policy,
     prompts,
     num_completions,
+    *,
     temperature,
     max_new_tokens,
     eos_ids,
@@ -56,12 +61,22 @@ def rollout(
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
-    given = prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
-    return policy(lambda policy: _rollout(policy, *given))
+    return policy(
+        lambda policy: _rollout(
+            policy,
+            prompts,
+            num_completions,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            seeds=seeds,
+            micro_tokens=micro_tokens,
+        )
+    )
 
 
 def _rollout(
-    policy, prompts, num_completions, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
+    policy, prompts, num_completions, *, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
 ):
     device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
     # all randomness of the rollout, drawn before it: (B G, T)

@@ -45,7 +45,13 @@ def accuracy(policy, load, rows, build, args):
         for part, _ in processes.even_rounds(packs, [(None, build.filler, 1, 0)]):
             taken, prompts, counts, seeds = zip(*part)
             rolled = rollout(
-                policy, prompts, counts, args.temperature, args.max_new_tokens, build.eos_ids, seeds
+                policy,
+                prompts,
+                counts,
+                temperature=args.temperature,
+                max_new_tokens=args.max_new_tokens,
+                eos_ids=build.eos_ids,
+                seeds=seeds,
             )
             for row, group in zip(taken, rolled):
                 for text in build.texts(group) if row else ():

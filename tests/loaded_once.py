@@ -5,9 +5,6 @@ every rank reads; peaks of memory; a checkpoint and `final/` of it.
     torchrun --nproc-per-node 2 tests/loaded_once.py MODEL OUT
 """
 
-import run.before_torch  # noqa: F401  must come before torch
-
-import argparse
 import gc
 import json
 import sys
@@ -62,10 +59,10 @@ class NoProcessor:
         pass
 
 
-def check_loading(load, load_again):
+def check_loading(load_plain, load_sharded):
     """Every parameter and buffer -> the policy, the plain one, MB of each rank at its peak."""
-    (policy, _), once = peak_mb(open_policies)
-    whole_one, plain = peak_mb(load)
+    (policy, _), once = peak_mb(load_sharded)
+    whole_one, plain = peak_mb(load_plain)
     assert same_policy(policy, whole_one) > 100
     size = sum(p.nbytes for p in whole_one.parameters()) / 2**20
     found = dict(
@@ -74,13 +71,13 @@ def check_loading(load, load_again):
     return policy, whole_one, found
 
 
-def check_resuming(policy, plain, load_again, out):
+def check_resuming(policy, plain, load_sharded, out):
     """A checkpoint that rank 0 alone can read -> MB of each rank at its peak."""
     optimizer = optim.adamw(policy, 1e-2)
     fake_step(policy, optimizer)
     fake_step(plain, optim.adamw(plain, 1e-2))
     checkpoint.save(out, 1, policy, optimizer, dict(number=7), keep=1)
-    again, _ = open_policies()
+    again, _ = load_sharded()
     other = optim.adamw(again, 1e-2)
     here = out / "not on this node" if processes.rank() else out
     state, peak = peak_mb(lambda: checkpoint.load(here, again, other))
@@ -94,12 +91,20 @@ def check_resuming(policy, plain, load_again, out):
 
 
 def check(folder, lora_rank, out, device):
-    args = argparse.Namespace(lora_rank=lora_rank, train_towers=False, dtype="float32", attn="auto")
-    load = partial(load_policy, folder, lora_rank, False)
-    load_again = partial(open_policies, folder, args, device, with_reference=False)
-    policy, plain, found = check_loading(load, load_again)
+    load_plain = partial(load_policy, folder, lora_rank, False)
+    load_sharded = partial(
+        open_policies,
+        folder,
+        device=device,
+        dtype="float32",
+        attn="auto",
+        lora_rank=lora_rank,
+        train_towers=False,
+        with_reference=False,
+    )
+    policy, plain, found = check_loading(load_plain, load_sharded)
     if not lora_rank:
-        found["resumed"] = check_resuming(policy, plain, load_again, out)
+        found["resumed"] = check_resuming(policy, plain, load_sharded, out)
     for name, whose in (("final", policy), ("plain", plain)):
         save_model(whose, out / f"{name}-{lora_rank}", NoProcessor())
     processes.print0(json.dumps(found))

@@ -4,8 +4,6 @@ Started by test_model.py under torchrun: the sharded policy's gradients against 
     torchrun --nproc-per-node 2 tests/sharded_gradients.py MODEL ROWS LORA_RANK
 """
 
-import run.before_torch  # noqa: F401  must come before torch
-
 import sys
 from pathlib import Path
 

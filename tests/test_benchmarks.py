@@ -512,7 +512,15 @@ def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  #
             output_logits=True,
             return_dict_in_generate=True,
         )
-        ((ours,),) = rollout(policy, [prompt], [1], 0.0, 8, build.eos_ids, seeds=[0])
+        ((ours,),) = rollout(
+            policy,
+            [prompt],
+            [1],
+            temperature=0.0,
+            max_new_tokens=8,
+            eos_ids=build.eos_ids,
+            seeds=[0],
+        )
         assert ours.ids.tolist() == theirs.sequences[0, ids.shape[1] :].tolist()
         logprobs = torch.cat(theirs.logits).log_softmax(-1).gather(1, ours.ids[:, None])[:, 0]
         assert_same_values(ours.logprobs, logprobs)

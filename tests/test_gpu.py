@@ -71,14 +71,15 @@ def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
     policy, prompts, build = setup
     for name in ("ROOM", "GPU_ROOM"):
         monkeypatch.setattr(attention, name, 4)
-    given = prompts, [4, 2, 3], 1.0, 60, build.eos_ids, [1, 2, 3]
-    expected = rollout(policy, *given)
+    counts = [4, 2, 3]
+    sampling = dict(temperature=1.0, max_new_tokens=60, eos_ids=build.eos_ids, seeds=[1, 2, 3])
+    expected = rollout(policy, prompts, counts, **sampling)
     assert max(len(c.ids) for group in expected for c in group) > 40
     with pretended_gpu():
         there = copy.deepcopy(policy).to(GPU)
         media = [p._replace(media=m) for p, m in zip(prompts, there.encode(prompts))]
         Graph.waits = 0
-        rolled = rollout(there, media, *given[1:])
+        rolled = rollout(there, media, counts, **sampling)
     assert Graph.made > 2 and Graph.replays > 30
     assert Graph.waits < 20, "more than a few for the whole rollout: a wait a token"
     for group, expected_group in zip(rolled, expected, strict=True):
@@ -138,7 +139,15 @@ def test_in_bfloat16_the_log_probs_of_the_rollout_are_the_recomputed_ones(setup)
     prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
     with pretended_gpu(), torch.no_grad():
         policy = policy.to(GPU)
-        rolled = rollout(policy, prompts, [4, 2, 3], 1.0, 40, build.eos_ids, [1, 2, 3])
+        rolled = rollout(
+            policy,
+            prompts,
+            [4, 2, 3],
+            temperature=1.0,
+            max_new_tokens=40,
+            eos_ids=build.eos_ids,
+            seeds=[1, 2, 3],
+        )
         ids = [[c.ids for c in group] for group in rolled]
         logprobs, mask, _ = completion_logprobs(policy, prompts, ids, 1.0)
         recomputed = logprobs.cpu()[mask.cpu()]

@@ -8,7 +8,6 @@ toy's; the clips are real mp4 files.
 """
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from data.rows import Rows
 from models import loading
-from models.inputs import InputBuilder, Prompt
+from models.inputs import InputBuilder, Prompt, shared_clip_groups
 from models.loading import CHECKPOINT_ABOVE_PARAMS, load_policy, open_policies
 from models.paths import save_model
 from models.policy import completion_logprobs, head_logprobs
@@ -138,7 +137,15 @@ def test_one_prompt_does_not_change_another(setup):
 
 def test_rollout_logprobs_are_the_recomputed_ones(setup):
     policy, _, prompts, build = setup
-    groups = rollout(policy, prompts, [4, 2, 3], 1.0, 30, build.eos_ids, seeds=[1, 2, 3])
+    groups = rollout(
+        policy,
+        prompts,
+        [4, 2, 3],
+        temperature=1.0,
+        max_new_tokens=30,
+        eos_ids=build.eos_ids,
+        seeds=[1, 2, 3],
+    )
     assert [len(g) for g in groups] == [4, 2, 3]
     with torch.no_grad():
         logprobs, mask, _ = completion_logprobs(
@@ -156,16 +163,40 @@ def test_rollout_logprobs_are_the_recomputed_ones(setup):
 def test_rollout_does_not_depend_on_the_batch(setup):
     """The same seed gives a prompt the same completions alone and among others, however many."""
     policy, _, prompts, build = setup
-    together = rollout(policy, prompts, [4, 4, 4], 1.0, 25, build.eos_ids, seeds=[1, 2, 3])
+    together = rollout(
+        policy,
+        prompts,
+        [4, 4, 4],
+        temperature=1.0,
+        max_new_tokens=25,
+        eos_ids=build.eos_ids,
+        seeds=[1, 2, 3],
+    )
     for i in range(3):
-        (alone,) = rollout(policy, [prompts[i]], [4], 1.0, 25, build.eos_ids, seeds=[i + 1])
+        (alone,) = rollout(
+            policy,
+            [prompts[i]],
+            [4],
+            temperature=1.0,
+            max_new_tokens=25,
+            eos_ids=build.eos_ids,
+            seeds=[i + 1],
+        )
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
 
 
 def test_greedy_rollout_equals_hf_generate(setup):
     policy, hf, prompts, build = setup
     for prompt in prompts:
-        ((ours,),) = rollout(policy, [prompt], [1], 0.0, 12, build.eos_ids, seeds=[0])
+        ((ours,),) = rollout(
+            policy,
+            [prompt],
+            [1],
+            temperature=0.0,
+            max_new_tokens=12,
+            eos_ids=build.eos_ids,
+            seeds=[0],
+        )
         kwargs = dict(
             pixel_values_videos=prompt.media["video"]["pixels"],
             video_grid_thw=prompt.media["video"]["grid"],
@@ -238,9 +269,15 @@ def test_a_sampled_media_token_is_an_ordinary_token(setup):
 
 @pytest.mark.parametrize("train_towers", [False, True])
 def test_a_frozen_tower_is_held_once(toy_dir, train_towers):
-    args = SimpleNamespace(attn="auto", dtype="auto", lora_rank=0, train_towers=train_towers)
-    given = (str(toy_dir / "model"), args, torch.device("cpu"))
-    policy, reference = open_policies(*given, with_reference=True)
+    policy, reference = open_policies(
+        str(toy_dir / "model"),
+        device=torch.device("cpu"),
+        dtype="auto",
+        attn="auto",
+        lora_rank=0,
+        train_towers=train_towers,
+        with_reference=True,
+    )
     weights = [
         {id(p) for tower in x.towers for p in tower.parameters()} for x in (policy, reference)
     ]
@@ -277,7 +314,15 @@ def test_encoders_run_once_a_rollout(setup):
     policy, _, prompts, build = setup
     calls = []
     hooks = [tower.register_forward_hook(lambda *_: calls.append(1)) for tower in policy.towers]
-    rollout(policy, prompts, [8, 8, 8], 1.0, 20, build.eos_ids, seeds=[1, 2, 3])
+    rollout(
+        policy,
+        prompts,
+        [8, 8, 8],
+        temperature=1.0,
+        max_new_tokens=20,
+        eos_ids=build.eos_ids,
+        seeds=[1, 2, 3],
+    )
     for hook in hooks:
         hook.remove()
     assert len(calls) == 2  # one for all videos, one for all sounds
@@ -400,10 +445,18 @@ def test_questions_about_one_clip_share_it(setup, toy_dir, counts):
     alone, shared = about_one_clip(toy_dir, build.at(rows.path.parent), rows[1], QUESTIONS)
     order = [shared[0], prompts[1], shared[1], prompts[0], shared[2]]  # other clips in between
     flat = [alone[0], prompts[1], alone[1], prompts[0], alone[2]]
-    assert [len(f) for f in rollout.families_of(order)] == [3, 1, 1]
+    assert [len(f) for f in shared_clip_groups(order)] == [3, 1, 1]
     for temperature in (0.0, 1.0):
         made, known = (
-            rollout(policy, batch, counts, temperature, 20, build.eos_ids, seeds=range(5))
+            rollout(
+                policy,
+                batch,
+                counts,
+                temperature=temperature,
+                max_new_tokens=20,
+                eos_ids=build.eos_ids,
+                seeds=range(5),
+            )
             for batch in (order, flat)
         )
         for group, other in zip(made, known, strict=True):
@@ -420,7 +473,15 @@ def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
     keep = policy.read, policy.encode
     monkeypatch.setattr(policy, "read", lambda *x, **y: read.append(keep[0](*x, **y)) or read[-1])
     monkeypatch.setattr(policy, "encode", lambda p: encoded.append(len(p)) or keep[1](p))
-    rollout(policy, shared, [1] * 3, 0.0, 4, build.eos_ids, seeds=range(3))
+    rollout(
+        policy,
+        shared,
+        [1] * 3,
+        temperature=0.0,
+        max_new_tokens=4,
+        eos_ids=build.eos_ids,
+        seeds=range(3),
+    )
     lengths = [len(p.input_ids) for p in shared]
     assert (
         encoded == [1] and len(read) == 1 and len(read[0][0]) < lengths[0] + 0.6 * sum(lengths[1:])
@@ -430,15 +491,39 @@ def test_a_shared_clip_is_encoded_and_read_once(setup, toy_dir, monkeypatch):
 def test_prompts_without_media_are_no_family(setup):
     policy, _, _, build = setup
     prompt = Prompt(torch.tensor([12, 9]), torch.arange(2).expand(3, -1), {})
-    assert rollout.families_of([prompt, prompt]) == [[0], [1]]
-    (a,), (b,) = rollout(policy, [prompt] * 2, [1, 1], 0.0, 5, build.eos_ids, seeds=[0, 1])
+    assert shared_clip_groups([prompt, prompt]) == [[0], [1]]
+    (a,), (b,) = rollout(
+        policy,
+        [prompt] * 2,
+        [1, 1],
+        temperature=0.0,
+        max_new_tokens=5,
+        eos_ids=build.eos_ids,
+        seeds=[0, 1],
+    )
     assert a.ids.tolist() == b.ids.tolist()
 
 
 def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
     policy, _, prompts, build = setup
-    twice = rollout(policy, [prompts[0]] * 2, [2, 2], 1.0, 8, build.eos_ids, seeds=[1, 1])
+    twice = rollout(
+        policy,
+        [prompts[0]] * 2,
+        [2, 2],
+        temperature=1.0,
+        max_new_tokens=8,
+        eos_ids=build.eos_ids,
+        seeds=[1, 1],
+    )
     assert [c.ids.tolist() for c in twice[0]] == [c.ids.tolist() for c in twice[1]]
     other = prompts[0]._replace(input_ids=prompts[0].input_ids.roll(1))
     with pytest.raises(AssertionError, match="before the last of it"):
-        rollout(policy, [prompts[0], other], [1, 1], 0.0, 4, build.eos_ids, seeds=[1, 1])
+        rollout(
+            policy,
+            [prompts[0], other],
+            [1, 1],
+            temperature=0.0,
+            max_new_tokens=4,
+            eos_ids=build.eos_ids,
+            seeds=[1, 1],
+        )

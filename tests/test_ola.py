@@ -28,7 +28,7 @@ from data.clip_cache import ClipCache
 from data.clips import BadRow, Clip, decode_clip
 from data.rows import Rows, normalize_row
 from models import ola
-from models.inputs import InputBuilder, Prompt
+from models.inputs import InputBuilder, Prompt, shared_clip_groups
 from models.loading import load_policy
 from models.modeling_ola import OlaForConditionalGeneration
 from models.policy import Policy, completion_logprobs
@@ -339,7 +339,15 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
                 whole = torch.cat([embed, plain.get_input_embeddings()(c)])[None]
                 logits = plain(inputs_embeds=whole).logits[0, len(embed) - 1 : -1] / 0.7
                 close(next(rows)[: len(c)], logits.log_softmax(-1).gather(-1, c[:, None])[:, 0])
-    made = rollout(policy, prompts, [4, 2, 3], 1.0, 24, build.eos_ids, seeds=[1, 2, 3])
+    made = rollout(
+        policy,
+        prompts,
+        [4, 2, 3],
+        temperature=1.0,
+        max_new_tokens=24,
+        eos_ids=build.eos_ids,
+        seeds=[1, 2, 3],
+    )
     with torch.no_grad():
         ids = [[c.ids for c in group] for group in made]
         logprobs, mask, _ = completion_logprobs(policy, prompts, ids, 1.0)
@@ -352,10 +360,11 @@ def test_a_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(tiny):
     """On the pretended one: devices, and the CUDA graph of a decoded token."""
     policy, rows = load_policy(tiny / "model", 0, True), Rows(tiny / "stage2" / "train.jsonl")
     build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
-    given = [build(rows[0]), build(rows[1])], [2, 1], 1.0, 10, build.eos_ids, [1, 2]
-    expected = rollout(policy, *given)
+    prompts = [build(rows[0]), build(rows[1])]
+    sampling = dict(temperature=1.0, max_new_tokens=10, eos_ids=build.eos_ids, seeds=[1, 2])
+    expected = rollout(policy, prompts, [2, 1], **sampling)
     with pretended_gpu():
-        rolled = rollout(copy.deepcopy(policy).to(GPU), *given)
+        rolled = rollout(copy.deepcopy(policy).to(GPU), prompts, [2, 1], **sampling)
     assert Graph.replays > 4
     for one, two in zip(sum(rolled, []), sum(expected, []), strict=True):
         assert one.ids.tolist() == two.ids.tolist()
@@ -372,11 +381,27 @@ def test_a_shared_clip_is_encoded_and_read_once(tiny):
         dict(rows[1], prompt_id=str(i), question=q) for i, q in enumerate(("Which?", "How many?"))
     ]
     prompts = [reader.get(row) for row in asked] + [reader.get(asked[0], "look left")]
-    assert rollout.families_of(prompts) == [[0, 1, 2]] and all(p.encoded for p in prompts)
-    together = rollout(policy, prompts, [2, 1, 2], 1.0, 8, build.eos_ids, seeds=range(3))
+    assert shared_clip_groups(prompts) == [[0, 1, 2]] and all(p.encoded for p in prompts)
+    together = rollout(
+        policy,
+        prompts,
+        [2, 1, 2],
+        temperature=1.0,
+        max_new_tokens=8,
+        eos_ids=build.eos_ids,
+        seeds=range(3),
+    )
     assert len(calls) == 2  # its frames once, its sound once
     for prompt, group, seed in zip(prompts, together, range(3)):
-        (alone,) = rollout(policy, [prompt], [len(group)], 1.0, 8, build.eos_ids, seeds=[seed])
+        (alone,) = rollout(
+            policy,
+            [prompt],
+            [len(group)],
+            temperature=1.0,
+            max_new_tokens=8,
+            eos_ids=build.eos_ids,
+            seeds=[seed],
+        )
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in group]
 
 

@@ -89,7 +89,7 @@ def in_stage_0(monkeypatch):
 
 
 def in_the_rollout(monkeypatch):
-    rollout(out_of_memory, [], [], 1.0, 1, [], [])
+    rollout(out_of_memory, [], [], temperature=1.0, max_new_tokens=1, eos_ids=[], seeds=[])
 
 
 def in_the_hints(monkeypatch):
