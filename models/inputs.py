@@ -1,6 +1,38 @@
 """
-A row as a prompt of P tokens, by the backbone that a folder holds: qwen.py or ola.py; which prompts
-share a clip.
+A row as a prompt of P tokens, by the backbone that a folder holds; which prompts share a clip.
+
+To add a backbone, write one module beside qwen.py and ola.py and name it in BACKBONES below. The rest
+of the code asks it for nothing but this (P prompt tokens, n features of one medium, D text width):
+
+    MODEL_TYPES     tuple of str    `config.model_type` of its folders: whole checkpoint, thinker alone
+    Thinker         class           a transformers PreTrainedModel, see below
+    Processor       class           with `tokenizer`, `apply_chat_template`, `save_pretrained`
+    TEXT_LAYERS     regex           last part of the names of linear layers of the text model that
+                                    get a LoRA adapter: "q_proj|k_proj|..."
+    TOWER_LAYERS    regex           the same for towers, matched against the end of the whole name
+    TEXT_UNITS      tuple           classes of the layers that FSDP gathers one at a time
+    TOWER_UNITS     tuple           the same for towers; used when towers train
+    FROZEN          tuple of str    parts that never train, as names below `thinker.model`
+    SIDE            int             pixels; both sides of every frame are multiples of it
+
+    media_ends(tokenizer, config) -> list of str
+        The tokens that media end with in a prompt, a sound's last. What follows the last of them is
+        text only: another question about the same clip replaces it (`InputBuilder.with_text`).
+
+    inputs(processor, config, text, clip, name) -> input_ids (P,), position_ids (3, P), media
+        A clip (data/clips.py) and the text of its prompt, with one placeholder for each medium, as
+        the thinker takes them. input_ids hold one placeholder token for each feature. media:
+        {"image" | "video" | "audio": dict of tensors for the towers}; `encode` reads it, nothing
+        else does. name: the row, for error messages. Raises BadRow for a clip it cannot take.
+
+    encode(core, prompts, device, train_towers) -> list, a prompt each, of {modality: (n, D)}
+        The towers' outputs. core: `thinker.model`. A medium that is a tensor already passes through.
+        If towers train and there are several processes, every rank must call every tower, else FSDP
+        waits for ever: encode appends dummy media, whose outputs `Policy.embed` adds with weight 0.
+
+The thinker has `model.language_model`, whose layers call the attention "shared_prefix" of
+models/attention.py and pass keyword arguments on to it; `model.visual` and `model.audio_tower`;
+`lm_head`; `get_input_embeddings()`; and `config.{image,video,audio}_token_id`.
 """
 
 import copy
