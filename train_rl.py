@@ -30,7 +30,7 @@ from buffer import Entry, ReplayBuffer
 from data.clip_cache import ClipCache
 from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
-from data.row_stream import MAX_BAD_FRAC, RowStream
+from data.row_stream import RowStream
 from data.rows import Rows
 from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
 from models.inputs import InputBuilder
@@ -208,17 +208,16 @@ def main():
     optimizer = optim.adamw(policy, args.lr)
     filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
     held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
-    encode = None if args.train_towers else policy.encoded  # of frozen towers, once a clip
+    encoder = None if args.train_towers else policy  # frozen towers encode a clip once
     room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
-    reader = ClipCache(build, room, encode)
-    evaluate = held_out.evaluator(held_out_file, policy, build, room, encode, args)
+    clip_cache = ClipCache(build, room, encoder)
+    evaluate = held_out.evaluator(held_out_file, policy, build, room, encoder, args)
 
     # ---- what a checkpoint holds beside the weights
     replay = ReplayBuffer(args.buffer_size, WINDOW)
     schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
-    given = (rows, reader.prefetch, reader.get, args.prompts_per_step, args.seed, MAX_BAD_FRAC)
-    stream, watch, start, num_generated, before = (
-        RowStream(*given),
+    stream = RowStream(rows, clip_cache, rows_per_step=args.prompts_per_step, seed=args.seed)
+    watch, start, num_generated, before = (
         guards.StepGuard(args.max_ratio),
         0,
         0,
@@ -244,7 +243,7 @@ def main():
 
     def replayed_gradient(drawn):
         """That of alpha J_off; a clip that is gone by now leaves `drawn` and the buffer."""
-        stored = stream.read_stored(drawn, replay.forget, steps.tell)
+        stored = stream.replayed_prompts(drawn, replay, steps)
         given = (policy, reference, stored, drawn, replay.mean_reward, filler, steps.step, args)
         return gradient.replayed_gradient(*given)
 
@@ -252,26 +251,26 @@ def main():
     if start == 0 and (before := evaluate()) is not None:
         processes.print0(f"held-out accuracy before training: {before:.3f}")
     mine = processes.local_slice(args.prompts_per_step)
-    stream.read_ahead()
+    stream.prefetch_next()
     watch_signals()
     steps = processes.Steps(start, count, f"stage {args.stage} {args.algo}")
     for step in steps:
         clock, before_step = metrics.Clock(), small_state()
         save_before = functools.partial(save, step - 1, before_step)
-        step_rows, prompts = stream.take(steps.tell)
+        step_rows, prompts = stream.next_rows(steps)
         ids = [row["prompt_id"] for row in step_rows]
 
         # ---- what to replay: where little is stored, more fresh ones                  [SPLIT] [U6]
         drawn = draw(replay, args, step)
         drawn += [[]] * (args.prompts_per_step - len(drawn))
         num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
-        stream.read_stored_ahead(drawn)
+        stream.prefetch_replayed(drawn)
 
         # ---- who gets a hint                                                           [HINT]
         hinted = set()
         if args.hints:
             given = (policy, filler, steps, step_rows, prompts, args)
-            prompts, hinted = give_hints(replay, schedule, stream.read, *given)
+            prompts, hinted = give_hints(replay, schedule, clip_cache, *given)
         clock.lap("data")
 
         # ---- roll out; a judge begins to think
@@ -290,7 +289,7 @@ def main():
         texts = [build.texts(group) for group in groups]
         if judged:
             judged.begin(step_rows[mine], texts)
-        stream.read_ahead()
+        stream.prefetch_next()
         clock.lap("rollout")
 
         # ---- meanwhile the half of the gradient that needs no fresh reward           [VCRS.A] [J.off]
@@ -348,7 +347,7 @@ def main():
             | clock.report(judged)
             | {
                 "rewards/unjudged_frac": unjudged_frac,
-                "data/bad_rows": len(stream.bad),
+                "data/bad_rows": len(stream.bad_rows),
                 "hints/frac": sum(q in hinted for q in ids) / len(ids),
                 "grad_norm": grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],

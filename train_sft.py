@@ -49,7 +49,7 @@ import torch.distributed as dist
 
 from data.clip_cache import ClipCache
 from data.clips import BadRow
-from data.row_stream import MAX_BAD_FRAC, RowStream
+from data.row_stream import RowStream
 from data.rows import Rows, completion_text
 from models.inputs import InputBuilder
 from models.loading import open_policies, write_merged
@@ -106,15 +106,15 @@ def main():
         with_reference=False,
     )
     optimizer = optim.adamw(policy, args.lr)
-    reader = ClipCache(build, int(args.cache_gb * 1e9))
-
-    def read(row):
-        """-> Prompt, completion (T,)"""
-        if not row.get("reasoning"):
-            raise BadRow(f"row {row['prompt_id']}: no reasoning: stage 0 learns from it")
-        return reader.get(row, row.get("hint")), encode_completion(build.tokenizer, row)
-
-    stream = RowStream(rows, reader.prefetch, read, args.batch_size, args.seed, MAX_BAD_FRAC)
+    clip_cache = ClipCache(build, int(args.cache_gb * 1e9))
+    stream = RowStream(
+        rows,
+        clip_cache,
+        rows_per_step=args.batch_size,
+        seed=args.seed,
+        required_field="reasoning",
+        with_hints=True,
+    )
     watch, start = guards.StepGuard(max_ratio=0), 0
     if args.resume and (found := checkpoint.load(out, policy, optimizer)):
         start = found["step"]
@@ -125,15 +125,16 @@ def main():
     def save(step, state):
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
-    stream.read_ahead()
+    stream.prefetch_next()
     log = logs.begin(out, args, start)
     watch_signals()
     steps = processes.Steps(start, count, "stage 0")
     for step in steps:
         clock, before_step = metrics.Clock(), checkpoint.states(health=watch, rows=stream)
-        step_rows, batch = stream.take(steps.tell)
-        prompts, completions = zip(*batch)
-        stream.read_ahead()
+        step_rows, prompts = stream.next_rows(steps)
+        local_rows = step_rows[processes.local_slice(args.batch_size)]
+        completions = [encode_completion(build.tokenizer, row) for row in local_rows]
+        stream.prefetch_next()
         clock.lap("data")
 
         loss, num_valid_tokens = gradient(policy, prompts, completions, args.micro_tokens)
@@ -148,7 +149,7 @@ def main():
         step_s, lr = clock.total(), optimizer.param_groups[0]["lr"]
         report = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr) | watch.report()
         report |= {
-            "data/bad_rows": len(stream.bad),
+            "data/bad_rows": len(stream.bad_rows),
             "tokens_per_s": num_valid_tokens / step_s,
             "time/data_s": clock.seconds["data"],
             "time/step_s": step_s,

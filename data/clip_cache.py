@@ -1,13 +1,16 @@
 """
-Clips read ahead of the loop, and kept.
+Clips that are read in threads ahead of the training loop, and kept in memory.
 """
 
 import os
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from data.rows import clip_of
 
 
 def num_decoders():
@@ -15,55 +18,89 @@ def num_decoders():
     return max(2, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+class Reading(NamedTuple):
+    """A clip that a thread is reading."""
+
+    prompt_id: str  # of the row it is read for, without a hint
+    prompt: Future  # of its Prompt
+
+
+class CachedClip(NamedTuple):
+    prompt_id: str  # of the row whose question, without a hint, stands in the prompt
+    prompt: tuple  # Prompt
+
+
 class ClipCache:
     """
-    Reads clips in threads ahead of the loop (PyAV and torch let other threads run while they work)
-    and keeps what it read, or what the towers made of it, up to a bound. A clip is read once for
-    all questions about it, with a hint or without. Its methods are for one thread. What was asked
-    for ahead and not yet fetched does not count towards the bound.
+    Rows -> Prompts. Clips are decoded in threads (PyAV and torch release the GIL while they work)
+    and cached, decoded or as the outputs of frozen towers. A clip is read once for all questions
+    about it, and a row's text is tokenised once; it is tokenised again only with a hint, or if the
+    clip was read for another row. The methods must be called from one thread.
 
-    build         InputBuilder
-    cache_bytes   int     of tensors kept, least recently used out first
-    encode        callable(Prompt) -> Prompt with what frozen towers made of its media, which is kept
-                  in their place; None: the towers train
+    builder       models.inputs.InputBuilder
+    cache_bytes   int     of tensors kept; the least recently used clip goes first. Clips in flight
+                  do not count
+    policy        models.policy.Policy whose frozen towers encode each clip once; None if the towers
+                  train: then decoded clips are kept
     """
 
-    def __init__(self, build, cache_bytes, encode=None):
-        self.build, self.encode = build, encode
+    def __init__(self, builder, cache_bytes, policy=None):
+        self.builder = builder
+        self.policy = policy
         self.pool = ThreadPoolExecutor(num_decoders())
-        self.pending, self.kept, self.room = {}, OrderedDict(), cache_bytes
+        self.in_flight = {}  # clip -> Reading
+        self.cache = OrderedDict()  # clip -> CachedClip, the least recently used first
+        self.free_bytes = cache_bytes
 
     def prefetch(self, row):
-        key = self.build.key(row)
-        if key not in self.pending and key not in self.kept:
-            self.pending[key] = self.pool.submit(self.build, row)
+        """A thread starts to read the row's clip, unless it is cached or being read."""
+        clip = clip_of(row)
+        if clip not in self.cache and clip not in self.in_flight:
+            future = self.pool.submit(self.builder, row)
+            self.in_flight[clip] = Reading(row["prompt_id"], future)
 
     def get(self, row, hint=None):
-        """The inputs of a row, waiting only if they are not ready; raises BadRow."""
-        key = self.build.key(row)
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            inputs = self.kept[key]
+        """-> the row's Prompt; waits if its clip is not read yet. Raises BadRow."""
+        clip = clip_of(row)
+        if clip in self.cache:
+            self.cache.move_to_end(clip)
+            cached = self.cache[clip]
         else:
-            self.prefetch(row)
-            inputs = self.pending.pop(key).result()  # an error is told once: next time it is read
-            self._keep(key, inputs)
-        prompt = self.build.with_text(inputs, row, hint)
-        if self.encode and not prompt.encoded:
-            prompt = self.encode(prompt)
-            self._keep(key, prompt)
-        return prompt
+            cached = self._read(clip, row)
+        if self.policy and not cached.prompt.encoded:
+            cached = cached._replace(prompt=self.policy.encoded(cached.prompt))
+            self._keep(clip, cached)
 
-    def _keep(self, key, inputs):
-        self.room += tensor_bytes(self.kept.pop(key, None)) - tensor_bytes(inputs)
-        self.kept[key] = inputs
-        while self.room < 0:
-            self.room += tensor_bytes(self.kept.popitem(last=False)[1])
+        if hint is None and cached.prompt_id == row["prompt_id"]:
+            return cached.prompt
+        return self.builder.with_text(cached.prompt, row, hint)
+
+    def _read(self, clip, row):
+        """-> CachedClip. An error is not kept: the next call reads the file again."""
+        self.prefetch(row)
+        reading = self.in_flight.pop(clip)
+        if reading.prompt_id != row["prompt_id"] and reading.prompt.exception():
+            # its message names the other row: let it name this one
+            reading = Reading(row["prompt_id"], self.pool.submit(self.builder, row))
+        cached = CachedClip(reading.prompt_id, reading.prompt.result())
+        self._keep(clip, cached)
+        return cached
+
+    def _keep(self, clip, cached):
+        self.free_bytes += tensor_bytes(self.cache.pop(clip, None))
+        self.free_bytes -= tensor_bytes(cached)
+        self.cache[clip] = cached
+        while self.free_bytes < 0:
+            _, oldest = self.cache.popitem(last=False)
+            self.free_bytes += tensor_bytes(oldest)
 
 
 def tensor_bytes(tree):
     """Bytes of all tensors and arrays in a nest of tuples, lists and dicts."""
     if isinstance(tree, (torch.Tensor, np.ndarray)):
         return tree.nbytes
-    parts = list(tree.values()) if isinstance(tree, dict) else tree
-    return sum(map(tensor_bytes, parts)) if isinstance(parts, (tuple, list)) else 0
+    if isinstance(tree, dict):
+        return sum(tensor_bytes(part) for part in tree.values())
+    if isinstance(tree, (tuple, list)):
+        return sum(tensor_bytes(part) for part in tree)
+    return 0

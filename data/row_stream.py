@@ -1,8 +1,8 @@
 """
-The rows of every step: their order, their clips read ahead, and what happens when one is bad.
+The rows of each training step: their order, their clips read ahead, and what happens to bad ones.
 
-A row that cannot be used is named once, counted, and replaced by the next one of the order, on all
-ranks together; nothing ever stands in for its clip. Too many of them end the run.
+A row that cannot be used is named once, counted, and replaced by the next row of the order, on all
+ranks together. Nothing ever stands in for its clip. Too many bad rows end the run.
 """
 
 import math
@@ -13,133 +13,192 @@ from data.clips import BadRow
 from run import processes
 from run.errors import UserError
 
-MAX_BAD_FRAC = 0.1  # of the rows read so far: with more of them, something is wrong with the file
-FIRST_ROWS = 64  # rows: before as many are read, a share of them says little
+MAX_BAD_FRAC = 0.1  # of the rows read so far: with more bad ones, something is wrong with the file
+FIRST_ROWS = 64  # rows: before this many are read, a share of them says little
 
 
 class RowStream:
     """
-    rows           data.Rows, the same on every rank
-    prefetch       callable(row): a thread begins to read a row that this rank will ask for
-    read           callable(row) -> anything; raises BadRow
-    count          rows a step, over all ranks
-    seed           of the order: each epoch a new one, whatever the number of ranks
-    max_bad_frac   of the rows read so far that may be bad (of the first 64, while they are fewer)
+    rows             data.rows.Rows, the same on every rank
+    clip_cache       ClipCache that makes the prompts
+    rows_per_step    over all ranks
+    seed             of the order: each epoch has a new one, whatever the number of ranks
+    required_field   a row without this field is bad: stage 0 needs "reasoning"
+    with_hints       whether the prompts of a step carry their rows' hints (stage 0)
 
-    at    rows taken from the order so far, replacements included
-    bad   {index of a row: why it cannot be used}
+    position         rows taken from the order so far, replacements included
+    bad_rows         {index of a row: why it cannot be used}
     """
 
-    def __init__(self, rows, prefetch, read, count, seed, max_bad_frac):
-        self.rows, self.prefetch, self.read = rows, prefetch, read
-        self.count, self.seed, self.max_bad_frac = count, seed, max_bad_frac
-        self.at, self.bad, self.orders = 0, {}, {}
+    def __init__(
+        self,
+        rows,
+        clip_cache,
+        *,
+        rows_per_step,
+        seed,
+        required_field=None,
+        with_hints=False,
+    ):
+        self.rows = rows
+        self.clip_cache = clip_cache
+        self.rows_per_step = rows_per_step
+        self.seed = seed
+        self.required_field = required_field
+        self.with_hints = with_hints
 
-    def index(self, at):
-        """The row at a place of the endless order."""
-        epoch, place = divmod(at, len(self.rows))
+        self.position = 0
+        self.bad_rows = {}
+        self.orders = {}  # epoch -> its permutation of the rows
+        self.prefetched = {}  # index -> the row, parsed when its clip was prefetched
+
+    # ---- the order
+
+    def index_at(self, position):
+        """The index of the row at a position of the endless order."""
+        epoch, place = divmod(position, len(self.rows))
         if epoch not in self.orders:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            before = {e: kept for e, kept in self.orders.items() if e == epoch - 1}
-            self.orders = before | {epoch: order}
+            self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(
+                len(self.rows)
+            )
+            # a step may reach into the next epoch and come back: keep the one before, no more
+            for old in [e for e in self.orders if e not in (epoch - 1, epoch)]:
+                del self.orders[old]
         return int(self.orders[epoch][place])
 
-    def read_ahead(self):
-        """Threads begin to read this rank's rows of the next step."""
-        for at in range(self.at, self.at + self.count)[processes.local_slice(self.count)]:
-            if (index := self.index(at)) not in self.bad:
-                try:
-                    self.prefetch(self.rows[index])
-                except BadRow:
-                    pass  # told when its step comes
+    # ---- the rows of a step
 
-    def take(self, tell):
+    def prefetch_next(self):
+        """Threads start to read this rank's clips of the next step."""
+        positions = range(self.position, self.position + self.rows_per_step)
+        for position in positions[processes.local_slice(self.rows_per_step)]:
+            index = self.index_at(position)
+            if index not in self.bad_rows:
+                self._prefetch(index)
+
+    def next_rows(self, steps):
         """
-        The next step's rows -> list of dict, the same on every rank; what `read` made of this
-        rank's.
+        The next step's rows; bad ones are replaced.
 
-        tell     callable(str): is told of every row that turned out bad, with the reason
-        raises   UserError    more than max_bad_frac of the rows are bad
+        steps    processes.Steps, which prints a line for every row that turns out bad
+        returns  list of dict, the same on every rank; list of Prompt, this rank's
+        raises   UserError    more than MAX_BAD_FRAC of the rows are bad
         """
-        mine = range(self.count)[processes.local_slice(self.count)]
-        step, missing = {}, list(range(self.count))  # step: slot -> row, what `read` made of it
-
-        def look(slot, index):
-            if index in self.bad:
-                raise BadRow(self.bad[index])
-            return (row := self.rows[index]), slot in mine and self.read(row)
-
+        local = range(self.rows_per_step)[processes.local_slice(self.rows_per_step)]
+        step_rows, prompts = {}, {}  # slot -> row, Prompt
+        missing = list(range(self.rows_per_step))
         while missing:
-            indices = {slot: self.index(self.at + i) for i, slot in enumerate(missing)}
-            self.at += len(missing)
-            found, failed = read_on_all_ranks(
-                look, {slot: (slot, i) for slot, i in indices.items()}
-            )
-            step |= found
-            missing = sorted(failed)
+            failures = {}  # slot -> reason
+            indices = {}
             for slot in missing:
-                if indices[slot] not in self.bad:
-                    self.bad[indices[slot]] = failed[slot]
-                    tell(f"replaced: {failed[slot]}")
-            self.check()
-        rows, items = zip(*(step[slot] for slot in range(self.count)))
-        return list(rows), list(items[mine.start : mine.stop])
+                indices[slot] = self.index_at(self.position)
+                self.position += 1
+            for slot, index in indices.items():
+                try:
+                    step_rows[slot] = self._checked_row(index)
+                    if slot in local:
+                        prompts[slot] = self._prompt(step_rows[slot])
+                except BadRow as problem:
+                    failures[slot] = str(problem)
 
-    def check(self):
-        seen = min(max(self.at, FIRST_ROWS), len(self.rows))
-        if len(self.bad) > math.ceil(self.max_bad_frac * seen) or len(self.bad) == len(self.rows):
-            last = list(self.bad.values())[-1]
+            # a row that one rank cannot use is replaced on all
+            failures = processes.all_gather_dict(failures)
+            missing = sorted(failures)
+            for slot in missing:
+                if indices[slot] not in self.bad_rows:
+                    self.bad_rows[indices[slot]] = failures[slot]
+                    steps.tell(f"replaced: {failures[slot]}")
+            self._stop_if_too_many_are_bad()
+        return [step_rows[slot] for slot in sorted(step_rows)], [prompts[slot] for slot in local]
+
+    def _prefetch(self, index):
+        try:
+            row = self.rows[index]
+        except BadRow:
+            return  # reported when its step comes
+        self.prefetched[index] = row
+        self.clip_cache.prefetch(row)
+
+    def _row(self, index):
+        """A row, parsed once: when its clip was prefetched, or now."""
+        return self.prefetched.pop(index, None) or self.rows[index]
+
+    def _checked_row(self, index):
+        if index in self.bad_rows:
+            raise BadRow(self.bad_rows[index])
+        row = self._row(index)
+        if self.required_field and not row.get(self.required_field):
+            name = self.required_field
+            raise BadRow(f"row {row['prompt_id']}: no {name}: this stage learns from it")
+        return row
+
+    def _prompt(self, row):
+        return self.clip_cache.get(row, row.get("hint") if self.with_hints else None)
+
+    def _stop_if_too_many_are_bad(self):
+        num_read = min(self.position, len(self.rows))
+        num_counted = min(max(self.position, FIRST_ROWS), len(self.rows))
+        num_bad = len(self.bad_rows)
+        if num_bad > math.ceil(MAX_BAD_FRAC * num_counted) or num_bad == len(self.rows):
+            last = list(self.bad_rows.values())[-1]
             raise UserError(
-                f"{len(self.bad)} of {min(self.at, len(self.rows))} rows read cannot be used, over "
-                f"{self.max_bad_frac:.0%} (prepare.py check, with the same --model and media flags, "
-                f"lists all): mend them, then --resume; the last: {last}"
+                f"{num_bad} of {num_read} rows read cannot be used, over {MAX_BAD_FRAC:.0%} "
+                "(prepare.py check, with the same --model and media flags, lists all): mend them, "
+                f"then --resume; the last: {last}"
             )
 
-    def read_stored_ahead(self, groups):
-        """Threads begin to read the clips of this rank's stored groups."""
-        for group in filter(None, groups[processes.rank() :: processes.world_size()]):
-            self.prefetch(self.rows[self.rows.index(group[0].prompt_id)])
+    # ---- the rows of replayed completions
 
-    def read_stored(self, groups, forget, tell):
-        """
-        Prompts of stored groups, this rank's -> {place in `groups`: Prompt}. A clip that can no longer
-        be read is told, and empties its group, on all ranks together.
+    def prefetch_replayed(self, groups):
+        """Threads start to read the clips of this rank's replayed groups."""
+        for group in groups[processes.rank() :: processes.world_size()]:
+            if group:
+                self._prefetch(self.rows.index(group[0].prompt_id))
 
-        groups   list of lists of buffer.Entry, a prompt each
-        forget   callable(prompt_id)
+    def replayed_prompts(self, groups, buffer, steps):
         """
-        own = {}
-        for i in range(len(groups))[processes.rank() :: processes.world_size()]:
-            for e in groups[i][:1]:
-                row = self.rows[self.rows.index(e.prompt_id)]
-                own[i] = (row, row.get("hint") if e.hinted else None)
-        prompts, gone = read_on_all_ranks(self.read, own)
-        for i, problem in gone.items():
-            prompt_id = groups[i][0].prompt_id
-            self.bad[self.rows.index(prompt_id)] = problem
-            forget(prompt_id)
-            tell(f"no longer replayed: {problem}")
-            groups[i] = []
+        The prompts of replayed groups. If a clip can no longer be read, its group is emptied and its
+        prompt leaves the buffer, on all ranks together.
+
+        groups   list of lists of buffer.Entry, one list a prompt; emptied in place
+        buffer   buffer.ReplayBuffer
+        steps    processes.Steps, which prints a line for each clip that cannot be read
+        returns  {place in `groups`: Prompt}, this rank's
+        """
+        requests = {}
+        for place in range(len(groups))[processes.rank() :: processes.world_size()]:
+            if groups[place]:
+                entry = groups[place][0]
+                row = self._row(self.rows.index(entry.prompt_id))
+                requests[place] = (row, row.get("hint") if entry.hinted else None)
+        prompts, failures = read_on_all_ranks(self.clip_cache, requests)
+        for place, problem in failures.items():
+            prompt_id = groups[place][0].prompt_id
+            self.bad_rows[self.rows.index(prompt_id)] = problem
+            buffer.forget(prompt_id)
+            steps.tell(f"no longer replayed: {problem}")
+            groups[place] = []
         return prompts
 
+    # ---- the state
+
     def state_dict(self):
-        return dict(at=self.at, bad=dict(self.bad))
+        return dict(position=self.position, bad_rows=dict(self.bad_rows))
 
     def load_state_dict(self, state):
-        self.at, self.bad = state["at"], dict(state["bad"])
+        self.position = state["position"]
+        self.bad_rows = dict(state["bad_rows"])
 
 
-def read_on_all_ranks(read, wanted):
+def read_on_all_ranks(clip_cache, requests):
     """
-    wanted    {key: arguments of `read`}, this rank's
-    returns   {key: what `read` gave}; {key: reason} of all that could not be read, on any rank
+    requests   {key: (row, hint or None)}, this rank's; keys differ between ranks
+    returns    {key: Prompt}, this rank's; {key: reason} for all that cannot be read, on any rank
     """
-    found, failed = {}, {}
-    for key, arguments in wanted.items():
+    prompts, failures = {}, {}
+    for key, (row, hint) in requests.items():
         try:
-            found[key] = read(*arguments)
+            prompts[key] = clip_cache.get(row, hint)
         except BadRow as problem:
-            failed[key] = str(problem)
-    return found, {
-        key: why for part in processes.all_gather_object(failed) for key, why in part.items()
-    }
+            failures[key] = str(problem)
+    return prompts, processes.all_gather_dict(failures)

@@ -44,7 +44,7 @@ import torch
 from transformers import AutoConfig
 
 from data.clips import BadRow, decode_clip
-from data.rows import SYSTEM_PROMPT, clip_of, question_text
+from data.rows import SYSTEM_PROMPT, question_text
 from hints import place_hint
 from models import ola, qwen
 from models.paths import from_pretrained
@@ -172,7 +172,3 @@ class InputBuilder:
         positions = torch.cat([positions, after.expand(3, -1)], dim=1)
         ids = torch.cat([prompt.input_ids[:media], tail])
         return self.checked(Prompt(ids, positions, prompt.media), row)
-
-    def key(self, row):
-        """What tells one clip from another: rows with the same key differ only in their texts."""
-        return (str(self.root.resolve()), *clip_of(row))

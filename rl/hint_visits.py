@@ -16,7 +16,7 @@ from teachers.leaks import usable_hint
 KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
 
 
-def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts, args):
+def give_hints(replay, schedule, clip_cache, policy, filler, steps, step_rows, prompts, args):
     """
     Which prompts of the step carry their hint                                             [HINT]
 
@@ -36,7 +36,7 @@ def give_hints(replay, schedule, read, policy, filler, steps, step_rows, prompts
         if event := schedule.observe(q, replay.tier(q), solved[q], kls.get(q)):
             steps.tell(f"hint {event}: {q}")
     hinted = {q for q in told if schedule.due(q)}
-    found, too_long = read_on_all_ranks(read, {q: told[q] for q in ids[mine] if q in hinted})
+    found, too_long = read_on_all_ranks(clip_cache, {q: told[q] for q in ids[mine] if q in hinted})
     for q, problem in too_long.items():
         schedule.refused.add(q)
         hinted.discard(q)

@@ -79,6 +79,14 @@ def all_gather_object(item):
     return items
 
 
+def all_gather_dict(part):
+    """-> the union of every rank's dict, on every rank; in the order of the ranks."""
+    union = {}
+    for other in all_gather_object(part):
+        union |= other
+    return union
+
+
 def broadcast_object(item):
     """-> rank 0's item, on every rank."""
     items = [item]

@@ -21,7 +21,7 @@ from test_run import mistake, same_weights, sft_flags, without_times
 from test_train_rl import read_metrics, rl_flags
 
 import prepare
-import train_sft
+from data import row_stream
 from models.loading import load_policy
 from rl import guards
 from run import checkpoint
@@ -319,7 +319,7 @@ def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path, monkeypatch):
     assert len(problems) == len(bad)
     command = list(sft_flags(toy_dir, tmp_path / "run", "--steps", 3))
     command[command.index("--data") + 1] = rows / "train.jsonl"
-    monkeypatch.setattr(train_sft, "MAX_BAD_FRAC", 0.5)
+    monkeypatch.setattr(row_stream, "MAX_BAD_FRAC", 0.5)
     printed = launch(*command)
     told = [line.split("replaced: ")[1] for line in printed.splitlines() if "replaced: " in line]
     assert sorted(told) == sorted(problem.split(": ", 1)[1] for problem in problems)
@@ -336,7 +336,7 @@ def test_a_clip_that_vanishes_leaves_the_replay(straight, tmp_path):
     rows = tmp_path / "rows"
     shutil.copytree(flags[flags.index("--data") + 1].parent, rows)
     flags[flags.index("--data") + 1] = rows / "train.jsonl"
-    lenient = "import sys, train_rl; train_rl.MAX_BAD_FRAC = 1; del sys.argv[1]; train_rl.main()"
+    lenient = "import sys, train_rl; from data import row_stream; row_stream.MAX_BAD_FRAC = 1; del sys.argv[1]; train_rl.main()"
     process = start("-c", lenient, *flags, "--cache-gb", 0, "--steps", 8, "--no-hints")
     wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 1)
     for clip in sorted((rows / "clips").glob("train-*.mp4"))[4:10]:

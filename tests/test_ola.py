@@ -376,11 +376,11 @@ def test_a_shared_clip_is_encoded_and_read_once(tiny):
     build, calls = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False), []
     for tower in (policy.thinker.model.visual, policy.thinker.model.audio_tower.speech):
         tower.register_forward_hook(lambda *_: calls.append(1))
-    reader = ClipCache(build, 10**9, policy.encoded)
+    clip_cache = ClipCache(build, 10**9, policy)
     asked = [
         dict(rows[1], prompt_id=str(i), question=q) for i, q in enumerate(("Which?", "How many?"))
     ]
-    prompts = [reader.get(row) for row in asked] + [reader.get(asked[0], "look left")]
+    prompts = [clip_cache.get(row) for row in asked] + [clip_cache.get(asked[0], "look left")]
     assert shared_clip_groups(prompts) == [[0, 1, 2]] and all(p.encoded for p in prompts)
     together = rollout(
         policy,

@@ -11,7 +11,7 @@ from media_files import bursts, make_row, write
 
 from data.clip_cache import ClipCache
 from data.clips import BadRow, decode_clip
-from data.rows import normalize_row
+from data.rows import clip_of, normalize_row
 from models.inputs import InputBuilder
 
 # ---- through the model's inputs ----------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_every_kind_of_row_becomes_a_prompt(build, media, fields, has):
         retold, fresh = build.with_text(prompt, asked, hint), build(asked, hint)
         assert torch.equal(retold.input_ids, fresh.input_ids)
         assert torch.equal(retold.position_ids, fresh.position_ids)
-        assert retold.media is prompt.media and build.key(other) == build.key(row)
+        assert retold.media is prompt.media and clip_of(other) == clip_of(row)
 
 
 def test_positions_tell_the_real_time_of_a_long_clip(build, tmp_path):
@@ -91,11 +91,11 @@ def test_use_audio_is_a_matter_of_each_row(build):
     rows = [make_row(prompt_id=i, video="good.mp4", use_audio=bool(i % 2)) for i in range(6)]
     rows = [normalize_row(row) for row in rows]
     alone = [build(row) for row in rows]
-    reader = ClipCache(build, 10**9)
+    clip_cache = ClipCache(build, 10**9)
     for row in rows:
-        reader.prefetch(row)
+        clip_cache.prefetch(row)
     for row, prompt in zip(rows, alone):
-        again = reader.get(row)
+        again = clip_cache.get(row)
         assert torch.equal(again.input_ids, prompt.input_ids)
         assert torch.equal(again.position_ids, prompt.position_ids)
         for name, tower in prompt.media.items():
