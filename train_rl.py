@@ -312,7 +312,7 @@ def main():
             info = concat_infos(past + fresh)
             grad_norm = optim.clip_grad_norm(policy)
             if not again:
-                watch.tell_spike(info, grad_norm, steps.tell)
+                watch.report_grad_spike(info, grad_norm, steps.tell)
                 first = (info, made, advantages, drawn, off_advantages, grad_norm)  # is reported
             loss = info["loss"].sum().item()
             problem = watch.bad_step(loss, grad_norm, guards.worst_ratio(info), again)
