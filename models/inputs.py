@@ -67,12 +67,19 @@ class Prompt(NamedTuple):
     """One prompt as the model takes it. Media are tensors for the towers, or their outputs."""
 
     input_ids: torch.Tensor  # (P,) int64, media placeholders filled in
-    position_ids: torch.Tensor  # (3, P) int64: TMRoPE time, height, width; plain ones: all equal
+    # (3, P) TMRoPE time, height, width; plain ones: all equal. int64, or float32 where a backbone's
+    # times lie between whole numbers
+    position_ids: torch.Tensor
     media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
 
     @property
     def encoded(self):
         return not any(isinstance(m, dict) for m in self.media.values())
+
+
+def positions_after(position_ids, count):
+    """(3, count) of text that goes on after (3, P): from the largest one on, the same on all axes."""
+    return (position_ids.max() + 1 + torch.arange(count)).expand(3, -1)
 
 
 def shared_clip_groups(prompts):
@@ -168,7 +175,6 @@ class InputBuilder:
         text = self.chat(processor, ["audio"], row, hint, words).split(self.media_ends[-1])[1]
         tail = torch.tensor(processor.tokenizer(text).input_ids)
         positions = prompt.position_ids[:, :media]
-        after = int(positions.max()) + 1 + torch.arange(len(tail))  # text: all three the same
-        positions = torch.cat([positions, after.expand(3, -1)], dim=1)
+        positions = torch.cat([positions, positions_after(positions, len(tail))], dim=1)
         ids = torch.cat([prompt.input_ids[:media], tail])
         return self.checked(Prompt(ids, positions, prompt.media), row)

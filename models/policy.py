@@ -10,6 +10,7 @@ L packed tokens, P prompt tokens, N completions, T completion tokens, D width, V
 
 from contextlib import nullcontext
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.utils.logging import disable_progress_bar
 
 from models.attention import PackedAttention, shared_prefix_attention, window_attention
-from models.inputs import BACKBONES
+from models.inputs import BACKBONES, positions_after
 from models.sharding import on_host
 from run.errors import out_of_memory_advice
 
@@ -31,6 +32,28 @@ HEAD_CHUNK = 1024  # tokens whose logits exist at one time
 CHECKPOINT_ABOVE_PARAMS = (
     10**8
 )  # weights, above which activations are computed again: less memory for more time
+
+
+class Head(NamedTuple):
+    """
+    A prompt, or what it begins with, as the text model takes it.
+
+    Some vision towers also give features of K of their middle layers (deepstack): the text model adds
+    them after each of its first K layers, where the pictures stand.
+    """
+
+    embeds: torch.Tensor  # (P, D)
+    position_ids: torch.Tensor  # (3, P)
+    visual: torch.Tensor  # (P,) bool: where pictures and frames stand
+    deepstack: torch.Tensor  # (visual.sum(), K D), in the order of the tokens; K is 0 without any
+
+    def first(self, n):
+        """Its first n tokens, with all media among them."""
+        return self._replace(
+            embeds=self.embeds[:n],
+            position_ids=self.position_ids[:, :n],
+            visual=self.visual[:n],
+        )
 
 
 class Policy(nn.Module):
@@ -98,25 +121,41 @@ class Policy(nn.Module):
         return prompt._replace(media={name: on_host(value) for name, value in media.items()})
 
     def embed(self, prompts):
-        """-> the prompts' embeddings, media in their places: a list of (P, D)."""
-        ids = torch.cat([p.input_ids for p in prompts]).to(self.device)
+        """-> a Head for each prompt, media in their places."""
+        config, sizes = self.thinker.config, [len(p.input_ids) for p in prompts]
+        ids = torch.cat([p.input_ids for p in prompts])
+        visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+        num_visual = [int(v.sum()) for v in visual.split(sizes)]  # on the host: nobody waits
+        ids, visual = ids.to(self.device), visual.to(self.device)
         embeds = self.thinker.get_input_embeddings()(ids)
+        width = embeds.shape[1]
         features = self.encode(prompts)
         for unused in features[len(prompts) :]:
-            embeds = embeds + 0 * sum(
-                f.sum() for f in unused.values()
-            )  # every rank goes back through them
+            # every rank goes back through them
+            embeds = embeds + 0 * sum(f.sum() for f in unused.values())
+        deepstack = embeds.new_zeros(sum(num_visual), 0)
         for modality in ("image", "video", "audio"):
             found = [f[modality] for f in features[: len(prompts)] if modality in f]
             if found:
-                where = ids == getattr(self.thinker.config, f"{modality}_token_id")
+                where = ids == getattr(config, f"{modality}_token_id")
                 found = torch.cat([f.to(embeds, non_blocking=True) for f in found])
                 # one placeholder too few is no error in the model: features would shift by one
                 assert (n := int(where.sum())) == len(found), (
                     f"{modality}: {n} placeholders of {len(found)}"
                 )
-                embeds = embeds.masked_scatter(where[:, None], found)
-        return embeds.split([len(p.input_ids) for p in prompts])
+                embeds = embeds.masked_scatter(where[:, None], found[:, :width])
+                if found.shape[1] > width:  # those of the tower's middle layers stand beside them
+                    layers = found[:, width:]
+                    if not deepstack.shape[1]:
+                        deepstack = layers.new_zeros(sum(num_visual), layers.shape[1])
+                    deepstack = deepstack.masked_scatter(where[visual][:, None], layers)
+        parts = zip(
+            embeds.split(sizes),
+            [p.position_ids for p in prompts],
+            visual.split(sizes),
+            deepstack.split(num_visual),
+        )
+        return [Head(*part) for part in parts]
 
     def forward(self, task):
         """
@@ -129,31 +168,42 @@ class Policy(nn.Module):
         """
         One packed row [ head 1 | head 2 | ... | tails of head 1 | ... ]: each tail goes on from its head.
 
-        heads    list of (embeds (P, D), position_ids (3, P))
-        tails    list, a head each, of lists of (ids (n,), position_ids (3, n)), n > 0
+        heads    list of Head
+        tails    list, a head each, of lists of (ids (n,), position_ids (3, n)), n > 0, without media
         returns  hidden states (M, D) of the last token of each head and of all tails, the PackedAttention
         """
         flat = [tail for group in tails for tail in group]
         ids = torch.cat([ids for ids, _ in flat]).to(self.device)
-        embeds = torch.cat([*(e for e, _ in heads), self.thinker.get_input_embeddings()(ids)])
-        positions = torch.cat([p for _, p in [*heads, *flat]], dim=1)[:, None].to(self.device)
-        sizes = [len(e) for e, _ in heads], [[len(ids) for ids, _ in group] for group in tails]
+        embeds = torch.cat([*(h.embeds for h in heads), self.thinker.get_input_embeddings()(ids)])
+        positions = [*(h.position_ids for h in heads), *(p for _, p in flat)]
+        positions = torch.cat(positions, dim=1)[:, None].to(self.device)
+        sizes = [len(h.embeds) for h in heads], [[len(ids) for ids, _ in group] for group in tails]
         shared = PackedAttention(*sizes, self.device, record)
         inputs = dict(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)
+        width = embeds.shape[1]
+        deepstack = [h.deepstack for h in heads if h.deepstack.shape[1]]
+        if deepstack:
+            visual = torch.cat([*(h.visual for h in heads), ids.new_zeros(len(ids)).bool()])
+            inputs["visual_pos_masks"] = visual[None]
+            inputs["deepstack_visual_embeds"] = torch.cat(deepstack).split(width, dim=1)
         text = self.thinker.model.language_model
         return text(**inputs, shared=shared).last_hidden_state[0], shared
 
 
 def last_layer_predicting_only(layer, hidden, **given):
     """
-    The text model's last layer, Qwen2's: of a packed row only the tokens that predict go through it. Of
-    a prompt's other tokens nothing is read but keys and values.  hidden (1, L, D) -> (1, M, D)
+    The text model's last layer, Qwen2's or Qwen3's: of a packed row only the tokens that predict go
+    through it. Of a prompt's other tokens nothing is read but keys and values.
+    hidden (1, L, D) -> (1, M, D)
     """
     shared, attn = given.get("shared"), layer.self_attn
     if not isinstance(shared, PackedAttention):
         return type(layer).forward(layer, hidden, **given)
     x, projections = layer.input_layernorm(hidden), (attn.q_proj, attn.k_proj, attn.v_proj)
-    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in projections)
+    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)) for p in projections)
+    if hasattr(attn, "q_norm"):  # Qwen3
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     q, k = apply_rotary_pos_emb(q, k, *given["position_embeddings"])
     out = shared.attend(attn.layer_idx, q[:, :, shared.read], k, v, attn.scaling)
     hidden = hidden[:, shared.read] + attn.o_proj(out.flatten(2))
@@ -199,16 +249,14 @@ def _packed_logprobs(policy, prompts, completions, temperature):
     flat = [c for group in completions for c in group]
     tails, gather, row = [], [], len(prompts)
     for b, (prompt, group) in enumerate(zip(prompts, completions)):
-        after = int(prompt.position_ids.max()) + 1
         # the last token of a completion predicts nothing, so it is not read, unless it is the only one
         read = [completion[: max(len(completion) - 1, 1)] for completion in group]
-        tails.append([(ids, (after + torch.arange(len(ids))).expand(3, -1)) for ids in read])
+        tails.append([(ids, positions_after(prompt.position_ids, len(ids))) for ids in read])
         for completion, ids in zip(group, read):
             # the prompt's last token predicts the first token of every completion
             gather += [torch.tensor([b]), torch.arange(row, row + len(completion) - 1)]
             row += len(ids)
-    heads = zip(policy.embed(prompts), (p.position_ids for p in prompts))
-    hidden, _ = policy.read(list(heads), tails)
+    hidden, _ = policy.read(policy.embed(prompts), tails)
     hidden = hidden[torch.cat(gather).to(policy.device)]  # (sum of T, D)
     targets, sizes = torch.cat(flat).to(policy.device), list(map(len, flat))
     found = head_logprobs(policy.thinker.lm_head, hidden, targets, temperature)

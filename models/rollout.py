@@ -103,7 +103,7 @@ def _rollout(
     with unsharded(policy):
         logits, attention = prefill(policy, prompts, families, owner, micro_tokens)
         logits = logits[owner]  # (rows, V)
-        after = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)[owner]
+        after = torch.stack([p.position_ids.max() + 1 for p in prompts]).to(device)[owner]
 
         def decode_plainly(token, position):
             """A token of every row, (rows,) and its position (rows,) -> logits of the next (rows, V)."""
@@ -164,8 +164,7 @@ def prefill(policy, prompts, families, owner, micro_tokens):
     logits, kept = [], []
     for pack in micro_batches(sizes, micro_tokens):
         firsts = [prompts[families[i][0]] for i in pack]
-        cuts = zip((alike[i] for i in pack), policy.embed(firsts), firsts)
-        heads = [(embed[:n], first.position_ids[:, :n]) for n, embed, first in cuts]
+        heads = [head.first(alike[i]) for i, head in zip(pack, policy.embed(firsts))]
         tails = [
             [(own[b], prompts[b].position_ids[:, cut[b] :]) for b in families[i]] for i in pack
         ]

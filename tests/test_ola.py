@@ -162,14 +162,11 @@ def test_a_prompt_is_the_originals(known, converted, case):
         prompt = prompt._replace(position_ids=torch.arange(len(prompt.input_ids)).expand(3, -1))
     policy = Policy(thinker, True)
     with torch.no_grad():
-        (embeds,) = policy.embed([prompt])
-        close(embeds, known[0][f"embeds, {case}"])
-        assert prompt.position_ids.tolist() == [list(range(len(embeds)))] * 3
-        head, tail = (
-            (embeds[:-4], prompt.position_ids[:, :-4]),
-            (prompt.input_ids[-4:], prompt.position_ids[:, -4:]),
-        )
-        hidden, _ = policy.read([head], [[tail]])
+        (head,) = policy.embed([prompt])
+        close(head.embeds, known[0][f"embeds, {case}"])
+        assert prompt.position_ids.tolist() == [list(range(len(head.embeds)))] * 3
+        tail = prompt.input_ids[-4:], prompt.position_ids[:, -4:]
+        hidden, _ = policy.read([head.first(-4)], [[tail]])
         close(thinker.lm_head(hidden[-4:]), known[0][f"logits, {case}"])
 
 
@@ -334,7 +331,8 @@ def test_logprobs_are_those_of_whole_sequences_and_of_the_rollout(tiny):
     with torch.no_grad():
         logprobs, _, _ = completion_logprobs(policy, prompts, completions, 0.7)
         rows = iter(logprobs)
-        for embed, group in zip(policy.embed(prompts), completions):
+        embeds = [head.embeds for head in policy.embed(prompts)]
+        for embed, group in zip(embeds, completions):
             for c in group:
                 whole = torch.cat([embed, plain.get_input_embeddings()(c)])[None]
                 logits = plain(inputs_embeds=whole).logits[0, len(embed) - 1 : -1] / 0.7
