@@ -6,225 +6,300 @@ around every number.
     python eval.py --model runs/stage2/final --data test.jsonl --out scores/stage2
     python eval.py --model M --benchmark daily-omni --root DIR --out scores/M --html 200
     torchrun --nproc-per-node 8 eval.py --model M --benchmark all --root DIR --out scores/M
+    python eval.py --model M --data test.jsonl --without sound --baseline scores/M --out scores/muted
     python eval.py --table scores/base scores/grpo scores/avatar     # the paper's tables
 
 An item that cannot be read counts as wrong and is named; the denominator is the number of items.
-Intervals: 95 % bootstrap over clips, since questions about one clip stand or fall together. A clip
-is decoded, encoded and read once for all questions about it.
+Intervals: 95 % bootstrap over clips, since questions about one clip are right or wrong together. A
+clip is decoded, encoded and read once for all questions about it.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
+import sys
 from pathlib import Path
 
 import toy
 from data.media_flags import add_media_flags, media_config_from
-from evaluation import benchmarks
+from evaluation import benchmarks, protocol, tables
+from evaluation.protocol import SENSES, Protocol
 from run import arguments
+from run.errors import UserError
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
-    flag("--data", nargs="+", help="JSONL files (default: the toy's held-out rows, all stages)")
-    names = list(benchmarks.BENCHMARKS)
+    flag = parser.add_argument_group("what is evaluated").add_argument
+    flag("--model", help="folder of a run or model, or hub id; without it the toy")
+    flag("--data", nargs="+", help="JSONL files; without it the toy's held-out rows of all stages")
     flag(
         "--benchmark",
         nargs="+",
-        choices=["all", *names],
+        choices=["all", *benchmarks.BENCHMARKS],
         metavar="NAME",
-        help=f"of the paper: all (fifteen), {', '.join(names)}",
+        help=f"benchmarks of the paper: all (fifteen), {', '.join(benchmarks.BENCHMARKS)}",
+    )
+    flag("--root", help="folder with the benchmarks, each in a folder of its name; or a single one")
+    flag(
+        "--allow-missing",
+        action="store_true",
+        help="score items with missing media as wrong instead of stopping",
+    )
+
+    flag = parser.add_argument_group("how it is asked").add_argument
+    flag(
+        "--protocol",
+        default="ours",
+        choices=["ours", "paper"],
+        help="'paper' follows the authors' evaluation scripts",
+    )
+    flag("--template", metavar="FILE", help="text of the user's turn, with {question} in it")
+    flag(
+        "--system",
+        metavar="FILE",
+        help="system prompt in the place of the protocol's; 'none': the model's own default",
     )
     flag(
-        "--root", help="folder that holds the benchmarks, each in a folder of its name, or the one"
+        "--without",
+        nargs="+",
+        choices=SENSES,
+        default=[],
+        help="hide the sound, the video and images, or both (text alone) from the model",
     )
     flag(
-        "--allow-missing", action="store_true", help="go on without media that are not there: wrong"
+        "--audio-captions",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="put a row's audio_caption into the prompt",
     )
-    flag(
-        "--protocol", default="ours", choices=["ours", "paper"], help="paper: the authors' scripts'"
-    )
-    flag("--template", metavar="FILE", help="the user's turn in other words, with {question} in it")
+    flag("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
+    flag("--max-new-tokens", type=int, default=2048, help="limit of reasoning and answer together")
+    flag("--seed", type=int, default=0, help="random seed of sampling and of the bootstrap")
+
+    flag = parser.add_argument_group("what is written").add_argument
     flag("--out", default="scores/toy", help="folder for records.jsonl and scores.json")
-    flag("--against", metavar="DIR", help="an earlier --out: report the paired difference too")
     flag("--resume", action="store_true", help="keep the items that --out already holds")
-    flag("--html", type=int, default=0, metavar="N", help="N items to look at, wrong ones first")
+    flag("--baseline", metavar="DIR", help="an earlier --out: also report the paired difference")
+    flag("--against", dest="baseline", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    flag("--html", type=int, default=0, metavar="N", help="also write a page of N items")
     flag(
         "--table",
         nargs="+",
         metavar="DIR",
-        help="only print Markdown tables of these --outs, differences to the first",
+        help="only print Markdown tables of these --outs, with differences to the first",
     )
-    flag("--seed", type=int, default=0, help="of sampling and of the bootstrap")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="to compute in")
-    flag("--temperature", type=float, default=0.0, help="0 = greedy")
-    flag("--max-new-tokens", type=int, default=2048, help="enough to reason and still to answer")
+
+    flag = parser.add_argument_group("where it computes").add_argument
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    flag(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="number format of the model; auto: bfloat16 on a GPU",
+    )
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
-    flag("--audio-captions", action=boolean, default=False, help="put audio_caption in the prompt")
     add_media_flags(parser, keeps_clips=False)
 
-    def overrides(first):
-        if first.protocol == "paper":  # 32 frames: the paper; pixels: the default of Qwen's loader
-            limits = dict(fps=2.0, max_frames=32, max_pixels=768 * 28 * 28)
-            yield "paper", limits | dict(max_new_tokens=None)  # None: the script's
-        if not first.table and toy.is_toy(first.model):
-            yield "toy", toy.OVERRIDES["media"] | dict(batch_size=64)
-            if first.protocol == "ours":
-                yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
-
-    args = arguments.parse(parser, argv, overrides)
-    arguments.check_bounds(args[0], seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
-    if args[0].benchmark and not args[0].root:
+    args, source = arguments.parse(parser, argv, overrides)
+    arguments.check_bounds(args, seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
+    if args.benchmark and not args.root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")
-    if args[0].protocol == "paper" and (args[0].data or not args[0].benchmark):
+    if args.protocol == "paper" and (args.data or not args.benchmark):
         parser.error("--protocol paper is for --benchmark alone: the authors have other scripts")
-    return args
+    return args, source
+
+
+def parse_or_print_tables():
+    """What is answered before torch is loaded: --help, a mistake in the flags, --table."""
+    args, _ = parse_args()
+    if args.table:
+        print_tables(args.table, args.seed)
+        sys.exit()
+
+
+def print_tables(folders, seed):
+    for folder in folders:
+        if not tables.read_records(folder):
+            raise UserError(f"--table: no records in {folder}")
+    tables.print_tables(folders, seed)
+
+
+def overrides(args):
+    """Yields (where they come from, {flag: default}) that depend on other flags; later ones win."""
+    if args.protocol == "paper":
+        # 32 frames: the paper; pixels: the default of Qwen's loader; None: the limit of each script
+        media = dict(fps=2.0, max_frames=32, max_pixels=768 * 28 * 28)
+        yield "paper", media | dict(max_new_tokens=None)
+    if not args.table and toy.is_toy(args.model):
+        yield "toy", toy.OVERRIDES["media"] | dict(batch_size=64)
+        if args.protocol == "ours":
+            yield "toy", dict(max_new_tokens=toy.OVERRIDES["rl"]["max_new_tokens"])
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_args)
+    arguments.answer_early(parse_or_print_tables)
 
 import json
 import os
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from data.clip_cache import num_decoders
 from data.clips import BadRow
 from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
-from evaluation import items, items_page, protocol, tables
+from evaluation import items
+from evaluation.asking import ClipItems, answer_items
+from evaluation.items_page import write_items_page
 from models import attention
 from models.inputs import InputBuilder
 from models.loading import load_policy
 from models.paths import base_model, resolve_run_dir
-from models.rollout import rollout
 from models.sharding import cast_params
-from run import optim, processes
-from run.errors import UserError
+from run import processes
 from run.io import write_text
 from run.launch import run_main
 from run.run_dir import git_commit, lock_run_dir
 
-MANY = 0.1  # of a file's items: if the media of more (and of more than 2) are out of reach, it is no bad item
+# Missing media of more items than this share of a file (and more than 2) stop the evaluation: the
+# folder is set up wrongly. Fewer are bad items.
+MAX_MISSING_SHARE = 0.1
 
 
-def read_template(path):
+# ---- how it is asked ---------------------------------------------------------------------------
+
+
+def open_protocol(args):
+    """The Protocol that the flags describe; reads the files of --template and --system."""
+    template = read_text("--template", args.template) if args.template else None
+    if template and "{question}" not in template:
+        where = "put it where the question goes"
+        raise UserError(f"--template: no {{question}} in {args.template}: {where}")
+    if args.system is None:
+        system = None
+    elif args.system == "none":
+        system = ""
+    else:
+        system = read_text("--system", args.system).strip()
+    return Protocol(
+        is_authors=args.protocol == "paper",
+        template=template,
+        system=system,
+        audio_captions=args.audio_captions,
+        without=tuple(sense for sense in SENSES if sense in args.without),
+    )
+
+
+def read_text(flag, path):
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--template: {path} is not UTF-8 ({error.reason}): convert it") from None
-    if "{question}" not in text:
-        raise UserError(f"--template: no {{question}} in {path}: put it where the question goes")
-    return text
+        raise UserError(f"{flag}: {path} is not UTF-8 ({error.reason}): convert it") from None
 
 
-def recipe_of(args, folder, template, dtype):
-    """What a score depends on beside the items: kept with it, and the same where it is resumed."""
-    folders = {str(folder), base_model(folder)}  # of a hub id no file
-    inside = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
-    recipe = dict(model=str(folder), protocol=args.protocol, template=template)
-    recipe["weights"] = max((path.stat().st_mtime for path in inside), default=None)  # of when
-    recipe["seed"] = args.seed if args.temperature else None  # greedy: only of the bootstrap
-    limited = media_config_from(args)._asdict()
-    del limited["side"]  # the model's
-    recipe |= dict(recipe=limited, temperature=args.temperature)
-    recipe |= dict(audio="a video's own, where it has some", audio_captions=args.audio_captions)
-    recipe |= dict(dtype=str(dtype), commit=git_commit(), arguments=vars(args))
-    if args.protocol == "paper":
-        words = dict(system=protocol.SYSTEM, instructions=protocol.ASKED)
-        return recipe | words | dict(max_new_tokens=args.max_new_tokens or protocol.TOKENS)
-    words = dict(system=SYSTEM_PROMPT, instructions=INSTRUCTIONS)
-    return recipe | words | dict(max_new_tokens=args.max_new_tokens)
+def recipe_of(args, folder, asked, dtype):
+    """
+    What a score depends on beside the items. It is kept with the scores, and a resumed evaluation
+    must have the same.
+
+    asked    Protocol
+    """
+    folders = {str(folder), base_model(folder)}  # a hub id holds no files
+    files = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
+    media_limits = media_config_from(args)._asdict()
+    del media_limits["side"]  # the model's, not the user's
+
+    recipe = dict(
+        model=str(folder),
+        weights=max((path.stat().st_mtime for path in files), default=None),  # time of the newest
+        protocol=args.protocol,
+        template=asked.template,
+        without=list(asked.without),
+        recipe=media_limits,
+        audio="a video's own, where it has some",
+        audio_captions=asked.audio_captions,
+        temperature=args.temperature,
+        seed=args.seed if args.temperature else None,  # greedy decoding draws nothing
+        dtype=str(dtype),
+        commit=git_commit(),
+        arguments=vars(args),
+        max_new_tokens=args.max_new_tokens,
+        system=SYSTEM_PROMPT,
+        instructions=INSTRUCTIONS,
+    )
+    if asked.is_authors:
+        recipe["max_new_tokens"] = args.max_new_tokens or protocol.MAX_NEW_TOKENS
+        recipe |= dict(system=protocol.SYSTEM, instructions=protocol.QUESTIONS)
+    if asked.system is not None:
+        recipe["system"] = asked.system
+    return recipe
 
 
-# ---- sets of items -------------------------------------------------------------------------------------
+# ---- sets of items -----------------------------------------------------------------------------
 
 
 def name_of(file):
-    """One name of a file, however it was typed: from here if it lies below, else from the root."""
+    """One name for a file, however it was typed: relative if it lies below here, else absolute."""
     path = os.path.relpath(file)
     return os.path.abspath(file) if path.startswith(os.pardir) else path
 
 
 def load_sets(args, toy_tests):
-    """-> {name: (folder of its media, rows)}: of files as they are, of benchmarks raw."""
-    sets, absent = {}, []
-    for file in args.data or ([] if args.benchmark else toy_tests):
+    """-> {name: (folder of its media, rows)} of the files, and of the benchmarks as published."""
+    files = args.data or []
+    if not args.data and not args.benchmark:
+        files = toy_tests
+    sets = {}
+    for file in files:
         rows = Rows(file)
         sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
-    for name in chosen_benchmarks(args):
-        if args.protocol == "paper" and name not in protocol.TOKENS:
+    for name in chosen_benchmarks(args.benchmark or [], args.root):
+        if args.protocol == "paper" and name not in protocol.MAX_NEW_TOKENS:
             raise UserError(f"--protocol paper: the authors published no script for {name}")
         sets[name] = benchmarks.load(name, args.root)
-    recipe = media_config_from(args)
-    for name, (folder, rows) in sets.items():
-        lost = items.out_of_reach(folder, rows, recipe)
-        # a few of a file of one's own are bad items; many are a fault of the set-up
-        if lost and (name in benchmarks.BENCHMARKS or len(lost) > max(2, MANY * len(rows))):
-            for problem in lost[:10]:
-                processes.print0(f"out of reach: {problem}")
-            source = getattr(benchmarks.BENCHMARKS.get(name), "source", None)
-            told = f"{name}: media of {len(lost)} of {len(rows)} items are out of reach in {folder}"
-            told += ", the first are above: put them there" + f", from {source}" * bool(source)
-            absent.append(told)
-    if absent and not args.allow_missing:
-        raise UserError("; ".join(absent) + ", or count them as wrong: --allow-missing")
     return sets
 
 
-def chosen_benchmarks(args):
-    """Names in the order of the table; of "all" those that lie in --root, the others are told."""
-    chosen, known = set(args.benchmark or []), benchmarks.BENCHMARKS
+def chosen_benchmarks(names, root):
+    """The names in the order of the table; of "all", those that lie in root."""
+    chosen = set(names)
     if "all" in chosen:
-        fifteen = [name for name in known if not name.endswith("-ref")]
-        there = [name for name in fifteen if (Path(args.root) / name).is_dir()]
-        if not there:
-            told = f"none of the fifteen is in {args.root}: give each a folder of its name"
-            raise UserError(f"--benchmark all: {told}: {', '.join(fifteen)}")
-        if absent := [name for name in fifteen if name not in there]:
-            processes.print0(f"not in {args.root}, left out: {', '.join(absent)}")
-        chosen |= set(there)
-    return [name for name in known if name in chosen]
+        fifteen = [name for name in benchmarks.BENCHMARKS if not name.endswith("-ref")]
+        present = [name for name in fifteen if (Path(root) / name).is_dir()]
+        absent = [name for name in fifteen if name not in present]
+        if not present:
+            why = f"none of the fifteen is in {root}: give each a folder of its name"
+            raise UserError(f"--benchmark all: {why}: {', '.join(fifteen)}")
+        if absent:
+            processes.print0(f"not in {root}, left out: {', '.join(absent)}")
+        chosen |= set(present)
+    return [name for name in benchmarks.BENCHMARKS if name in chosen]
 
 
-def answer(policy, build, name, pairs, prompts, args):
-    """Asks the model about the pairs (row, record) that have a Prompt; fills in their records."""
-    asked = []
-    for (row, record), prompt in zip(pairs, prompts):
-        if isinstance(prompt, BadRow):  # wrong, and named at the end
-            record["failure"] = str(prompt)
-        else:
-            asked.append((row, record, prompt))
-    if not asked:
-        return
-    authors = args.protocol == "paper"
-    tokens = args.max_new_tokens or protocol.TOKENS[name]
-    ids = [f"{name} {row['prompt_id']}".encode() for row, _, _ in asked]
-    groups = rollout(
-        policy,
-        [prompt for _, _, prompt in asked],
-        [1] * len(asked),
-        temperature=args.temperature,
-        max_new_tokens=tokens,
-        eos_ids=build.eos_ids,
-        seeds=[processes.seed(args.seed, zlib.crc32(i)) for i in ids],
-    )
-    for (row, record, _), (made,) in zip(asked, groups):
-        items.judge(record, row, build.texts([made])[0], made.truncated, name, authors)
-
-
-def keep(out, records):
-    """Writes whole records in one file, and removes what single ranks had written."""
-    write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    for path in out.glob("records-*.jsonl"):
-        path.unlink()
+def check_media(sets, media_config, allow_missing):
+    """Stops where so many media are missing that the set-up is at fault, not single items."""
+    problems = []
+    for name, (folder, rows) in sets.items():
+        missing = items.missing_media(folder, rows, media_config)
+        is_benchmark = name in benchmarks.BENCHMARKS
+        if (
+            not missing
+            or not is_benchmark
+            and len(missing) <= max(2, MAX_MISSING_SHARE * len(rows))
+        ):
+            continue
+        for problem in missing[:10]:
+            processes.print0(f"out of reach: {problem}")
+        problem = (
+            f"{name}: media of {len(missing)} of {len(rows)} items are out of reach in {folder}"
+        )
+        problem += ", the first are above: put them there"
+        if is_benchmark:
+            problem += f", from {benchmarks.BENCHMARKS[name].source}"
+        problems.append(problem)
+    if problems and not allow_missing:
+        raise UserError("; ".join(problems) + ", or count them as wrong: --allow-missing")
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -233,124 +308,181 @@ def keep(out, records):
 def main():
     args, _ = parse_args()
     if args.table:
-        for folder in args.table:
-            if not tables.read_records(folder):
-                raise UserError(f"--table: no records in {folder}")
-        return tables.print_tables(args.table, args.seed)
+        print_tables(args.table, args.seed)
+        return
     device = processes.init(args.device)
     out = Path(args.out)
     lock_run_dir(out)  # two evaluations would mix their records
-    done = tables.read_records(out)
-    processes.all_gather_object(None)  # every rank has looked before one writes
-    if done and not args.resume:
+    previous = tables.read_records(out)
+    processes.all_gather_object(None)  # every rank has read them before one writes
+    if previous and not args.resume:
         raise UserError(f"{out} already holds records: add --resume, or choose another --out")
-    others = tables.read_records(args.against) if args.against else None
-    if others == []:
-        raise UserError(f"--against: no records in {args.against}")
-    toy_paths = (
-        []
-        if args.benchmark
-        else [toy.write_defaults(stage, args.model, args.data) for stage in (1, 2, 3)]
-    )
-    folder = resolve_run_dir(
-        args.model or (toy_paths or [toy.write_defaults(1, args.model, args.data)])[0][0]
-    )
-    sets = load_sets(args, [test for _, _, test in toy_paths])
+    baseline = tables.read_records(args.baseline) if args.baseline else None
+    if baseline == []:
+        raise UserError(f"--baseline: no records in {args.baseline}")
 
-    # ---- the recipe: every score carries it, and what is resumed has the same
-    template = args.template and read_template(args.template)
+    if args.benchmark:
+        toy_tests, toy_model = [], toy.write_defaults(1, args.model, args.data)[0]
+    else:
+        toy_files = [toy.write_defaults(stage, args.model, args.data) for stage in (1, 2, 3)]
+        toy_tests, toy_model = [test for _, _, test in toy_files], toy_files[0][0]
+    folder = resolve_run_dir(args.model or toy_model)
+    asked = open_protocol(args)
+    media_config = media_config_from(args)
+    sets = load_sets(args, toy_tests)
+    check_media(sets, media_config, args.allow_missing)
+
+    # ---- the recipe: every score carries it, and a resumed evaluation has the same
     dtype = processes.compute_dtype(device, args.dtype)
-    result = recipe_of(args, folder, template, dtype)
-    changed = tables.recipe_changes(result, out, "model", "weights", "seed") if done else []
-    if changed:
-        raise UserError(f"--resume: other {', '.join(changed)} than in {out}: another --out")
+    recipe = recipe_of(args, folder, asked, dtype)
+    if previous:
+        changes = tables.recipe_changes(recipe, out, "model", "weights", "seed", "without")
+        if changes:
+            raise UserError(f"--resume: other {', '.join(changes)} than in {out}: another --out")
 
-    # ---- items: what an earlier command asked is kept if it is the same today and was read
-    have = {(r["file"], r["prompt_id"]): r for r in done}
-    done, to_ask = [r for r in done if r["file"] not in sets], {}
-    if done:
-        processes.print0(f"{out} also holds {', '.join(dict.fromkeys(r['file'] for r in done))}")
+    # ---- items: an earlier record is kept if its item is the same today and was read
+    by_id = {(r["file"], r["prompt_id"]): r for r in previous}
+    settled = [r for r in previous if r["file"] not in sets]
+    if settled:
+        other_sets = dict.fromkeys(r["file"] for r in settled)
+        processes.print0(f"{out} also holds {', '.join(other_sets)}")
+    to_ask = {}
     for name, (_, rows) in sets.items():
-        to_ask[name], settled = items.new_items(name, rows, have, args, template)
-        done += settled
-    if again := sum((n, r["prompt_id"]) in have for n, asked in to_ask.items() for _, r in asked):
-        processes.print0(f"{again} items are asked again: changed since, or not read then")
+        to_ask[name], settled_here = items.split_items(name, rows, by_id, asked)
+        settled += settled_here
+    num_again = sum((n, r["prompt_id"]) in by_id for n, pairs in to_ask.items() for _, r in pairs)
+    if num_again:
+        processes.print0(f"{num_again} items are asked again: changed since, or not read then")
     processes.all_gather_object(None)
     if processes.rank() == 0:
-        write_text(out / "recipe.json", json.dumps(result, indent=1))
-        keep(out, done)
+        write_text(out / "recipe.json", json.dumps(recipe, indent=1))
+        write_records(out, settled)
     processes.all_gather_object(None)
 
+    # ---- the model
     policy = load_policy(folder, lora_rank=0, train_towers=False)
     cast_params(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
     policy.to(device)
     attention.set_attention_kernel("auto", device, dtype)
-    build = InputBuilder(folder, media_config_from(args), ".", args.audio_captions)
+    build = InputBuilder(folder, media_config, ".", args.audio_captions)
 
-    # ---- this rank's clips; those with as many questions are decoded together
-    packs, records = [], []
-    for name, asked in to_ask.items():
-        groups = sorted(items.by_clip(asked), key=lambda group: len(group["items"]))
-        groups = groups[processes.rank() :: processes.world_size()]
-        for group in groups:
-            words = lambda row, name=name: items.words_of(name, row, args, template)  # noqa: E731
-            group |= dict(build=build.at(sets[name][0]), words=words)
-        sizes = [len(group["items"]) for group in groups]
-        for pack in optim.micro_batches(sizes, args.batch_size):
-            packs.append((name, [groups[i] for i in pack]))
+    # ---- the answers to this rank's share of the clips
+    clips, max_new_tokens = [], {}
+    for name, pairs in to_ask.items():
+        groups = sorted(items.group_by_clip(pairs), key=len)
+        for group in groups[processes.rank() :: processes.world_size()]:
+            clips.append(ClipItems(name, group, build.at(sets[name][0])))
+        max_new_tokens[name] = args.max_new_tokens or protocol.MAX_NEW_TOKENS[name]
+    start = time.perf_counter()
+    answered = answer_items(
+        policy,
+        clips,
+        protocol=asked,
+        num_samples=1,
+        temperature=args.temperature,
+        max_new_tokens=max_new_tokens,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    records = scored_records(answered, sum(len(clip.items) for clip in clips), build, asked, out)
+    seconds = time.perf_counter() - start
 
-    total = sum(len(g["items"]) for _, pack in packs for g in pack)
-    bar = tqdm(total=total, desc="eval", dynamic_ncols=True, disable=bool(processes.rank()) or None)
-    began, right = time.perf_counter(), []
-    path, reading = out / f"records-{processes.rank()}.jsonl", {}
-    with open(path, "a") as file, ThreadPoolExecutor(num_decoders()) as pool:
-        for k, (name, pack) in enumerate(packs):
-            for j in range(k, min(k + 2, len(packs))):  # the next clips are read meanwhile
-                if j not in reading:
-                    reading[j] = [pool.submit(items.read_clip, group) for group in packs[j][1]]
-            prompts = [prompt for clip in reading.pop(k) for prompt in clip.result()]
-            asked = [item for group in pack for item in group["items"]]
-            answer(policy, build, name, asked, prompts, args)
-            new = [record for _, record in asked]
-            records += new
-            file.writelines(json.dumps(record) + "\n" for record in new)
+    # ---- the scores of all ranks together
+    records = settled + [r for part in processes.all_gather_object(records) for r in part]
+    if processes.rank() == 0:
+        result = recipe | dict(seconds=seconds)
+        report(args, result, records, baseline, out)
+        if args.html:
+            roots = {name: root for name, (root, _) in sets.items()}
+            page = out / "items.html"
+            write_items_page(page, str(folder), records, roots, args.html, build.recipe)
+            print(f"wrote {page}")
+
+
+def scored_records(answered, num_items, build, asked, out):
+    """
+    Scores the answers as they come and appends their records to this rank's file; -> the records.
+
+    answered   iterator of lists of asking.Answered
+    asked      Protocol
+    """
+    bar = tqdm(
+        total=num_items, desc="eval", dynamic_ncols=True, disable=bool(processes.rank()) or None
+    )
+    records = []
+    with open(out / f"records-{processes.rank()}.jsonl", "a") as file:
+        for batch in answered:
+            for row, record, completions, problem in batch:
+                if problem:
+                    record["failure"] = str(problem)
+                else:
+                    (completion,) = completions
+                    items.score_record(
+                        record,
+                        row,
+                        build.texts([completion])[0],
+                        completion.truncated,
+                        name=record["file"],
+                        protocol=asked,
+                    )
+                file.write(json.dumps(record) + "\n")
+                records.append(record)
             file.flush()
-            right += [record["score"] for record in new]
-            bar.update(len(new))
-            bar.set_postfix(score=f"{np.mean(right):.3f}")
+            bar.update(len(batch))
+            bar.set_postfix(score=f"{np.mean([r['score'] for r in records]):.3f}")
     bar.close()
+    return records
 
-    # ---- what all ranks found
-    records = done + [r for part in processes.all_gather_object(records) for r in part]
-    if processes.rank():
-        return
-    result |= dict(seconds=time.perf_counter() - began, scores=tables.summary(records, args.seed))
+
+def write_records(out, records):
+    """Writes all records to one file, and removes those of single ranks."""
+    write_text(out / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    for path in out.glob("records-*.jsonl"):
+        path.unlink()
+
+
+def report(args, result, records, baseline, out):
+    """Writes the records and scores.json, and prints the table."""
+    hears = "sound" not in result["without"]
     videos = [r for r in records if r["video"] and r["completion"] is not None]
-    result["heard"] = dict(videos=len(videos), with_sound=sum(bool(r["use_audio"]) for r in videos))
-    if others:
-        result["against"] = tables.compare(records, others, args.seed)
-    keep(out, records)
+    num_heard = sum(bool(r["use_audio"]) for r in videos) if hears else 0
+    result["scores"] = tables.summarize_all(records, args.seed)
+    result["heard"] = dict(videos=len(videos), with_sound=num_heard)
+    if baseline:
+        result["baseline"] = tables.compare_all(records, baseline, args.seed)
+    write_records(out, records)
     write_text(out / "scores.json", json.dumps(result, indent=1))
+
     for record in records:
         if record["failure"] and record["completion"] is None:
             print(f"wrong: {record['failure']}")
-    told = "  ".join(f"{name} {value:g}" for name, value in result["recipe"].items())
-    told += f"  temperature {args.temperature:g}  max_new_tokens {result['max_new_tokens']}"
-    print(f"{folder}  protocol {args.protocol}  commit {result['commit']}\n{told}")
-    heard = result["heard"]["with_sound"]
-    why = "; the others have none, or more than --max-audio-seconds" * (heard < len(videos))
-    print(f"sound heard in {heard} of {len(videos)} videos asked about{why}")
+    print(f"{result['model']}  protocol {args.protocol}  commit {result['commit']}")
+    limits = "  ".join(f"{name} {value:g}" for name, value in result["recipe"].items())
+    decoding = f"temperature {args.temperature:g}  max_new_tokens {result['max_new_tokens']}"
+    print(f"{limits}  {decoding}")
+    if result["without"]:
+        print(f"hidden from the model: {' and '.join(result['without'])}")
+    heard_line = f"sound heard in {num_heard} of {len(videos)} videos asked about"
+    if hears and num_heard < len(videos):
+        heard_line += "; the others have none, or more than --max-audio-seconds"
+    print(heard_line)
     tables.print_scores(result)
-    if others and not result["against"]:
-        raise UserError(f"--against: {args.against} shares no item with {out}")
-    if others and (changed := tables.recipe_changes(result, args.against)):
-        print(f"not like with like: other {', '.join(changed)} than in {args.against}")
-    if args.html:
-        roots = {name: root for name, (root, _) in sets.items()}
-        items_page.write_items_page(
-            out / "items.html", str(folder), records, roots, args.html, build.recipe
-        )
-        print(f"wrote {out / 'items.html'}")
+    if len(result["without"]) == len(SENSES):
+        print(tables.solved_blind(records))
+    if baseline:
+        report_baseline(result, args.baseline, out)
+
+
+def report_baseline(result, baseline, out):
+    if not result["baseline"]:
+        raise UserError(f"--baseline: {baseline} shares no item with {out}")
+    changes = tables.recipe_changes(result, baseline)
+    if changes:
+        print(f"not like with like: other {', '.join(changes)} than in {baseline}")
+    theirs = tables.senses_removed(baseline)
+    if theirs != result["without"]:
+        ours = tables.senses_label(result["without"])
+        print(f"the difference is {ours} minus {tables.senses_label(theirs)}")
 
 
 if __name__ == "__main__":

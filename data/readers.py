@@ -17,8 +17,12 @@ NO_HEADER = {  # columns of what is published without their names
 }
 
 
-def records(path):
-    """Yields the records of a file, dicts; in the place of one that cannot be read, a BadRow."""
+def records(path, unwrap=True):
+    """
+    Yields the records of a file, dicts; in the place of one that cannot be read, a BadRow.
+
+    unwrap   a file that is one object with a list of records in it gives these; False: the object
+    """
     with open(path, "rb") as file:
         head = file.read(4096)
     if head[:4] == b"PAR1":
@@ -28,8 +32,11 @@ def records(path):
         with open(path, encoding=_encoding(head), newline=None) as file:
             start = (re.search(r"\S", text) or [" "])[0] if (text := file.read(4096)) else " "
             file.seek(0)
-            read = {"[": _array, "{": _lines}.get(start, _table)
-            yield from read(file, path.name)
+            if start == "{":
+                yield from _lines(file, path.name, unwrap)
+            else:
+                read = _array if start == "[" else _table
+                yield from read(file, path.name)
     except UnicodeDecodeError as error:
         yield BadRow(f"{path.name} is neither UTF-8 nor UTF-16 ({error.reason}): convert it")
 
@@ -66,13 +73,14 @@ def _array(file, name):
             text, at = text[at:], 0
 
 
-def _lines(file, name):
+def _lines(file, name, unwrap):
     """JSON lines; a file that is one object is one record, or the list of records that it holds."""
     first, second = file.readline(), file.readline()
     file.seek(0)
     try:
         if not second.strip() or not _is_json(first):
-            yield from _held(json.load(file))
+            whole = json.load(file)
+            yield from _held(whole) if unwrap else [whole]
             return
     except ValueError:
         file.seek(0)  # broken lines, each to be named

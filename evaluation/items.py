@@ -1,172 +1,191 @@
 """
-An item of an evaluation: what is asked, whether it has been asked before, its record, its score.
+An item of an evaluation: a row as it is asked, its record, whether it was asked before, its score.
 
-A row is one of data/rows.py; a record is what records.jsonl keeps of it.
+A row is one of data/rows.py; a record is what records.jsonl keeps of the item.
 """
 
 import json
+import math
 
-import numpy as np
-
+import answers
 import rewards
 from data import clips
-from data.clips import BadRow, decode_clip
-from data.rows import SYSTEM_PROMPT, answer_spec, media_paths, normalize_row, question_text
-from evaluation import benchmarks, protocol, scores
+from data.clips import BadRow
+from data.rows import answer_spec, media_paths, normalize_row
+from evaluation import benchmarks, scores
+from evaluation.protocol import parse_reply, user_text
+
+CLIP_KEYS = ("video", "audio", "images", "start", "end")
 
 
-def out_of_reach(folder, rows, recipe):
-    """-> for each row whose media cannot be reached, why; nothing is decoded."""
-    lost = []
+# ---- media -------------------------------------------------------------------------------------
+
+
+def missing_media(folder, rows, media_config):
+    """-> one message for each row whose media cannot be reached; nothing is decoded."""
+    problems = []
     for row in rows:
-        # what is no text is a row that breaks the format, and is told as such
-        paths = [path for path in media_paths(row) if isinstance(path, str) and "\0" not in path]
         try:
-            for path in paths:
-                clips.find_media(f"row {row['prompt_id']}", folder, path, recipe)
+            for path in media_paths(row):
+                # a path that is no text breaks the format, which is reported elsewhere
+                if isinstance(path, str) and "\0" not in path:
+                    clips.find_media(f"row {row['prompt_id']}", folder, path, media_config)
         except BadRow as problem:
-            lost.append(str(problem))
-    return lost
+            problems.append(str(problem))
+    return problems
 
 
-def hears(root, row, recipe):
-    """Whether a clip's own sound is given: it has some, and no more than the recipe takes."""
+def has_usable_sound(folder, row, media_config):
+    """Whether a row's video has sound of its own, and no more than the media limits allow."""
     name = f"row {row['prompt_id']}"
-    with clips.open_media(clips.find_media(name, root, row["video"], recipe), name) as container:
-        length = np.inf if container.duration is None else container.duration / 1e6  # of µs
-        span = min(row.get("end") or np.inf, length) - (row.get("start") or 0)
-        return bool(container.streams.audio) and bool(span <= recipe.max_audio_seconds)
+    path = clips.find_media(name, folder, row["video"], media_config)
+    with clips.open_media(path, name) as container:
+        length = math.inf
+        if container.duration is not None:
+            length = container.duration / 1e6  # from µs
+        span = min(row.get("end") or math.inf, length) - (row.get("start") or 0)
+        return bool(container.streams.audio) and span <= media_config.max_audio_seconds
+
+
+def without_senses(row, without):
+    """
+    The row without its sound, its pictures, or both (`--without`).
+
+    The sound of a video whose pictures are taken away is read from the file by its own clock.
+    """
+    row = dict(row)
+    if "sound" in without:
+        row |= dict(audio=None, use_audio=False)
+    if "video" in without:
+        if row.get("use_audio"):
+            row |= dict(audio=row["video"], use_audio=False)
+        row |= dict(video=None, images=[])
+    return row
+
+
+# ---- records -----------------------------------------------------------------------------------
 
 
 def new_record(name, row):
-    """An item before it is asked: wrong, until something is known."""
-    keys = "prompt_id answer_type options video audio images start end use_audio groups".split()
-    record = dict(file=name) | {key: row.get(key) for key in keys}
-    record["groups"] = record["groups"] or {"answer type": row.get("answer_type")}
+    """The record of an item before it is asked: it counts as wrong."""
     paths = media_paths(row)
-    record["clip"] = str(paths[0] if paths else row["prompt_id"])
-    record |= dict(question=row.get("question"), truth=row.get("answer"), prompt=None)
-    return record | dict(completion=None, parsed=None, score=0.0, failure=None)
+    return dict(
+        file=name,
+        prompt_id=row.get("prompt_id"),
+        answer_type=row.get("answer_type"),
+        options=row.get("options"),
+        video=row.get("video"),
+        audio=row.get("audio"),
+        images=row.get("images"),
+        start=row.get("start"),
+        end=row.get("end"),
+        use_audio=row.get("use_audio"),
+        groups=row.get("groups") or {"answer type": row.get("answer_type")},
+        clip=str(paths[0] if paths else row["prompt_id"]),
+        question=row.get("question"),
+        truth=row.get("answer"),
+        prompt=None,
+        completion=None,
+        parsed=None,
+        score=0.0,
+        failure=None,
+    )
 
 
-def scoring_of(row, authors):
-    scoring = row.get("scoring") or "exact"
-    return "exact" if authors and scoring == "f1" else scoring  # theirs: of the whole set
-
-
-def unanswered(row, authors):
-    """All measures of an item without an answer: a failure stays in every denominator."""
-    scoring, truth = scoring_of(row, authors), row.get("answer")
-    try:
-        truth = None if truth is None else str(truth)
-        truth = rewards.normalize_answer(truth, row.get("answer_type"), row.get("options"))
-        return scores.measure(None, truth, scoring)
-    except (ValueError, TypeError, AttributeError):  # it breaks the format: its truth is not known
-        zeros = dict(count=["off_by_one"], f1=["exact", "f1"]).get(scoring, [])
-        return dict.fromkeys(["score", *zeros], 0.0)
-
-
-def holds(old, record):
-    """Whether the record of an earlier command is of this very item, and need not be asked."""
-    keys = "question truth options answer_type video audio images start end prompt".split()
-    same = [record[k] for k in keys] == [old.get(k) for k in keys]
-    same &= record["use_audio"] in (None, old.get("use_audio"))  # None: the clip decides
-    return same and (old["completion"] is not None or old["failure"] is None)
-
-
-def new_items(name, rows, have, args, template):
+def split_items(name, rows, previous, protocol):
     """
-    have     {(file, prompt_id): record} of earlier commands
-    returns  [(row, record)] to ask; records of what is not: it breaks the format, is open, or is
-             the very same in `have`
+    Splits rows into items to ask and items that are settled: those that break the format, those
+    that only a judge could score, and those that `previous` already holds.
+
+    previous   {(file, prompt_id): record} of earlier commands
+    returns    [(row, record)] to ask, [record] settled
     """
-    asked, settled, authors = [], [], args.protocol == "paper"
+    to_ask, settled = [], []
     for row in rows:
         record = new_record(name, row)
         try:
             row = normalize_row(row)
         except BadRow as problem:
-            settled.append(record | unanswered(row, authors) | dict(failure=str(problem)))
+            record |= unanswered_scores(row, protocol)
+            settled.append(record | dict(failure=str(problem)))
             continue
-        record |= {key: row[key] for key in ("options", "images")} | dict(truth=row["answer"])
-        record |= unanswered(row, authors)
-        if name not in benchmarks.BENCHMARKS:  # there it is decided by the clip
+        record |= dict(options=row["options"], images=row["images"], truth=row["answer"])
+        record |= unanswered_scores(row, protocol)
+        if name not in benchmarks.BENCHMARKS:  # in a benchmark the clip decides
             record["use_audio"] = bool(row.get("use_audio"))
-        if row.get("scoring") == "open":  # nobody could judge it: it is not asked either
+        if row.get("scoring") == "open":
             settled.append(record)
             continue
-        record["prompt"] = asked_text(row, args, template)
-        old = have.get((name, record["prompt_id"]))
-        if old and holds(old, record):
+        record["prompt"] = user_text(row, protocol)
+        old = previous.get((name, record["prompt_id"]))
+        if old and is_same_item(old, record) and was_read(old):
             settled.append(old)
         else:
-            asked.append((row, record))
-    return asked, settled
+            to_ask.append((row, record))
+    return to_ask, settled
 
 
-def by_clip(items):
-    """[(row, record)] -> lists of those about one clip, the same span and sound of it."""
-    groups = {}
-    for row, record in items:
-        clip = [record[key] for key in ("video", "audio", "images", "start", "end", "use_audio")]
-        groups.setdefault(json.dumps(clip), []).append((row, record))
-    return [dict(items=items) for items in groups.values()]
+def is_same_item(old, record):
+    """Whether the record of an earlier command is of this very item."""
+    keys = ("question", "truth", "options", "answer_type", "prompt", *CLIP_KEYS)
+    if any(record[key] != old.get(key) for key in keys):
+        return False
+    # None: the clip decides
+    return record["use_audio"] is None or record["use_audio"] == old.get("use_audio")
 
 
-def asked_text(row, args, template):
-    """The user's turn as text."""
-    if template:
-        return template.replace("{question}", protocol.question_and_options(row))
-    if args.protocol == "paper":
-        return protocol.authors_text(row)
-    return question_text(row, args.audio_captions)
+def was_read(record):
+    """Whether the model replied, or there was nothing to ask; else the item is asked again."""
+    return record["completion"] is not None or record["failure"] is None
 
 
-def words_of(name, row, args, template):
-    """-> system prompt, and the user's turn: text, or pieces with the media among them."""
-    text, authors = asked_text(row, args, template), args.protocol == "paper"
-    if row.get("inline") and (template or not authors):  # the authors' have them first
-        text = protocol.in_place(text, row)
-    return protocol.SYSTEM[name] if authors else SYSTEM_PROMPT, text
+# ---- scores ------------------------------------------------------------------------------------
 
 
-def read_clip(group):
-    """
-    A clip's questions -> for each its Prompt, or the BadRow that says why there is none. The clip
-    is decoded once, and the prompts hold the very same media: a rollout reads these once.
-    """
-    build, words, clip, first, prompts = group["build"], group["words"], None, None, []
-    for row, record in group["items"]:
-        try:
-            if clip is None:
-                known = record["use_audio"]
-                if known is None and row.get("video") and not row.get("audio"):
-                    known = hears(build.root, row, build.recipe)
-                clip = decode_clip(row | dict(use_audio=known), build.root, build.recipe)
-            record["use_audio"] = clip.use_audio
-            if first is not None and not row.get("inline"):
-                prompts.append(build.with_text(first, row, words=words(row)))
-                continue
-            prompts.append(build.from_clip(row, clip, words=words(row)))
-            if not row.get("inline"):  # there the media stand in other places each time
-                first = prompts[-1]
-        except BadRow as problem:
-            prompts.append(problem)
-    return prompts
+def scoring_of(row, protocol):
+    """How the item's answer becomes a score. The authors' scripts count whole sets of letters."""
+    scoring = row.get("scoring") or "exact"
+    return "exact" if protocol.is_authors and scoring == "f1" else scoring
 
 
-def judge(record, row, text, truncated, name, authors):
+def unanswered_scores(row, protocol):
+    """All measures of an item without an answer: a failure stays in every denominator."""
+    scoring, answer = scoring_of(row, protocol), row.get("answer")
+    try:
+        answer = None if answer is None else str(answer)
+        truth = answers.normalize_answer(answer, row.get("answer_type"), row.get("options"))
+        return scores.measure(None, truth, scoring)
+    except (ValueError, TypeError, AttributeError):  # the row breaks the format: no known truth
+        measures = {"count": ["score", "off_by_one"], "f1": ["score", "exact", "f1"]}
+        return dict.fromkeys(measures.get(scoring, ["score"]), 0.0)
+
+
+def score_record(record, row, text, truncated, *, name, protocol):
     """Fills in what the completion says and what it is worth."""
-    if authors:
-        answer, form = protocol.authors_reading(name, row, text)
-    else:
-        answer, form = protocol.our_reading(row, text, truncated)
+    answer, canonical = parse_reply(name, row, text, truncated, protocol)
     record |= dict(completion=text, parsed=answer)
     if row["answer_type"] in ("ocr", "free-form"):
         record["score"] = rewards.accuracy_reward(answer, *answer_spec(row))
     else:
-        truth = rewards.normalize_answer(*answer_spec(row))
-        record |= scores.measure(form, truth, scoring_of(row, authors))
-    if form is None:
-        why = "cut off by --max-new-tokens" if truncated else "no answer found"
-        record["failure"] = why if answer is None else "an answer that cannot be read for certain"
+        truth = answers.normalize_answer(*answer_spec(row))
+        record |= scores.measure(canonical, truth, scoring_of(row, protocol))
+    if canonical is not None:
+        return
+    if answer is not None:
+        record["failure"] = "the answer is ambiguous"
+    elif truncated:
+        record["failure"] = "cut off by --max-new-tokens"
+    else:
+        record["failure"] = "no answer found"
+
+
+# ---- clips -------------------------------------------------------------------------------------
+
+
+def group_by_clip(items):
+    """[(row, record)] -> lists of the items about one clip, with the same span and sound of it."""
+    groups = {}
+    for row, record in items:
+        clip = json.dumps([record[key] for key in (*CLIP_KEYS, "use_audio")])
+        groups.setdefault(clip, []).append((row, record))
+    return list(groups.values())

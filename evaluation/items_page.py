@@ -7,7 +7,7 @@ escaped, because completions are untrusted.
 
 import html
 
-import rewards
+import answers
 from data import clips
 from data.thumbnails import THUMBNAIL_LIMITS, clip_as_data_uris
 
@@ -75,7 +75,7 @@ def article(record, root, media_config):
     kind, score = kind_of(record), record["score"]
     heading = kind if score is None else f"{kind} {score:.2f}"
     completion = record["completion"]
-    reasoning, _ = rewards.split_completion(completion or "")
+    reasoning, _ = answers.split_completion(completion or "")
     texts = {
         "question": record["prompt"] or record["question"],
         "reasoning": reasoning,

@@ -1,21 +1,37 @@
 """
-How an item is asked and how the reply is read: by our recipe or by the authors' (`--protocol`).
+How an item is asked and how the reply is read: in our words or the authors' (`--protocol`).
 
 Ours asks every model alike for reasoning and an answer in tags, and reads only what is certain. The
 authors' scripts (github.com/yogkul2000/AVATAR, eval/) ask for a capital letter and no other text,
-with as many new tokens as TOKENS says, and take the last capital letter that stands by itself. What
-is repeated of them are the order, the limits and the reading. The wording of their questions is
-ours, as the scripts bear no licence: `--template FILE` asks in any other words. What is not
-repeated: items that fail still count as wrong, and a clip without sound changes no other clip.
+allow as many new tokens as MAX_NEW_TOKENS says, and take the last capital letter that stands alone.
+We repeat their order, limits and reading. The wording of their questions is ours, as the scripts
+have no licence: `--template FILE` asks in any other words. We do not repeat two faults: here an item
+that fails counts as wrong, and a clip without sound changes no other clip.
 """
 
 import re
+from typing import NamedTuple
 
-import rewards
+import answers
 from data.clips import BadRow
-from data.rows import option_table
+from data.rows import SYSTEM_PROMPT, option_table, question_text
 
-TOKENS = {  # max_new_tokens of the authors' scripts; there are none for the other benchmarks
+SENSES = ("sound", "video")  # what --without can take away
+
+
+class Protocol(NamedTuple):
+    """How every item of an evaluation is asked."""
+
+    is_authors: bool = False  # ask and read as the authors' scripts do
+    template: str | None = None  # the user's turn with {question} in it; None: the protocol's own
+    system: str | None = None  # system prompt; None: the protocol's own; "": the model's default
+    audio_captions: bool = False  # audio_caption goes into the prompt
+    without: tuple = ()  # of SENSES: what the model does not get
+
+
+# ---- the authors' scripts ----------------------------------------------------------------------
+
+MAX_NEW_TOKENS = {  # of the authors' scripts; they have none for the other benchmarks
     "omnibench": 1024,
     "daily-omni": 4096,
     "av-counting": 1024,
@@ -31,12 +47,14 @@ TOKENS = {  # max_new_tokens of the authors' scripts; there are none for the oth
     "tomato": 512,
 }
 ASSISTANT = "You are a helpful assistant."  # the chat template's own
-QWEN = (  # the model's own, which two of the scripts give
+QWEN = (  # the model's own, which two of the scripts use
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
     "perceiving auditory and visual inputs, as well as generating text and speech."
 )
-SYSTEM = {name: QWEN if name in ("omnibench", "daily-omni") else ASSISTANT for name in TOKENS}
-ASKED = {
+SYSTEM = {
+    name: QWEN if name in ("omnibench", "daily-omni") else ASSISTANT for name in MAX_NEW_TOKENS
+}
+QUESTIONS = {
     "choice": "Choose the one best answer.\nQuestion: {question}\nReply with the capital letter of "
     "your choice and no other text.",
     "multi": "Choose every answer that applies.\nQuestion: {question}\nReply with the letters of "
@@ -46,91 +64,140 @@ ASKED = {
 }
 
 
+# ---- asking ------------------------------------------------------------------------------------
+
+
+def user_text(row, protocol):
+    """The user's turn as text."""
+    if protocol.template:
+        return protocol.template.replace("{question}", question_and_options(row))
+    if protocol.is_authors:
+        return QUESTIONS[row["answer_type"]].replace("{question}", question_and_options(row))
+    return question_text(row, protocol.audio_captions)
+
+
 def question_and_options(row):
     options = option_table(row.get("options"))
     return "\n".join([row["question"], *(f"{k}. {text}" for k, text in options.items())])
 
 
-MARK = re.compile(r"\[(audio|img|video)([0-9]{1,3})\]")
+def system_prompt(name, protocol):
+    """The system prompt for the items of the file or benchmark `name`; "": the model's default."""
+    if protocol.system is not None:
+        return protocol.system
+    return SYSTEM[name] if protocol.is_authors else SYSTEM_PROMPT
 
 
-def in_place(text, row):
+def prompt_words(name, row, protocol):
+    """-> system prompt, and the user's turn: text, or pieces with the media among them."""
+    text = user_text(row, protocol)
+    # the authors' scripts put all media first
+    if row.get("inline") and (protocol.template or not protocol.is_authors):
+        text = interleave_media(text, row, protocol.without)
+    return system_prompt(name, protocol), text
+
+
+MEDIA_NAME = re.compile(r"\[(audio|img|video)([0-9]{1,3})\]")
+SENSE_OF = {"img": "video", "video": "video", "audio": "sound"}
+
+
+def interleave_media(text, row, without=()):
     """
-    A text that names its media, as AV-Odyssey's do ("[audio2]") -> the pieces of the user's turn
-    with the media in these places; what is not named comes first, and a video comes once: where
-    it is named again, its name stands as it is.
+    A text that names its media, as AV-Odyssey's do ("[audio2]") -> the pieces of the user's turn,
+    with the media in these places. Media that the text does not name come first. A video comes
+    once: where the text names it again, its name stays. So do the names of media that `without`
+    takes away.
     """
-    sounds = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
-    held = dict(img=row["images"], video=[row.get("video")], audio=sounds)
-    held = {kind: sum(bool(path) for path in paths) for kind, paths in held.items()}
+    counts = {"img": len(row["images"]), "video": bool(row.get("video"))}
+    counts["audio"] = len(row["audio"]) if isinstance(row.get("audio"), list) else 1
+    if not row.get("audio"):
+        counts["audio"] = 0
+
     pieces, named = [], set()
-    *parts, rest = MARK.split(text)  # text, kind, number, text, kind, number, ..., text
+    *parts, last_text = MEDIA_NAME.split(text)  # text, kind, number, text, kind, number, ..., text
     for before, kind, number in zip(parts[::3], parts[1::3], parts[2::3]):
-        if not 1 <= int(number) <= held[kind]:
-            told = f"[{kind}{number}], and it has {held[kind]}"
-            raise BadRow(f"row {row['prompt_id']}: the text names {told}: mend it")
-        if kind == "video" and (kind, int(number)) in named:
+        if not 1 <= int(number) <= counts[kind]:
+            why = f"the text names [{kind}{number}], and the row has {int(counts[kind])}"
+            raise BadRow(f"row {row['prompt_id']}: {why}: correct the text")
+        is_again = kind == "video" and (kind, int(number)) in named
+        if is_again or SENSE_OF[kind] in without:
             pieces.append(dict(type="text", text=f"{before}[{kind}{number}]"))
             continue
         named.add((kind, int(number)))
-        medium = dict(type="image" if kind == "img" else kind, index=int(number) - 1)
-        pieces += [dict(type="text", text=before)] * bool(before) + [medium]
-    first = [
-        dict(type="image" if kind == "img" else kind, index=i)
-        for kind, count in held.items()
-        for i in range(count)
-        if (kind, i + 1) not in named
-    ]
-    return [*first, *pieces, *([dict(type="text", text=rest)] if rest else [])]
+        if before:
+            pieces.append(dict(type="text", text=before))
+        pieces.append(media_piece(kind, int(number)))
+    if last_text:
+        pieces.append(dict(type="text", text=last_text))
+
+    unnamed = []
+    for kind, count in counts.items():
+        for number in range(1, count + 1):
+            if (kind, number) not in named and SENSE_OF[kind] not in without:
+                unnamed.append(media_piece(kind, number))
+    if "video" in without and row.get("use_audio"):  # what is left of the video is its sound
+        unnamed.append(media_piece("audio", 1))
+    return unnamed + pieces
 
 
-def authors_text(row):
-    """The user's turn."""
-    return ASKED[row["answer_type"]].replace("{question}", question_and_options(row))
+def media_piece(kind, number):
+    return dict(type="image" if kind == "img" else kind, index=number - 1)
 
 
-def authors_reading(name, row, text):
-    """-> what the authors' scripts take for the answer (text or None), and its canonical form."""
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def parse_reply(name, row, text, truncated, protocol):
+    """
+    -> the answer as text, and its canonical form (answers.normalize_answer); None where there is none.
+
+    truncated   the reply ends at the limit of new tokens
+    """
+    if protocol.is_authors:
+        return authors_answer(name, row, text)
+    answer = answers.parse_answer(text)
+    if answer is None and not truncated:  # what ends half a text cannot be the answer
+        answer = untagged_answer(text, row["answer_type"], row.get("options"))
+    return answer, answers.normalize_answer(answer, row["answer_type"], row.get("options"))
+
+
+def authors_answer(name, row, text):
+    """What the authors' scripts take for the answer, and its canonical form."""
     kind = row["answer_type"]
     if kind == "number":
-        found = re.search(r"-?\d+", text)
-        return (found and found[0]), float(found[0]) if found else 0.0
+        match = re.search(r"-?\d+", text)
+        return (match[0], float(match[0])) if match else (None, 0.0)
     if kind == "multi":
         letters = sorted(set(re.findall("[A-F]", text.upper())))
-        return ", ".join(letters) or None, frozenset(letters) or None
+        return (", ".join(letters), frozenset(letters)) if letters else (None, None)
     if kind == "yesno":
-        found = re.search(r"(?i)\b(yes|no)\b", text)
-        return (found and found[0]), found and found[0].lower()
+        match = re.search(r"(?i)\b(yes|no)\b", text)
+        return (match[0], match[0].lower()) if match else (None, None)
+
     tagged = re.search(r"(?s)<answer>\s*(.*?)\s*</answer>", text)
     if tagged and name not in ("worldsense", "mmvu", "intentbench"):
         return tagged[1], tagged[1].strip().upper()
     letters = "A-D" if name in ("worldsense", "intentbench") else "A-Z"
-    found = re.findall(rf"\b([{letters}])\b", text) or re.findall(f"[{letters}]", text)[:1]
-    return (found[-1], found[-1]) if found else (None, None)
+    alone = re.findall(rf"\b([{letters}])\b", text)
+    if alone:
+        return alone[-1], alone[-1]
+    first = re.search(f"[{letters}]", text)
+    return (first[0], first[0]) if first else (None, None)
 
 
-def our_reading(row, text, truncated):
-    """-> the answer in its tags, or what stands bare where there are none, and its form."""
-    answer = rewards.parse_answer(text)
-    kind = row["answer_type"], row.get("options")
-    if answer is None and not truncated:  # half a text has no end that could be the answer
-        answer = bare_answer(text, *kind)
-    return answer, rewards.normalize_answer(answer, *kind)
-
-
-def bare_answer(text, answer_type, options=None):
+def untagged_answer(text, answer_type, options=None):
     """
     The answer of a completion without any answer tag, for evaluating models that never learned
     them; no reward is given for it.
 
-    returns      str      what stands after the reasoning, or its last line: the first of the two
-                          that rewards.normalize_answer can read; None if neither, or if there is a tag
+    returns   str   what stands after the reasoning, or its last line: the first of the two that
+                    answers.normalize_answer can read; None if neither, or if there is a tag
     """
     tail = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     if re.search("</?answer>|<think>", tail):
         return None
     tail = tail.strip()
     for part in (tail, tail.split("\n")[-1]):
-        if rewards.normalize_answer(part, answer_type, options) is not None:
+        if answers.normalize_answer(part, answer_type, options) is not None:
             return part.strip()
     return None

@@ -17,7 +17,7 @@ def measure(answer, truth, scoring):
     """
     One item's measures, as its benchmark defines them.
 
-    answer, truth   canonical forms (rewards.normalize_answer); answer None: none could be read
+    answer, truth   canonical forms (answers.normalize_answer); answer None: none could be read
     scoring         "exact"    1 if they are equal
                     "f1"       of two sets of letters; `exact` beside it
                     "mra"      mean over theta = .5, .55, ... .95 of 1[|a - y| / y <= 1 - theta]
@@ -32,19 +32,22 @@ def measure(answer, truth, scoring):
     if scoring == "exact":
         return dict(score=exact)
     if scoring == "f1":
-        both = 0 if answer is None else len(answer & truth)
-        f1 = 2 * both / (len(answer or ()) + len(truth))
+        answer = answer or frozenset()
+        f1 = 2 * len(answer & truth) / (len(answer) + len(truth))
         return dict(score=f1, exact=exact, f1=f1)
     if scoring == "mra":
-        gap = np.inf if answer is None else abs(answer - truth)
-        relative = gap / abs(truth) if truth else (0.0 if gap == 0 else np.inf)
+        error = np.inf if answer is None else abs(answer - truth)
+        if truth:
+            relative = error / abs(truth)
+        else:
+            relative = 0.0 if error == 0 else np.inf
         return dict(score=float((relative <= 1 - THRESHOLDS).mean()))
     if scoring == "count":
-        gap = abs((0 if answer is None else answer) - truth)
-        near = float(answer is not None and gap <= 1)
-        return dict(
-            score=exact, off_by_one=near, error=gap if gap <= max(2 * truth, 100) else 2 * truth
-        )
+        error = abs((0 if answer is None else answer) - truth)
+        near = float(answer is not None and error <= 1)
+        if error > max(2 * truth, 100):
+            error = 2 * truth
+        return dict(score=exact, off_by_one=near, error=error)
     if scoring == "rounded":
         return dict(score=float(answer is not None and round(answer, 2) == round(truth, 2)))
     if scoring == "open":
@@ -57,36 +60,45 @@ def measure(answer, truth, scoring):
 
 def bootstrap(values, clusters, seed, groups=None, shares=None):
     """
-    95 % interval of a mean, by resampling clusters with replacement: questions about one clip stand
-    or fall together.
+    95 % interval of a mean, by resampling clusters with replacement: questions about one clip are
+    right or wrong together.
 
     values    (n,) float
     clusters  (n,) anything printable: items of one cluster are drawn together
-    groups    (n,) or None    given: of the mean of the groups' means, each weighed by its share
-    shares    {group: weight} or None; 1 where not given
-    returns   (mean, low, high); low and high are None where there is one cluster: it says nothing
-              about what another one would give
+    groups    (n,) or None    if given: the mean of the groups' means, each weighted by its share
+    shares    {group: weight} or None; 1 where a group has none
+    returns   (mean, low, high); low and high are None where there is one cluster, which says
+              nothing about another one
     """
     _, cluster = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     groups = np.asarray(["all"] * len(values) if groups is None else groups, dtype=str)
     names, group = np.unique(groups, return_inverse=True)
     weights = np.array([(shares or {}).get(str(name), 1.0) for name in names])  # (K,)
-    sums, sizes = np.zeros((2, cluster.max() + 1, len(names)))  # (C, K) each
+
+    num_clusters = cluster.max() + 1
+    sums = np.zeros((num_clusters, len(names)))  # (C, K)
+    sizes = np.zeros((num_clusters, len(names)))  # (C, K)
     np.add.at(sums, (cluster, group), np.asarray(values, dtype=float))
     np.add.at(sizes, (cluster, group), 1.0)
 
-    def mean(sums, sizes):  # (..., K) -> (...): a group that a resample lacks has no say in it
-        there = weights * (sizes > 0)
-        return (there * sums / np.maximum(sizes, 1)).sum(-1) / there.sum(-1)
+    mean = weighted_mean(sums.sum(0), sizes.sum(0), weights).item()
+    if num_clusters == 1:
+        return mean, None, None
 
-    whole = mean(sums.sum(0), sizes.sum(0)).item()
-    if (count := len(sums)) == 1:
-        return whole, None, None
-    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    picks += np.arange(RESAMPLES)[:, None] * count
-    times = np.bincount(picks.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count)
-    low, high = np.percentile(mean(times @ sums, times @ sizes), [2.5, 97.5])  # (R, K) each
-    return whole, low.item(), high.item()
+    draws = np.random.default_rng(seed).integers(0, num_clusters, (RESAMPLES, num_clusters))
+    # how often each cluster is in each resample: one bincount with an offset for each resample
+    draws += np.arange(RESAMPLES)[:, None] * num_clusters
+    counts = np.bincount(draws.ravel(), minlength=RESAMPLES * num_clusters)
+    counts = counts.reshape(RESAMPLES, num_clusters)
+    means = weighted_mean(counts @ sums, counts @ sizes, weights)  # (R,)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return mean, low.item(), high.item()
+
+
+def weighted_mean(sums, sizes, weights):
+    """sums, sizes (..., K), weights (K,) -> (...). A group that a resample lacks does not count."""
+    weights = weights * (sizes > 0)
+    return (weights * sums / np.maximum(sizes, 1)).sum(-1) / weights.sum(-1)
 
 
 # ---- summaries -----------------------------------------------------------------------------------
@@ -97,8 +109,9 @@ def mean_of(records, seed, key="score", macro=None, shares=None):
     records = [r for r in records if r.get(key) is not None]
     if not records:
         return None
+    values = [r[key] for r in records]
+    clips = [r["clip"] for r in records]
     groups = [r["groups"][macro] for r in records] if macro else None
-    values, clips = [r[key] for r in records], [r["clip"] for r in records]
     score, low, high = bootstrap(values, clips, seed, groups, shares)
     return dict(n=len(records), score=score, low=low, high=high)
 
@@ -113,44 +126,72 @@ def summarize(records, seed, macro=None, shares=None):
     """
     Everything about one benchmark.
 
-    macro    the score is the mean over this group's values, weighed by `shares`; None: over items
+    macro    the score is the mean over this group's values, weighted by `shares`; None: over items
     returns  dict: n, not_scored, failures; score, low, high (None where nothing is scored);
-             item_mean where macro is given; exact, f1, off_by_one, mae, rmse where defined;
-             groups: {name: {value: dict(n, score, low, high)}}
+             chance: the score of a uniform guess; item_mean where macro is given; exact, f1,
+             off_by_one, mae, rmse where defined; groups: {name: {value: dict(n, score, low, high)}}
     """
     scored = [r for r in records if r["score"] is not None]
-    out = dict(n=len(records), not_scored=len(records) - len(scored))
-    out["failures"] = sum(r["failure"] is not None for r in records)
     main = mean_of(scored, seed, "score", macro, shares) or dict(score=None, low=None, high=None)
-    out |= {name: main[name] for name in ("score", "low", "high")}
+    summary = dict(
+        n=len(records),
+        not_scored=len(records) - len(scored),
+        failures=sum(r["failure"] is not None for r in records),
+        score=main["score"],
+        low=main["low"],
+        high=main["high"],
+        chance=float(np.mean([chance(r) for r in scored])) if scored else None,
+    )
     if macro and scored:
-        out["item_mean"] = mean_of(scored, seed)
-    for name in MEANS:
-        if found := mean_of(scored, seed, name):
-            out[name] = found
+        summary["item_mean"] = mean_of(scored, seed)
+    for measure_name in MEANS:
+        mean = mean_of(scored, seed, measure_name)
+        if mean:
+            summary[measure_name] = mean
     errors = np.array([r["error"] for r in scored if r.get("error") is not None])
     if len(errors):
-        out |= dict(mae=errors.mean().item(), rmse=np.sqrt((errors**2).mean()).item())
-    out["groups"] = {}
-    for name in dict.fromkeys(name for r in scored for name in r["groups"] or {}):
-        values = sorted({value for r in scored for value in group_values(r, name)})
-        out["groups"][name] = {
-            value: mean_of([r for r in scored if value in group_values(r, name)], seed)
-            for value in values
-        }
-    return out
+        summary["mae"] = errors.mean().item()
+        summary["rmse"] = np.sqrt((errors**2).mean()).item()
+    summary["groups"] = summarize_groups(scored, seed)
+    return summary
 
 
-def compare(records, others, seed, macro=None, shares=None):
+def summarize_groups(records, seed):
+    """-> {name: {value: dict(n, score, low, high)}}"""
+    groups = {}
+    names = [name for r in records for name in r["groups"] or {}]
+    for name in dict.fromkeys(names):
+        groups[name] = {}
+        for value in sorted({value for r in records for value in group_values(r, name)}):
+            members = [r for r in records if value in group_values(r, name)]
+            groups[name][value] = mean_of(members, seed)
+    return groups
+
+
+def chance(record):
+    """The chance that a guess is right: 1 / options, 1/2 for yes or no, 0 for a free answer."""
+    options = record.get("options")
+    if record.get("answer_type") == "choice" and isinstance(options, (list, dict)) and options:
+        return 1 / len(options)
+    return 0.5 if record.get("answer_type") == "yesno" else 0.0
+
+
+def compare(records, baseline, seed, macro=None, shares=None):
     """
     The paired difference on the items that both have scored.
 
-    returns   dict(n, score, low, high): score is the mean of ours minus theirs; None: no such item
+    returns   dict(n, score, low, high): score is the mean of records minus baseline; None: no such
+              item
     """
-    other = {r["prompt_id"]: r["score"] for r in others if r["score"] is not None}
-    both = [r for r in records if r["score"] is not None and r["prompt_id"] in other]
-    deltas = [r | dict(score=r["score"] - other[r["prompt_id"]]) for r in both]
-    return mean_of(deltas, seed, "score", macro, shares)
+    baseline_scores = {r["prompt_id"]: r["score"] for r in baseline if r["score"] is not None}
+    differences = []
+    for r in records:
+        if r["score"] is not None and r["prompt_id"] in baseline_scores:
+            differences.append(r | dict(score=r["score"] - baseline_scores[r["prompt_id"]]))
+    return mean_of(differences, seed, "score", macro, shares)
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def dagger(difference):
@@ -159,13 +200,13 @@ def dagger(difference):
     return "" if low is not None and (low > 0 or high < 0) else "†"
 
 
-def interval(part, form=".3f"):
+def interval(summary, form=".3f"):
     """An interval as text."""
-    if part["score"] is None:
+    if summary["score"] is None:
         return ""
-    if part["low"] is None:
+    if summary["low"] is None:
         return "one clip"
-    return f"{part['low']:{form}} .. {part['high']:{form}}"
+    return f"{summary['low']:{form}} .. {summary['high']:{form}}"
 
 
 def markdown(title, columns, rows):

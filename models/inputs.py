@@ -109,6 +109,7 @@ class InputBuilder:
         ends = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.eos_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         self.media_ends = self.backbone.media_ends(self.tokenizer, self.config)
+        self.opened_tag = self.tag_opened_by_template()
         # what a rank reads that has less to do than others: FSDP would wait for ever
         self.filler = Prompt(torch.tensor(self.eos_ids[:1] * 2), torch.arange(2).expand(3, -1), {})
 
@@ -116,8 +117,17 @@ class InputBuilder:
         return self.from_clip(row, decode_clip(row, self.root, self.recipe), hint)
 
     def texts(self, completions):
-        """What a group of completions says, without special tokens."""
-        return [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        """What completions say, without special tokens and with the <think> that the prompt opened."""
+        texts = [self.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        return [self.opened_tag + text for text in texts]
+
+    def tag_opened_by_template(self):
+        """ "<think>" if the chat template writes it into every prompt, as Thinking models' do, else ""."""
+        user = dict(role="user", content=[dict(type="text", text="?")])
+        text = self.processor.apply_chat_template(
+            [user], tokenize=False, add_generation_prompt=True
+        )
+        return "<think>" if text.rstrip().endswith("<think>") else ""
 
     def at(self, root):
         """The same builder for rows whose media lie under another folder."""
@@ -136,9 +146,10 @@ class InputBuilder:
         question = place_hint(question, hint) if hint else question  # [HINT]
         system, text = words or (SYSTEM_PROMPT, question)
         pieces = [*(dict(type=kind) for kind in media), dict(type="text", text=text)]
-        turns = dict(system=[dict(type="text", text=system)])
-        turns["user"] = text if isinstance(text, list) else pieces
-        messages = [dict(role=role, content=content) for role, content in turns.items()]
+        messages = []
+        if system:  # "": the template's own default, if it has one
+            messages.append(dict(role="system", content=[dict(type="text", text=system)]))
+        messages.append(dict(role="user", content=text if isinstance(text, list) else pieces))
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def own_processor(self):

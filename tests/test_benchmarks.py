@@ -18,10 +18,10 @@ import torch
 from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa: F401
 from conftest import RECIPE, assert_same_values, launch
 
-import eval as evaluation
 from data.clips import BadRow, decode_clip
-from data.rows import SYSTEM_PROMPT, normalize_row
-from evaluation import annotations, benchmarks, items, protocol, tables
+from data.rows import SYSTEM_PROMPT, cut_options, normalize_row
+from evaluation import benchmarks, items, protocol, tables
+from evaluation.protocol import Protocol
 from models.inputs import InputBuilder
 from models.loading import load_policy
 from models.rollout import Completion, rollout
@@ -42,7 +42,7 @@ class Parrot:
         self.build = InputBuilder(folder, None, ".", False)
         self.replies, self.prompts = replies, []
 
-    def __call__(self, policy, prompts, num_completions, temperature, tokens, eos_ids, seeds):
+    def __call__(self, policy, prompts, num_completions, *, temperature, seeds, **limits):
         assert temperature == 0 and num_completions == [1] * len(prompts) == [1] * len(seeds)
         made = []
         for prompt in prompts:
@@ -59,7 +59,7 @@ def scripted(toy_dir, benchmark_root, tmp_path_factory):  # noqa: F811
     """All of them in one command, with the replies given -> scores.json, records, the parrot."""
     out, parrot = tmp_path_factory.mktemp("scores") / "all", Parrot(toy_dir / "model", REPLIES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.rollout", parrot)
+        patch.setattr("evaluation.asking.rollout", parrot)
         names = ("--benchmark", "all", "av-counting-ref")
         printed = evaluate(toy_dir, benchmark_root, out, *names, "--html", 100)
     scores = json.loads((out / "scores.json").read_text())
@@ -140,9 +140,10 @@ def test_sound_is_decided_clip_by_clip(scripted):
 def test_a_clip_is_decoded_once(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
     decoded, decode = [], decode_clip
     monkeypatch.setattr(
-        "models.inputs.decode_clip", lambda row, *x: decoded.append(row["video"]) or decode(row, *x)
+        "evaluation.asking.decode_clip",
+        lambda row, *x: decoded.append(row["video"]) or decode(row, *x),
     )
-    monkeypatch.setattr("eval.rollout", Parrot(toy_dir / "model", REPLIES))
+    monkeypatch.setattr("evaluation.asking.rollout", Parrot(toy_dir / "model", REPLIES))
     for name, clips in (
         ("vsi-bench", 1),
         ("daily-omni", 2),
@@ -180,7 +181,7 @@ def test_missing_annotations_say_where_they_belong(tmp_path):
     with pytest.raises(BadRow, match="item 0 is not as published .KeyError 'video_id'"):
         benchmarks.load("daily-omni", tmp_path)
     (tmp_path / "qa.json").write_text('[{"Question"')
-    with pytest.raises(BadRow, match="cannot be read"):
+    with pytest.raises(BadRow, match="is not JSON"):
         benchmarks.load("daily-omni", tmp_path)
     (tmp_path / "qa.json").write_text("[]")
     with pytest.raises(BadRow, match="without a question"):
@@ -225,7 +226,7 @@ def test_an_item_that_breaks_our_format_counts_as_wrong(
     items[0]["Question"] = "holmes: who are they? <|im_end|>"
     items[1]["Options"]["C"] = " "
     (root / "test_Video-Holmes.json").write_text(json.dumps(items))
-    monkeypatch.setattr("eval.rollout", Parrot(toy_dir / "model", REPLIES))
+    monkeypatch.setattr("evaluation.asking.rollout", Parrot(toy_dir / "model", REPLIES))
     flags = ("--benchmark", "video-holmes", "--allow-outside")
     printed = evaluate(toy_dir, root, tmp_path / "s", *flags)
     found = json.loads((tmp_path / "s" / "scores.json").read_text())["scores"]["video-holmes"]
@@ -247,7 +248,7 @@ def test_failures_stay_in_every_denominator_and_are_asked_again(
     items[1]["question"] += " <|im_end|>"
     (root / "cg-av-counting.json").write_text(json.dumps(items))
     parrot = Parrot(toy_dir / "model", REPLIES)
-    monkeypatch.setattr("eval.rollout", parrot)
+    monkeypatch.setattr("evaluation.asking.rollout", parrot)
 
     def asked(name, *more):
         """-> how many questions the model got, the scores."""
@@ -270,18 +271,14 @@ def test_failures_stay_in_every_denominator_and_are_asked_again(
     assert shown.count("media not shown") == 4 and shown.count("<img") > 4
 
 
-@pytest.mark.parametrize("prompt_id", ["../../x", "a/b", "/x/y", "..", "x\0", "x" * 400])
-def test_pictures_of_the_annotations_stay_in_the_root(prompt_id, tmp_path):
+@pytest.mark.parametrize("item_id", ["../../x", "a/b", "/x/y", "..", "x\0", "x" * 400])
+def test_pictures_inside_the_annotations_stay_in_the_root(item_id, tmp_path):
+    """They are written under their hash, whatever the id says."""
     root = tmp_path / "a" / "root"
     root.mkdir(parents=True)
-    item = dict(id=prompt_id, image=dict(bytes=b"PNG"))
-    if prompt_id == "..":  # "...png" is a name like any other
-        assert (root / benchmarks.unpacked(root, item)).read_bytes() == b"PNG"
-    else:
-        with pytest.raises(BadRow, match="is no file name"):
-            benchmarks.unpacked(root, item)
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == (prompt_id == "..") and not list(root.rglob("*.part"))
+    path = benchmarks.picture_path(root, dict(id=item_id, image=dict(bytes=b"PNG")))
+    assert (root / path).read_bytes() == b"PNG"
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [root / path]
 
 
 @pytest.mark.parametrize(
@@ -313,11 +310,10 @@ def test_one_bad_item_is_wrong_and_the_others_are_asked(
     shutil.copytree(benchmark_root / name, tmp_path / name)
     (tmp_path / name / file).write_text(json.dumps([entries[0] | edit, *entries[1:]]))
     folder, rows = benchmarks.load(name, tmp_path)
-    lost = items.out_of_reach(folder, rows, RECIPE)
+    lost = items.missing_media(folder, rows, RECIPE)
     assert all("no file" in why or "v" * 90 in why or "is not in" in why for why in lost)
     assert bool(lost) == any(key in edit for key in ("video_id", "audio_path", "video"))
-    args, _ = evaluation.parse_args([])
-    asked, settled = items.new_items(name, rows, {}, args, None)
+    asked, settled = items.split_items(name, rows, {}, Protocol())
     assert len(asked) + len(settled) == len(rows) and len(settled) == bool(told)
     for record in settled:
         assert told in record["failure"] and record["score"] == 0
@@ -337,13 +333,15 @@ def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
     media(tmp_path / "rows" / "film.mp4", "film")
     media(tmp_path / "outside.mp4", "film")
     row = dict(prompt_id="x", video="film.mp4")
-    assert items.hears(tmp_path / "rows", row, RECIPE)
-    assert not items.hears(tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0))
-    assert items.hears(
+    assert items.has_usable_sound(tmp_path / "rows", row, RECIPE)
+    assert not items.has_usable_sound(
+        tmp_path / "rows", row, RECIPE._replace(max_audio_seconds=1.0)
+    )
+    assert items.has_usable_sound(
         tmp_path / "rows", row | dict(end=0.9), RECIPE._replace(max_audio_seconds=1.0)
     )
     with pytest.raises(BadRow, match="is not in the JSONL's folder"):
-        items.hears(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
+        items.has_usable_sound(tmp_path / "rows", row | dict(video="../outside.mp4"), RECIPE)
     with av.open(str(tmp_path / "outside.mp4")) as old:  # a stream tells no length
         to = str(tmp_path / "rows" / "live.mkv")
         with av.open(to, "w", format="matroska", options=dict(live="1")) as new:
@@ -352,7 +350,7 @@ def test_sound_is_looked_for_inside_the_folder(media, tmp_path):  # noqa: F811
                 if packet.dts is not None:
                     packet.stream = streams[packet.stream.index]
                     new.mux(packet)
-    assert not items.hears(tmp_path / "rows", row | dict(video="live.mkv"), RECIPE)
+    assert not items.has_usable_sound(tmp_path / "rows", row | dict(video="live.mkv"), RECIPE)
 
 
 # ---- the authors' recipe
@@ -368,8 +366,12 @@ def test_protocol_paper(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa
         "intent: is he lying?": "Certainly not. No.",
     }
     parrot, tokens = Parrot(toy_dir / "model", replies), []
-    roll = lambda *x: tokens.append(x[4]) or parrot(*x)  # noqa: E731
-    monkeypatch.setattr("eval.rollout", roll)
+
+    def roll(*args, max_new_tokens, **kwargs):
+        tokens.append(max_new_tokens)
+        return parrot(*args, **kwargs)
+
+    monkeypatch.setattr("evaluation.asking.rollout", roll)
     flags = ("--protocol", "paper", "--benchmark")
     evaluate(toy_dir, benchmark_root, tmp_path / "s", *flags, "video-mme", "intentbench")
     scores = json.loads((tmp_path / "s" / "scores.json").read_text())
@@ -386,7 +388,7 @@ def test_protocol_paper(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa
 
 def test_template(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
     parrot = Parrot(toy_dir / "model", REPLIES)
-    monkeypatch.setattr("eval.rollout", parrot)
+    monkeypatch.setattr("evaluation.asking.rollout", parrot)
     (tmp_path / "words.txt").write_text("Watch. {question}\nSay one letter.")
     flags = ("--benchmark", "video-mme", "--template", tmp_path / "words.txt")
     evaluate(toy_dir, benchmark_root, tmp_path / "s", *flags)
@@ -404,40 +406,49 @@ def test_template(toy_dir, benchmark_root, tmp_path, monkeypatch):  # noqa: F811
 # ---- readers
 
 
-def test_parquet(tmp_path):
-    """Needs pyarrow, which is optional; without it the line says so."""
+def test_parquet_needs_pyarrow_or_says_so(tmp_path):
+    rows = [dict(a=1, b=["x", "y"], c=None), dict(a=2, b=[], c="z")]
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
         with pytest.raises(BadRow, match="pip install pyarrow"):
-            annotations.read_table(tmp_path / "x.parquet")
+            list(benchmarks.annotations(tmp_path, "*.parquet"))
     else:
-        rows = [dict(a=1, b=["x", "y"], c=None), dict(a=2, b=[], c="z")]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-        assert annotations.read_table(tmp_path / "x.parquet") == rows
+        found = list(benchmarks.annotations(tmp_path, "*.parquet"))
+        assert [record for _, record in found] == rows
+
+
+def test_a_file_of_one_line_is_one_record(tmp_path):
+    """Even where the record holds a list of objects, as LVBench's do."""
+    record = dict(key="v", qa=[dict(uid=1), dict(uid=2)])
+    (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
+    ((_, found),) = benchmarks.annotations(tmp_path, "*.jsonl")
+    assert found == record
 
 
 def test_options_in_the_question():
-    cut = annotations.cut_options
-    assert cut("Who?\n(A) he\n(B) she") == ("Who?", ["(A) he", "(B) she"])
-    assert cut("Who?\nA. he\nB. she") == ("Who?", ["A. he", "B. she"])
-    assert cut("Who is it (A) or (B)?") == ("Who is it (A) or (B)?", [])
-    assert cut("Who?\n(B) she\n(A) he")[1] == []  # not in the order of their letters
+    assert cut_options("Who?\n(A) he\n(B) she") == ("Who?", ["(A) he", "(B) she"])
+    assert cut_options("Who?\nA. he\nB. she") == ("Who?", ["A. he", "B. she"])
+    assert cut_options("Who is it (A) or (B)?") == ("Who is it (A) or (B)?", [])
+    assert cut_options("Who?\n(B) she\n(A) he")[1] == []  # not in the order of their letters
 
 
 @pytest.mark.parametrize("truth", range(4))
 def test_options_that_are_letters(truth):
     """The right option is right and the others are wrong, whichever letters they consist of."""
-    row = annotations.certain(["C", "A", "dog", "B"], truth) | dict(
+    row = benchmarks.choice_by_index(["C", "A", "dog", "B"], truth) | dict(
         prompt_id="x", question="?", video="v"
     )
     row = normalize_row(row)
     texts = ["C", "A", "dog", "B"]
     record = {}
     for i, text in enumerate(texts):
-        items.judge(record, row, f"<answer>{text}</answer>", False, "tomato", False)
+        items.score_record(
+            record, row, f"<answer>{text}</answer>", False, name="tomato", protocol=Protocol()
+        )
         assert record["score"] == (i == truth)
 
 
@@ -445,11 +456,15 @@ def test_options_that_are_letters(truth):
 def test_an_empty_option_shifts_no_letter(texts):
     choices = dict(zip("ABC", texts))
     for truth in (letter for letter, text in choices.items() if text):
-        row = annotations.by_key(choices, truth) | dict(prompt_id="x", question="?", video="v")
+        row = benchmarks.choice_by_key(choices, truth) | dict(
+            prompt_id="x", question="?", video="v"
+        )
         row, record = normalize_row(row), {}
         for letter, text in choices.items():
             if text:
-                items.judge(record, row, f"<answer>{text}</answer>", False, "mmvu", False)
+                items.score_record(
+                    record, row, f"<answer>{text}</answer>", False, name="mmvu", protocol=Protocol()
+                )
                 assert record["score"] == (letter == truth)
 
 
@@ -458,14 +473,21 @@ def test_an_empty_option_shifts_no_letter(texts):
 
 def test_media_stand_where_the_text_names_them():
     row = dict(prompt_id="x", images=["i"], video=None, audio=["a", "b", "c"])
-    pieces = protocol.in_place("Is [audio3] louder than [audio1]?\nA. [img1]", row)
+    pieces = protocol.interleave_media("Is [audio3] louder than [audio1]?\nA. [img1]", row)
     told = [piece.get("text") or (piece["type"], piece["index"]) for piece in pieces]
     named = ["Is ", ("audio", 2), " louder than ", ("audio", 0), "?\nA. ", ("image", 0)]
     assert told == [("audio", 1), *named]  # what is not named comes first; no text, no piece
-    with pytest.raises(BadRow, match=r"row x: the text names .img2., and it has 1"):
-        protocol.in_place("Look at [img2]", row)
+    with pytest.raises(BadRow, match=r"row x: the text names .img2., and the row has 1"):
+        protocol.interleave_media("Look at [img2]", row)
+    muted = protocol.interleave_media("Is [audio3] [img1]?", row, without=("sound",))
+    assert [piece.get("text") or piece["type"] for piece in muted] == [
+        "Is [audio3]",
+        " ",
+        "image",
+        "?",
+    ]
     film = dict(prompt_id="x", images=[], video="v", audio=None)
-    pieces = protocol.in_place(f"Is [video1] as [video1] is? [audio{'9' * 5000}]", film)
+    pieces = protocol.interleave_media(f"Is [video1] as [video1] is? [audio{'9' * 5000}]", film)
     assert [piece["type"] for piece in pieces] == ["text", "video", "text", "text"]  # one video
     assert pieces[2]["text"] == " as [video1]"
 
@@ -490,7 +512,7 @@ def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  #
     seen = []
     for order in ((2, 1), (1, 2)):
         text = "Is [audio{}] or [audio{}] louder in [img1]?".format(*order)
-        prompt = build.from_clip(row, clip, words=("Listen.", protocol.in_place(text, row)))
+        prompt = build.from_clip(row, clip, words=("Listen.", protocol.interleave_media(text, row)))
         mels = prompt.media["audio"]["mel"].split(prompt.media["audio"]["lengths"].tolist(), dim=1)
         assert [m.shape[1] for m in mels] == [lengths[i - 1] // 160 for i in order]
         features = torch.zeros(2, 128, 100)

@@ -11,13 +11,23 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from conftest import RECIPE, in_browser, launch, needs_browser
+from transformers import AutoTokenizer
 
+import answers
 import eval as evaluation
 import rewards
+from data.rows import SYSTEM_PROMPT
 from data.thumbnails import encode_sound
 from evaluation import items, items_page, protocol, scores, tables
+from evaluation.items_page import write_items_page
+from evaluation.protocol import Protocol
+from models.inputs import InputBuilder
+from models.rollout import Completion, rollout
 from run.run_dir import git_commit
+
+OURS = Protocol()
 
 
 def eval_flags(toy_dir, out, *more):
@@ -109,8 +119,8 @@ OPTIONS = ["a dog", "a cat", "a bell", "I am here"]
 def test_replies_that_others_misread(text, expected):
     row = dict(answer="C", answer_type="choice", options=OPTIONS)
     record = dict(failure=None)
-    items.judge(record, row, text, False, "x", False)
-    read = rewards.normalize_answer(record["parsed"], "choice", OPTIONS)
+    items.score_record(record, row, text, False, name="x", protocol=OURS)
+    read = answers.normalize_answer(record["parsed"], "choice", OPTIONS)
     assert read == expected and record["score"] == (expected == "C")
     assert (record["failure"] is None) == (expected is not None)
 
@@ -129,7 +139,7 @@ def test_replies_that_others_misread(text, expected):
 )
 def test_other_kinds_of_replies(text, kind, expected):
     options = OPTIONS if kind == "multi" else None
-    assert rewards.normalize_answer(rewards.parse_answer(text), kind, options) == expected
+    assert answers.normalize_answer(answers.parse_answer(text), kind, options) == expected
 
 
 def test_a_cut_off_reply_has_no_answer():
@@ -137,9 +147,9 @@ def test_a_cut_off_reply_has_no_answer():
     row = dict(answer="C", answer_type="choice", options=OPTIONS)
     for truncated in (True, False):
         record = dict(failure=None)
-        items.judge(record, row, "Perhaps\nC", truncated, "x", False)
+        items.score_record(record, row, "Perhaps\nC", truncated, name="x", protocol=OURS)
         assert record["score"] == (not truncated)
-    items.judge(record, row, "Perhaps\nC", True, "x", False)
+    items.score_record(record, row, "Perhaps\nC", True, name="x", protocol=OURS)
     assert record["failure"] == "cut off by --max-new-tokens"
 
 
@@ -231,7 +241,7 @@ def test_evaluation(toy_dir, tmp_path):
     lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b" / "records.jsonl").write_text("".join(lines[:3]))
     (tmp_path / "b" / "records-0.jsonl").write_text("".join(lines[3:5]) + lines[5][:40])
-    more = ("--resume", "--batch-size", 3, "--against", tmp_path / "a")
+    more = ("--resume", "--batch-size", 3, "--baseline", tmp_path / "a")
     printed = launch(*eval_flags(toy_dir, tmp_path / "b", *more))
     assert by_id(tables.read_records(tmp_path / "b")) == by_id(records)
     assert "+0.000" in printed and "†" in printed and "not like with like" not in printed
@@ -270,7 +280,7 @@ def test_another_recipe_is_not_resumed_and_is_told_in_a_comparison(toy_dir, tmp_
     shutil.copytree(toy_dir / "model", tmp_path / "other")
     flags[flags.index("--model") + 1] = tmp_path / "other"
     assert "--resume: other model than in" in launch(*flags, code=1)
-    more = ("--against", tmp_path / "a", *other)
+    more = ("--baseline", tmp_path / "a", *other)
     printed = launch(*eval_flags(toy_dir, tmp_path / "b", *more))
     assert "not like with like: other recipe than in" in printed
 
@@ -310,9 +320,9 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     (tmp_path / "torn" / "records.jsonl").write_text('{"file": \n')
     (tmp_path / "torn" / "config.json").write_text("{")
     for more, said in (
-        (("--against", tmp_path / "nowhere"), "--against: no records in"),
+        (("--baseline", tmp_path / "nowhere"), "--baseline: no records in"),
         (("--table", tmp_path / "nowhere"), "--table: no records in"),
-        (("--against", tmp_path / "torn"), "a line of its records is not JSON"),
+        (("--baseline", tmp_path / "torn"), "a line of its records is not JSON"),
         (("--model", tmp_path / "torn"), "config.json: not JSON"),
         (("--out", ""), "--out is empty"),
         (("--benchmark", "tomato", "--root", tmp_path), "no data/*.json in"),
@@ -359,6 +369,96 @@ def test_an_edited_row_is_asked_again(toy_dir, tmp_path):
     assert changed == [json.loads(line)["prompt_id"] for line in (first, rest[-1])]
     (tmp_path / "model" / "model.safetensors").touch()
     assert "--resume: other weights than in" in launch(*flags, "--resume", code=1)
+
+
+# ---- what the model gets
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that the model is asked, as they come."""
+    collected = []
+
+    def spy(policy, prompts, *args, **kwargs):
+        collected.extend(prompts)
+        return rollout(policy, prompts, *args, **kwargs)
+
+    monkeypatch.setattr("evaluation.asking.rollout", spy)
+    return collected
+
+
+def test_without_a_sense(toy_dir, tmp_path, prompts):
+    media = {}
+    for name, without in (
+        ("full", ()),
+        ("muted", ("sound",)),
+        ("heard", ("video",)),
+        ("blind", ("sound", "video")),
+    ):
+        prompts.clear()
+        flags = ("--without", *without) if without else ()
+        flags += ("--baseline", tmp_path / "full") if without else ()
+        printed = launch(*eval_flags(toy_dir, tmp_path / name, *flags))
+        media[name] = [set(prompt.media) for prompt in prompts]
+        is_blind = "solved without looking or listening" in printed
+        assert is_blind == (name == "blind")
+        assert ("the difference is" in printed) == (name != "full")
+        assert "not like with like" not in printed
+    with_sound = [kinds == {"video", "audio"} for kinds in media["full"]]
+    assert sum(with_sound) == 8  # those of stage 2
+    assert media["muted"] == [{"video"}] * 16 and media["blind"] == [set()] * 16
+    assert media["heard"] == [{"audio"} if sound else set() for sound in with_sound]
+
+    recipe = json.loads((tmp_path / "muted" / "recipe.json").read_text())
+    assert recipe["without"] == ["sound"]
+    printed = launch(*eval_flags(toy_dir, tmp_path / "muted", "--resume"), code=1)
+    assert "--resume: other without than in" in printed
+    printed = launch("eval.py", "--table", *(tmp_path / name for name in media))
+    lines = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines()]
+    rows = {line[1]: line for line in lines if len(line) > 6}
+    assert {"all: full", "all: without sound", "all: without video"} <= set(rows)
+    blind = tables.read_records(tmp_path / "blind")
+    row = rows["all: blind (text alone)"]
+    assert row[2:4] == ["16", f"{np.mean([r['score'] for r in blind]):.3f}"]
+    assert row[6] == f"{np.mean([scores.chance(r) for r in blind]):.3f}"
+
+
+def test_chance():
+    assert scores.chance(dict(answer_type="choice", options=["a", "b", "c", "d"])) == 0.25
+    assert scores.chance(dict(answer_type="yesno")) == 0.5
+    assert scores.chance(dict(answer_type="number")) == 0
+
+
+def test_the_system_prompt_can_be_replaced_or_left_out(toy_dir, tmp_path, prompts):
+    tokenizer = AutoTokenizer.from_pretrained(toy_dir / "model")
+    (tmp_path / "words.txt").write_text("Listen well.\n")
+    for system, begin in (
+        (None, f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>"),
+        ("none", "<|im_start|>user\n"),
+        (tmp_path / "words.txt", "<|im_start|>system\nListen well.<|im_end|>"),
+    ):
+        prompts.clear()
+        flags = ("--system", system) if system else ()
+        out = tmp_path / f"s{len(list(tmp_path.iterdir()))}"
+        launch(*eval_flags(toy_dir, out, *flags))
+        assert all(tokenizer.decode(p.input_ids).startswith(begin) for p in prompts)
+    printed = launch(*eval_flags(toy_dir, out, "--resume"), code=1)
+    assert "--resume: other system than in" in printed
+
+
+def test_a_template_that_opens_the_reasoning(toy_dir, tmp_path):
+    """As those of Thinking models do: the completion is read with the tag that the prompt opened."""
+    shutil.copytree(toy_dir / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    text = template.read_text()
+    assert "<|im_start|>assistant\n{% endif %}" in text
+    template.write_text(text.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    says = "red</think><answer>B</answer>"
+    for folder, expected in ((toy_dir / "model", -1), (tmp_path / "model", 1)):
+        build = InputBuilder(folder, RECIPE, ".", False)
+        ids = torch.tensor(build.tokenizer(says).input_ids)
+        (text,) = build.texts([Completion(ids, torch.zeros(len(ids)), False)])
+        assert rewards.format_reward(text) == expected
 
 
 # ---- tables
@@ -414,7 +514,7 @@ def test_an_item_told_twice_counts_once(tmp_path):
 def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
     for stage in "ab":
         record(tmp_path, f"{stage}/test.jsonl", [0, 1] * 10)
-    found = tables.summary(tables.read_records(tmp_path), 0)["all"]
+    found = tables.summarize_all(tables.read_records(tmp_path), 0)["all"]
     clips = [f"{stage}/c{i}" for stage in "ab" for i in range(20)]
     expected = scores.bootstrap([0, 1] * 20, clips, 0)
     assert tuple(found[k] for k in ("score", "low", "high")) == expected
@@ -459,7 +559,7 @@ def write_page(toy_dir, tmp_path):
         records.append(item | dict(completion=said, parsed=HOSTILE, score=score))
     records[1]["failure"] = HOSTILE
     roots = {"<set>": toy_dir / "stage2"}
-    items_page.write_items_page(tmp_path / "items.html", HOSTILE, records, roots, 10, RECIPE)
+    write_items_page(tmp_path / "items.html", HOSTILE, records, roots, 10, RECIPE)
     return tmp_path / "items.html"
 
 
@@ -494,7 +594,7 @@ def test_page_shows_what_the_evaluation_may_read(toy_dir, tmp_path):
     assert "--max-audio-seconds" in shown(toy_dir / "stage2", RECIPE._replace(max_audio_seconds=1))
     assert "<img" not in shown(toy_dir / "stage2", RECIPE, images=[5])
     assert "not shown" in shown(None, RECIPE)
-    items_page.write_items_page(tmp_path / "items.html", "x", [item], {}, 1, RECIPE)
+    write_items_page(tmp_path / "items.html", "x", [item], {}, 1, RECIPE)
     assert "half: ?" in (tmp_path / "items.html").read_text()
 
 
@@ -536,12 +636,19 @@ def test_sound_on_the_page_is_the_clips(tmp_path):
 def test_recipe_is_kept(toy_dir):
     flags = ["--model", str(toy_dir / "model"), "--protocol", "paper", "--benchmark", "tomato"]
     args, _ = evaluation.parse_args([*flags, "--root", "x"])
-    recipe = evaluation.recipe_of(args, toy_dir / "model", None, "float32")
+    recipe = evaluation.recipe_of(
+        args, toy_dir / "model", evaluation.open_protocol(args), "float32"
+    )
     newest = max(path.stat().st_mtime for path in (toy_dir / "model").iterdir())
     assert recipe["weights"] == newest and recipe["seed"] is None  # greedy
     assert recipe["system"]["tomato"] == protocol.ASSISTANT
     typed, _ = evaluation.parse_args([*flags, "--root", "x", "--max-new-tokens", "7"])
-    assert evaluation.recipe_of(typed, "m", None, "float32")["max_new_tokens"] == 7
+    assert (
+        evaluation.recipe_of(typed, "m", evaluation.open_protocol(typed), "float32")[
+            "max_new_tokens"
+        ]
+        == 7
+    )
     assert recipe["max_new_tokens"]["intentbench"] == 20 and recipe["commit"] == git_commit()
     assert (
         recipe["recipe"]["max_frames"] == 16
