@@ -112,10 +112,11 @@ def parse_args(argv=None):
 
 def parse_or_print_tables():
     """What is answered before torch is loaded: --help, a mistake in the flags, --table."""
-    args, _ = parse_args()
+    args, source = parse_args()
     if args.table:
         print_tables(args.table, args.seed)
         sys.exit()
+    return args, source
 
 
 def print_tables(folders, seed):
