@@ -12,7 +12,8 @@ import torch
 STD_EPS = 1e-4  # added to a group's std, as TRL does: equal rewards give 0, not 0/0 [U1]
 SIGMA_FLOOR = 0.1  # least sigma_off: few, nearly equal replayed rewards must not explode [U1]
 LOG_RATIO_MAX = 20.0  # log ratio beyond which exp is not taken [U1]
-DUAL_CLIP = 3.0  # most a token's ratio counts, with a negative advantage and in the KL [U1] [U20]
+DUAL_CLIP = 3.0  # with a negative advantage, a token's ratio counts at most this much [U1]
+KL_RATIO_MAX = 3.0  # in the KL, a token's ratio counts at most this much [U20]
 
 
 def group_advantages(group_rewards):
@@ -67,56 +68,77 @@ def grpo_loss(
     old_logprobs      (N, T) float   behaviour policy b, as recorded when it sampled
     ref_logprobs      (N, T) float   frozen reference, or None for no KL
     token_advantages  (N, T) float   A_{i,t}, after TAS
-    completion_mask   (N, T) bool    1 up to and including EOS; what stands off it is never read
+    completion_mask   (N, T) bool    1 up to and including EOS; values off the mask are never read
     weights           (N,) float     1 / (fresh completions in the update, all ranks) [J.on], or
                                      alpha / (replayed ones) [J.off]: no split changes the sum
-    returns           loss (), -J; info: dict of (N,) float without gradient
+    returns           loss (), which is -J; info: dict of (N,) float without gradient
 
-    On fresh completions b = pi and r = 1 at first: the loss is about -mean(A) = 0, its gradient is not.
-    A negative A with a huge r would pull without bound: it counts at most DUAL_CLIP A.
+    At the first update b = pi on fresh completions, so r = 1 and the loss is about -mean(A) = 0. Its
+    gradient is not 0.
 
-    The KL is exact: samples are b's, E_b[KL_t] = KL(pi || ref), and its gradient, through r as well,
-    is r log(pi / ref) grad log pi, of expectation grad KL(pi || ref), and 0 where pi has given a token
-    up. (k3 alone has 1 - ref / pi there, which explodes; on fresh samples its expectation is the
-    gradient of the other direction, KL(ref || pi).) A token counts with at most DUAL_CLIP.   [U20]
+    A negative A with a huge r would pull without bound. Such a token counts at most DUAL_CLIP A.
+
+    The KL is exact on samples of any b: E_b[KL_t] = KL(pi || ref), and its gradient, through r as
+    well, has the expectation grad KL(pi || ref). It is 0 where pi has given up a token. k3 alone
+    (without r) has the factor 1 - ref / pi there, which explodes, and on fresh samples its
+    expectation is the gradient of the other direction, KL(ref || pi).                     [U20]
     """
     assert logprobs.shape == old_logprobs.shape == token_advantages.shape == completion_mask.shape
     assert weights.shape == logprobs.shape[:1]
-    mask, num_tokens = completion_mask.bool(), completion_mask.sum(1).clamp(min=1)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (N, T)
-    ratio = token_ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
-    if sequence_ratio:  # GSPO-token: one value for all tokens, and each token's own gradient
-        mean = (log_ratio.sum(1) / num_tokens)[:, None]
-        ratio = (mean.detach() + (log_ratio - log_ratio.detach())).clamp(max=LOG_RATIO_MAX).exp()
+    mask = completion_mask.bool()
+    num_tokens = completion_mask.sum(1).clamp(min=1)  # (N,)
     advantages = torch.where(mask, token_advantages, 0.0)
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    surrogate = torch.min(ratio * advantages, clipped * advantages)
-    surrogate = torch.where(advantages < 0, torch.max(surrogate, DUAL_CLIP * advantages), surrogate)
-    kl, d = torch.zeros_like(ratio), torch.zeros_like(ratio)
+
+    # ---- ratio                                                               [RATIO] [U22]
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (N, T)
+    token_ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
+    ratio = token_ratio
+    if sequence_ratio:
+        # GSPO-token: one value for all tokens, and each token's own gradient
+        mean_log_ratio = (log_ratio.sum(1) / num_tokens)[:, None]
+        own_gradient = log_ratio - log_ratio.detach()  # 0 in value
+        ratio = (mean_log_ratio.detach() + own_gradient).clamp(max=LOG_RATIO_MAX).exp()
+
+    # ---- clipped surrogate                                                            [J]
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
+    dual_clipped = torch.max(surrogate, DUAL_CLIP * advantages)
+    surrogate = torch.where(advantages < 0, dual_clipped, surrogate)
+
+    # ---- KL(pi || ref)                                                         [KL] [U20]
+    kl = torch.zeros_like(ratio)
+    d = torch.zeros_like(ratio)
     if ref_logprobs is not None:
         d = torch.where(mask, ref_logprobs - logprobs, 0.0)
-        # r (exp(d) - d - 1) = ref / b - r (1 + d), in which nothing overflows
-        ref_ratio = torch.where(mask, ref_logprobs - old_logprobs, 0.0).clamp(max=LOG_RATIO_MAX)
-        truncation = (DUAL_CLIP / token_ratio.detach()).clamp(max=1)  # min(r, DUAL_CLIP) / r
-        kl = truncation * (ref_ratio.exp() - token_ratio * (1 + d))
-    objective = (surrogate - kl_coef * kl).sum(1) / num_tokens  # (N,) per sequence
+        # r (exp(d) - d - 1) = ref / b - r (1 + d): nothing overflows in this form
+        log_ref_ratio = torch.where(mask, ref_logprobs - old_logprobs, 0.0)
+        ref_ratio = log_ref_ratio.clamp(max=LOG_RATIO_MAX).exp()
+        truncation = (KL_RATIO_MAX / token_ratio.detach()).clamp(max=1)  # min(r, KL_RATIO_MAX) / r
+        kl = truncation * (ref_ratio - token_ratio * (1 + d))
+
+    objective = (surrogate - kl_coef * kl).sum(1) / num_tokens  # (N,) mean over the tokens
+    loss = -(weights * objective).sum()
+
     with torch.no_grad():
-        up, down = ratio > 1 + clip_eps, (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
-        outside = torch.where(advantages > 0, up, down & (advantages < 0))
-        used = torch.where(mask, ratio.clamp(max=DUAL_CLIP), 0.0)  # what a token weighs in the loss
-        share = weights / num_tokens
+        too_high = ratio > 1 + clip_eps
+        too_low = (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
+        is_clipped = torch.where(advantages > 0, too_high, too_low & (advantages < 0)) & mask
+        effective_ratio = torch.where(mask, ratio.clamp(max=DUAL_CLIP), 0.0)
+        kl_ratio = token_ratio.clamp(max=KL_RATIO_MAX)
+        pulls = torch.where(is_clipped, 0.0, ratio * advantages)
+        token_weight = weights / num_tokens
         info = dict(
             loss=-weights * objective,
             num_tokens=completion_mask.sum(1),
             kl=kl.sum(1) / num_tokens,
-            clip_frac=(outside & mask).sum(1) / num_tokens,
+            clip_frac=is_clipped.sum(1) / num_tokens,
             ratio_max=torch.where(mask, ratio, 0.0).amax(1),
             log_ratio=log_ratio.sum(1),  # of the whole completion
-            gap=log_ratio.abs().amax(1),
-            ratio_sum=used.sum(1),
-            ratio_square_sum=(used**2).sum(1),
-            # how hard each term pulls: sums of what stands before grad log pi
-            surrogate_pull=share * torch.where(outside, 0.0, ratio * advantages).abs().sum(1),
-            kl_pull=share * kl_coef * (token_ratio.clamp(max=DUAL_CLIP) * d).abs().sum(1),
+            logprob_gap_max=log_ratio.abs().amax(1),
+            ratio_sum=effective_ratio.sum(1),
+            ratio_square_sum=(effective_ratio**2).sum(1),
+            # how hard each term pulls: sums of the factors of grad log pi
+            surrogate_grad_scale=token_weight * pulls.abs().sum(1),
+            kl_grad_scale=token_weight * kl_coef * (kl_ratio * d).abs().sum(1),
         )
-    return -(weights * objective).sum(), info
+    return loss, info

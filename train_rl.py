@@ -1,17 +1,20 @@
 """
 Stages 1 to 3 of AVATAR, arXiv:2508.03100: GRPO with stratified replay, temporal advantage shaping
-and hints; `--algo grpo` is the plain baseline. Where we differ or the paper is silent: docs/method.md.
+(TAS) and hints. `--algo grpo` is the plain baseline. Differences from the paper, and what it leaves
+open: docs/method.md. A tag in brackets is a row of the README's table or of that page.
 
-    python train_rl.py --stage 2                                                    # the toy, CPU
-    torchrun train_rl.py --stage 2 --model runs/sft/final --data av.jsonl                  # 1 GPU
+    python train_rl.py --stage 2                                                     # the toy, CPU
+    torchrun train_rl.py --stage 2 --model runs/sft/final --data av.jsonl                   # 1 GPU
     torchrun --nproc-per-node 8 train_rl.py --stage 2 --model runs/sft/final --data av.jsonl
 
-A step: draw what to replay (that decides how many fresh completions are needed), roll out, reward,
-compare each fresh completion with its group and each replayed one with its prompt's history,
-spread the advantages over the tokens, take a gradient step, store the fresh completions.
+A step: draw the completions to replay; their number decides how many fresh ones are sampled; put
+hints into the prompts that need one; sample; reward; compare each fresh completion with its group and
+each replayed one with the history of its prompt; spread the advantages over the tokens; take the
+gradient of the clipped, KL-regularised objective; store the fresh completions.
 
-An Entry (buffer.py) is one completion with its reward; it is fresh if it was born in this step.
-P prompts a step, over all ranks; `mine` is this rank's slice of them.
+An Entry (buffer.py) is one completion with its reward. It is fresh if it was born in this step.
+P prompts per step, over all ranks; `local` is this rank's slice of them. G fresh completions of a prompt.
+N completions in a micro-batch, T tokens of the longest.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -19,35 +22,13 @@ import run.before_torch  # noqa: F401  must come before torch
 import argparse
 import functools
 
-import numpy as np
-import torch
-
-import hints
 import rewards
-import tas
 import toy
-from buffer import Entry, ReplayBuffer
-from data.clip_cache import ClipCache
-from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
-from data.row_stream import RowStream
-from data.rows import Rows
-from grpo import group_advantages, grpo_loss, replay_advantages  # noqa: F401  offered from here
-from models.inputs import InputBuilder
-from models.loading import open_policies, write_merged
-from models.paths import resolve_start_model, save_model
-from models.rollout import rollout
-from rl import gradient, guards, held_out, metrics, samples
-from rl.gradient import concat_infos, fresh_gradient
-from rl.hint_visits import give_hints
-from run import arguments, checkpoint, logs, optim, processes
+from run import arguments
 from run.errors import UserError
-from run.launch import run_main
-from run.run_dir import open_run_dir
-from run.signals import save_and_maybe_stop, watch_signals
-from teachers import judge
 
-WINDOW = 20  # on-policy rewards that R̄(q) is the mean of (authors' script)
+TAS_SHAPES = ("parabolic", "uniform", "linear-up", "linear-down", "inverse")  # as in tas.py
 
 STAGES = {  # a typed flag wins
     1: dict(reward_weights="format=.5,acc=.5"),  # paper: general visual reasoning
@@ -56,58 +37,61 @@ STAGES = {  # a typed flag wins
 }
 ALGOS = {
     "avatar": {},
-    "avatar-gspo": dict(
-        clip_eps=0.005
-    ),  # one ratio per completion: a mean, which moves less than its tokens [U22]
-    "grpo": dict(
-        num_on=8, num_off=0, tas_shape="uniform", hints=False
-    ),  # paper: 8 fresh, nothing else
+    # a mean over the tokens varies far less than single tokens: its clip is narrower   [U22]
+    "avatar-gspo": dict(clip_eps=0.005),
+    # paper: 8 fresh completions, no replay, no shaping, no hints
+    "grpo": dict(num_on=8, num_off=0, tas_shape="uniform", hints=False),
 }
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     boolean = argparse.BooleanOptionalAction
+    hidden = argparse.SUPPRESS
+    # fmt: off
+
     flag = arguments.add_flags(parser)
-    flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
-    flag("--train-towers", action=boolean, default=False, help="vision and audio towers too [D1]")
+    flag("--lora-rank", type=int, default=16, help="rank of the adapter (paper: 16); 0 = train all weights of the text model")
+    flag("--train-towers", action=boolean, default=False, help="train the vision and audio towers too [D1]")
     add_media_flags(parser)
+
     flag = parser.add_argument_group("method").add_argument
-    flag("--stage", type=int, choices=[1, 2, 3], default=2, help="visual, audio-visual, places")
-    flag(
-        "--algo",
-        choices=[*ALGOS],
-        default="avatar",
-        help="avatar-gspo: one ratio a completion [U22]; grpo: 8 fresh",
-    )
-    flag("--reward-weights", default="format=.5,acc=.5", help="format, acc, self, judge [R.stage]")
-    flag("--judge", help="scores reasoning steps: URL of a chat server, folder, toy [R.judge] [D5]")
-    flag("--judge-model", help="the judge's name on its server")
-    flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (script) [J]")
-    flag("--kl-coef", type=float, default=0.1, help="beta (paper); 0 = no reference [KL]")
-    flag("--off-policy-coef", type=float, default=0.6, help="alpha (paper) [J] [D4]")
-    shapes = [*tas.SHAPES, *(f"{shape}-mean1" for shape in tas.SHAPES)]
-    told = f"weight of a token: {', '.join(tas.SHAPES)}; X-mean1: its mean is 1 [TAS.w] [U10]"
-    flag("--tas-shape", choices=shapes, default="parabolic", metavar="SHAPE", help=told)
-    flag("--tas-lambda", type=float, default=0.3, help="extra weight at the ends (paper) [TAS.w]")
-    flag("--buffer-size", type=int, default=10000, help="completions (paper) [ROOM]")
-    flag("--hints", action=boolean, default=True, help="for prompts that stay Hard [HINT]")
-    flag("--hint-patience", type=int, default=2, help="visits in Hard before a hint [U7]")
-    flag("--hint-kl", type=float, default=0.02, help="nats/token: below, the policy is stuck [U7]")
+    flag("--stage", type=int, choices=[1, 2, 3], default=2, help="1 visual, 2 audio-visual, 3 audio localisation: chooses the reward")
+    flag("--algo", choices=[*ALGOS], default="avatar", help="avatar-gspo: one ratio per completion [U22]; grpo: the baseline, 8 fresh completions and nothing else")
+    flag("--reward-weights", default="format=.5,acc=.5", help="weights of format, acc, self, judge [R.stage]")
+    flag("--judge", help="scores the reasoning steps: URL of a chat server, model folder, or toy [R.judge] [D5]")
+    flag("--judge-model", help="name of the judge on its server")
+    flag("--clip-eps", type=float, default=0.2, help="clip of the ratio, both sides (authors' script) [J]")
+    flag("--kl-coef", type=float, default=0.1, help="weight beta of the KL (paper); 0 = no reference [KL]")
+    flag("--off-policy-coef", type=float, default=0.6, help="weight alpha of the replayed half (paper) [J] [D4]")
+    shapes = [*TAS_SHAPES, *(f"{shape}-mean1" for shape in TAS_SHAPES)]
+    shape_help = f"weight of a token by its place: {', '.join(TAS_SHAPES)}; X-mean1 scales the mean weight to 1 [TAS.w] [U10]"
+    flag("--tas-shape", choices=shapes, default="parabolic", metavar="SHAPE", help=shape_help)
+    flag("--tas-lambda", type=float, default=0.3, help="extra weight of the first and last token (paper) [TAS.w]")
+    flag("--buffer-size", type=int, default=10000, help="completions stored (paper) [ROOM]")
+    flag("--hints", action=boolean, default=True, help="give hints to prompts that stay hard [HINT]")
+    flag("--hint-patience", type=int, default=2, help="visits in Hard without success before a hint [U7]")
+    flag("--hint-kl-threshold", type=float, default=0.02, help="give a hint only if KL(behaviour || policy) is below this, nats per token [U7]")
+    flag("--hint-kl", type=float, dest="hint_kl_threshold", default=hidden, help=hidden)
+
     flag = parser.add_argument_group("rollout").add_argument
-    flag("--prompts-per-step", type=int, default=8, help="fresh prompts, over all ranks [U18]")
-    flag("--num-on", type=int, default=4, help="fresh completions a prompt (paper) [SPLIT]")
-    flag("--num-off", type=int, default=4, help="replayed ones a prompt (paper); 0 = no replay")
-    flag("--temperature", type=float, default=1.0, help="of sampling and of log-probs (script)")
-    flag("--max-new-tokens", type=int, default=2048, help="length of a completion (script)")
+    flag("--prompts-per-step", type=int, default=8, help="fresh prompts per step, over all ranks [U18]")
+    flag("--num-on", type=int, default=4, help="fresh completions per prompt (paper) [SPLIT]")
+    flag("--num-off", type=int, default=4, help="replayed completions per prompt (paper); 0 = no replay")
+    flag("--temperature", type=float, default=1.0, help="sampling temperature, also used for log-probs (authors' script)")
+    flag("--max-new-tokens", type=int, default=2048, help="tokens of a completion at most (authors' script)")
+
     flag = parser.add_argument_group("optimisation and evaluation").add_argument
-    flag("--lr", type=float, default=5e-7, help="peak learning rate (script)")
-    flag("--updates-per-rollout", type=int, default=1, help="gradient steps a step [U19]")
-    flag("--micro-tokens", type=int, default=16384, help="tokens read at once; less = less memory")
-    flag("--max-ratio", type=float, default=10.0, help="of a completion: above it, a bad step")
-    flag("--eval-data", help="held-out JSONL (default: the toy's, if --data is the toy's)")
-    flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = none at all")
-    flag("--eval-samples", type=int, default=256, help="held-out completions, at --temperature")
+    flag("--lr", type=float, default=5e-7, help="peak learning rate (authors' script)")
+    flag("--updates-per-rollout", type=int, default=1, help="gradient steps per rollout [U19]")
+    flag("--micro-tokens", type=int, default=16384, help="tokens per forward pass; lower it to save memory")
+    flag("--max-seq-ratio", type=float, default=10.0, help="a step is bad if the mean ratio of any completion exceeds this; 0 = no limit")
+    flag("--max-ratio", type=float, dest="max_seq_ratio", default=hidden, help=hidden)
+    flag("--eval-data", help="held-out JSONL; without it the toy's, if --data is the toy's")
+    flag("--eval-every", type=int, default=100, help="steps between evaluations; 0 = never")
+    flag("--eval-samples", type=int, default=256, help="held-out completions, sampled at --temperature")
+
+    # fmt: on
 
     def overrides(first):
         common = dict(out=f"runs/stage{first.stage}", steps=400)  # paper, Fig. 5: 400 iterations
@@ -126,56 +110,115 @@ def parse_args(argv=None):
         args,
         **arguments.BOUNDS,
         num_off=0,
-        num_on=1 if args.num_off else 2,
+        num_on=1 if args.num_off else 2,  # one fresh completion alone has no advantage
         prompts_per_step=1,
-        buffer_size=max(
-            1, -(-5 * args.num_off // 2)
-        ),  # Hard's 40 % have to hold what is drawn at once
+        # the 40 % for Hard prompts must hold one replayed group
+        buffer_size=max(1, -(-5 * args.num_off // 2)),
         max_new_tokens=1,
         temperature=1e-3,
         clip_eps=0,
         kl_coef=0,
         tas_lambda=0,
         hint_patience=1,
-        hint_kl=1e-9,
+        hint_kl_threshold=1e-9,
         eval_every=0,
         eval_samples=1,
         updates_per_rollout=1,
-        max_ratio=0,
+        max_seq_ratio=0,
         off_policy_coef=0,
     )
     return args, source, weights
 
 
-# ---- what a step is made of --------------------------------------------------------------------
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)  # --help and mistakes answer before torch is loaded
+
+import numpy as np
+import torch
+
+from buffer import Entry, ReplayBuffer
+from data.clip_cache import ClipCache
+from data.clips import BadRow
+from data.row_stream import RowStream
+from data.rows import Rows
+from grpo import group_advantages, grpo_loss, replay_advantages
+from hints import HintSchedule
+from models.inputs import InputBuilder
+from models.loading import open_policies, write_merged
+from models.paths import resolve_start_model, save_model
+from models.policy import completion_logprobs
+from models.rollout import rollout
+from rl import guards, metrics
+from rl.held_out import HeldOut
+from rl.hint_visits import HintVisits
+from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
+from rl.samples import SampleLog
+from run import checkpoint, logs, optim, processes
+from run.launch import run_main
+from run.run_dir import open_run_dir
+from run.signals import save_and_maybe_stop, watch_signals
+from tas import shape_advantages, tas_weights
+from teachers import judge as judges
+
+WINDOW = 20  # on-policy rewards in R̄(q) (authors' script)                               [R.mean]
 
 
-def draw(replay, args, step, again=0):
-    """Stored groups, the same on every rank, as all hold the same buffer.            [DRAW] [SPLIT]"""
-    wanted = args.prompts_per_step * (args.num_off > 0)
-    rng = np.random.default_rng([args.seed, step, again, 1] if again else [args.seed, step])
-    return replay.draw(wanted, args.num_off or 1, step, rng)
+# ---- parts of a step ---------------------------------------------------------------------------
 
 
-def score(step, step_rows, groups, texts, weights, judged, hinted):
+def draw_replayed(buffer, args, step, update=0):
     """
-    Fresh completions with their rewards, of all ranks                                  [R.stage]
+    Stored groups to replay. Every rank draws the same: all hold the same buffer.  [DRAW] [SPLIT]
 
-    returns  list of lists of Entry, a prompt each; what could not be judged has no reward: it leaves
-             its group and is not counted as 0
+    returns   list of P lists of num_off Entry, of one prompt each; [] where too little is stored
     """
-    made = []
-    for row, group, group_texts in zip(step_rows, groups, texts):
-        q, means = row["prompt_id"], [c.logprobs.mean().item() for c in group]
-        scored = rewards.reward_completions(row, group_texts, means, weights, judged)
-        made.append(
-            [
-                Entry(q, c.ids, c.logprobs, reward, parts, step, q in hinted)
-                for c, (reward, parts) in zip(group, scored)
-                if reward is not None
-            ]
-        )
-    return [group for part in processes.all_gather_object(made) for group in part]
+    groups = []
+    if args.num_off > 0:
+        rng = np.random.default_rng([args.seed, step, update, 1] if update else [args.seed, step])
+        groups = buffer.draw(args.prompts_per_step, args.num_off, step, rng)
+    return groups + [[]] * (args.prompts_per_step - len(groups))
+
+
+def score(step, rows, completions, texts, reward_weights, judge, hinted):
+    """
+    The fresh completions of all ranks with their rewards.                              [R.stage]
+
+    rows          this rank's; completions and texts: a list of G for each row
+    hinted        set of prompt_ids
+    returns       list of P lists of Entry. A completion that could not be judged leaves its group:
+                  it does not count as 0.
+    """
+    if judge:
+        judge.begin(rows, texts)  # in threads; reward_completions waits for each answer
+    groups = []
+    for row, group, group_texts in zip(rows, completions, texts):
+        prompt_id = row["prompt_id"]
+        mean_logprobs = [completion.logprobs.mean().item() for completion in group]
+        scored = rewards.reward_completions(row, group_texts, mean_logprobs, reward_weights, judge)
+        entries = []
+        for completion, (reward, reward_parts) in zip(group, scored):
+            if reward is None:
+                continue
+            entry = Entry(
+                prompt_id=prompt_id,
+                completion_ids=completion.ids,
+                old_logprobs=completion.logprobs,
+                reward=reward,
+                reward_parts=reward_parts,
+                born_step=step,
+                hinted=prompt_id in hinted,
+            )
+            entries.append(entry)
+        groups.append(entries)
+    return [group for part in processes.all_gather_object(groups) for group in part]
+
+
+def flatten(groups):
+    return [entry for group in groups for entry in group]
+
+
+def rewards_of(entries):
+    return torch.tensor([entry.reward for entry in entries])
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -186,16 +229,22 @@ def main():
     device = processes.init(args.device)
     out = open_run_dir(args, source)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
-    toy_model, toy_train, toy_test = toy.write_defaults(args.stage, args.model, args.data)
+    toy_model, toy_train, toy_test = toy.defaults(args, args.stage)
+    tas = dict(
+        shape=args.tas_shape.removesuffix("-mean1"),
+        tas_lambda=args.tas_lambda,
+        equal_mean=args.tas_shape.endswith("-mean1"),  # [U10]
+    )
 
-    # ---- rows, the policy, the reference it stays close to
+    # ---- rows, the policy, and the reference that it stays close to
     rows = Rows(args.data or toy_train)
     folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
-    recipe, root = media_config_from(args), rows.path.parent
-    build = InputBuilder(folder, recipe, root, audio_captions=args.stage == 2)  # [U16]
-    judged = None
+    media_config = media_config_from(args)
+    root = rows.path.parent
+    build = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]
+    judge = None
     if "judge" in reward_weights:
-        judged = judge.open_judge(args, root, recipe, out, device, toy.judge)
+        judge = judges.open_judge(args, root, media_config, out, device, toy.judge)
     policy, reference = open_policies(
         folder,
         device=device,
@@ -206,164 +255,252 @@ def main():
         with_reference=args.kl_coef > 0,
     )
     optimizer = optim.adamw(policy, args.lr)
-    filler = (build.filler, [Entry("", build.filler.input_ids, torch.zeros(2), 0.0, {}, 0, False)])
-    held_out_file = args.eval_every and (args.eval_data or (None if args.data else toy_test))
-    encoder = None if args.train_towers else policy  # frozen towers encode a clip once
-    room = int(args.cache_gb * 1e9) // (2 if held_out_file else 1)
-    clip_cache = ClipCache(build, room, encoder)
-    evaluate = held_out.evaluator(held_out_file, policy, build, room, encoder, args)
+    dummy = dummy_group(build.filler)
+
+    # ---- clips: decoded ahead of the loop, encoded once if the towers are frozen
+    eval_file = args.eval_data
+    if eval_file is None and args.data is None:
+        eval_file = toy_test
+    is_evaluated = args.eval_every > 0 and eval_file is not None
+    encoder = None if args.train_towers else policy
+    cache_bytes = int(args.cache_gb * 1e9)
+    if is_evaluated:
+        cache_bytes //= 2
+    clip_cache = ClipCache(build, cache_bytes, encoder)
+    held_out = None
+    if is_evaluated:
+        held_out = HeldOut(
+            eval_file,
+            policy,
+            build,
+            cache_bytes=cache_bytes,
+            encoder=encoder,
+            num_samples=args.eval_samples,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+        )
 
     # ---- what a checkpoint holds beside the weights
-    replay = ReplayBuffer(args.buffer_size, WINDOW)
-    schedule = hints.HintSchedule(args.hint_patience, args.hint_kl)
-    stream = RowStream(rows, clip_cache, rows_per_step=args.prompts_per_step, seed=args.seed)
-    watch, start, num_generated, before = (
-        guards.StepGuard(args.max_ratio),
-        0,
-        0,
-        None,
+    buffer = ReplayBuffer(args.buffer_size, WINDOW)
+    hint_schedule = HintSchedule(args.hint_patience, args.hint_kl_threshold)
+    row_stream = RowStream(
+        rows, clip_cache, rows_per_step=args.prompts_per_step, seed=args.seed
     )
-    if args.resume and (found := checkpoint.load(out, policy, optimizer)):
-        start, num_generated, before = found["step"], found["num_generated"], found.get("before")
-        checkpoint.restore(found, buffer=replay, hints=schedule, rows=stream, health=watch)
-    count = args.steps or -(-len(rows) // args.prompts_per_step)
-    log, shown = logs.begin(out, args, start), samples.Samples(out, rows, build, count)
-    processes.print0(
-        f"  {len(rows)} rows, {count} steps of {args.prompts_per_step}, from step {start}"
-    )
+    guard = guards.StepGuard(args.max_seq_ratio)
+    progress = dict(num_generated=0, before=None)  # completions so far; accuracy before step 1
+    start_step = 0
+    if args.resume:
+        state = checkpoint.load(out, policy, optimizer)
+        if state:
+            start_step = state["step"]
+            progress = {name: state[name] for name in progress}
+            checkpoint.restore(
+                state, buffer=buffer, hints=hint_schedule, rows=row_stream, health=guard
+            )
 
     def small_state():
-        """What a step changes before it is sure to count."""
-        parts = checkpoint.states(hints=schedule, rows=stream, health=watch)
-        return parts | dict(num_generated=num_generated, before=before)
+        """What a step changes before it is sure to count: all but the buffer and the weights."""
+        return progress | checkpoint.states(hints=hint_schedule, rows=row_stream, health=guard)
 
-    def save(step, small):
-        state = small | checkpoint.states(buffer=replay)
+    def save(step, state):
+        state = state | checkpoint.states(buffer=buffer)
         checkpoint.save(out, step, policy, optimizer, state, args.keep)
 
-    def replayed_gradient(drawn):
-        """That of alpha J_off; a clip that is gone by now leaves `drawn` and the buffer."""
-        stored = stream.replayed_prompts(drawn, replay, steps)
-        given = (policy, reference, stored, drawn, replay.mean_reward, filler, steps.step, args)
-        return gradient.replayed_gradient(*given)
-
+    hint_visits = HintVisits(hint_schedule, buffer, clip_cache, policy, dummy, args.temperature)
+    num_steps = args.steps or -(-len(rows) // args.prompts_per_step)
+    log = logs.begin(out, args, start_step)
+    sample_log = SampleLog(out, rows, build, num_steps)
+    processes.print0(
+        f"  {len(rows)} rows, {num_steps} steps of {args.prompts_per_step} prompts, from step {start_step}"
+    )
     accuracy = None
-    if start == 0 and (before := evaluate()) is not None:
-        processes.print0(f"held-out accuracy before training: {before:.3f}")
-    mine = processes.local_slice(args.prompts_per_step)
-    stream.prefetch_next()
+    if held_out and start_step == 0:
+        progress["before"] = held_out.accuracy()
+        processes.print0(f"held-out accuracy before training: {progress['before']:.3f}")
+
+    local = processes.local_slice(args.prompts_per_step)
+    row_stream.prefetch_next()
     watch_signals()
-    steps = processes.Steps(start, count, f"stage {args.stage} {args.algo}")
+    steps = processes.Steps(start_step, num_steps, f"stage {args.stage} {args.algo}")
     for step in steps:
-        clock, before_step = metrics.Clock(), small_state()
-        save_before = functools.partial(save, step - 1, before_step)
-        step_rows, prompts = stream.next_rows(steps)
-        ids = [row["prompt_id"] for row in step_rows]
+        clock = metrics.Clock()
+        save_before = functools.partial(save, step - 1, small_state())
+        step_rows, prompts = row_stream.next_rows(steps)
+        prompt_ids = [row["prompt_id"] for row in step_rows]
 
-        # ---- what to replay: where little is stored, more fresh ones                  [SPLIT] [U6]
-        drawn = draw(replay, args, step)
-        drawn += [[]] * (args.prompts_per_step - len(drawn))
-        num_fresh = [args.num_on + args.num_off - len(group) for group in drawn]
-        stream.prefetch_replayed(drawn)
+        # ---- what to replay; a prompt without a stored group gets more fresh completions
+        replayed = draw_replayed(buffer, args, step)  # [DRAW]
+        num_fresh = [args.num_on + args.num_off - len(group) for group in replayed]  # [SPLIT] [U6]
+        row_stream.prefetch_replayed(replayed)
 
-        # ---- who gets a hint                                                           [HINT]
+        # ---- prompts that stay hard carry their hint
         hinted = set()
         if args.hints:
-            given = (policy, filler, steps, step_rows, prompts, args)
-            prompts, hinted = give_hints(replay, schedule, clip_cache, *given)
+            prompts, hinted = hint_visits.apply(step, step_rows, prompts, steps.tell)  # [HINT]
         clock.lap("data")
 
-        # ---- roll out; a judge begins to think
+        # ---- sample the fresh completions, with the log-probs of the policy that samples them
         seeds = [processes.seed(args.seed, step, i) for i in range(args.prompts_per_step)]
-        groups = rollout(
+        completions = rollout(
             policy,
             prompts,
-            num_fresh[mine],
+            num_fresh[local],
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
             eos_ids=build.eos_ids,
-            seeds=seeds[mine],
+            seeds=seeds[local],
             micro_tokens=args.micro_tokens,
         )
-        guards.stop_if_broken(step, groups)
-        texts = [build.texts(group) for group in groups]
-        if judged:
-            judged.begin(step_rows[mine], texts)
-        stream.prefetch_next()
+        guards.stop_if_broken(step, completions)
+        row_stream.prefetch_next()
         clock.lap("rollout")
 
-        # ---- meanwhile the half of the gradient that needs no fresh reward           [VCRS.A] [J.off]
-        past, off_advantages = replayed_gradient(drawn)
-        clock.lap("update")
-
-        # ---- reward; then every rank knows what every rank made                      [R.stage]
-        made = score(step, step_rows[mine], groups, texts, reward_weights, judged, hinted)
-        unjudged_frac = 1 - sum(map(len, made)) / sum(num_fresh)
-        judge.stop_if_unjudged(step, unjudged_frac, judged, save_before)
+        # ---- rewards; from here on every rank has the fresh completions of all ranks
+        texts = [build.texts(group) for group in completions]
+        fresh = score(step, step_rows[local], completions, texts, reward_weights, judge, hinted)
+        unjudged_frac = 1 - len(flatten(fresh)) / sum(num_fresh)
+        judges.stop_if_unjudged(step, unjudged_frac, judge, save_before)
         clock.lap("reward")
 
-        # ---- advantages, their shape, the gradient of J; again, while b is near, with other stored
-        # groups                                                [GRPO.A] [TAS.A] [J.on] [J] [U19]
-        for again in range(args.updates_per_rollout):
-            if again:
-                drawn = draw(replay, args, step, again)
-                past, off_advantages = replayed_gradient(drawn)
-            fresh, advantages = fresh_gradient(policy, reference, prompts, made, filler, step, args)
-            info = concat_infos(past + fresh)
+        for update in range(args.updates_per_rollout):  # [U19]
+            if update > 0:
+                replayed = draw_replayed(buffer, args, step, update)
+            # a clip that can no longer be read empties its group and leaves the buffer
+            replayed_prompts = row_stream.replayed_prompts(replayed, buffer, steps)
+            stored = flatten(replayed)
+
+            # ---- advantages: a fresh completion against its group, a replayed one against R̄(q)
+            advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
+            mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in stored])
+            off_advantages = replay_advantages(rewards_of(stored), mean_rewards)  # [VCRS.A]
+            off_advantages = off_advantages.split([len(group) for group in replayed])
+
+            # ---- weights in J: the mean over all fresh, alpha times the mean over all replayed
+            weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
+            off_weight = args.off_policy_coef / max(len(stored), 1)  # [J.off]
+            fresh_batches = pack(
+                [
+                    WeightedGroup(prompt, fresh[i], advantages[i], weight)
+                    for i, prompt in enumerate(prompts, start=local.start)
+                ],
+                args.micro_tokens,
+                dummy,
+            )
+            replayed_batches = pack(
+                [
+                    WeightedGroup(prompt, replayed[i], off_advantages[i], off_weight)
+                    for i, prompt in replayed_prompts.items()
+                ],
+                args.micro_tokens,
+                dummy,
+            )
+
+            # ---- log pi_ref, once per completion                                       [U15]
+            if args.kl_coef > 0:
+                add_ref_logprobs(policy, reference, replayed_batches, replayed, args.temperature)
+                add_ref_logprobs(policy, reference, fresh_batches, fresh, args.temperature)
+
+            # ---- the gradient of J, over micro-batches
+            infos = []
+            for micro_batch in replayed_batches + fresh_batches:
+                logprobs, completion_mask, entropy = completion_logprobs(  # (N, T) each
+                    policy, micro_batch.prompts, micro_batch.completions, args.temperature
+                )
+                token_advantages = shape_advantages(  # [TAS.A]
+                    micro_batch.advantages.to(logprobs), completion_mask, **tas
+                )
+                loss, info = grpo_loss(  # [J] [RATIO] [KL]
+                    logprobs=logprobs,
+                    # of the policy that sampled: the present one if fresh, an earlier one if stored
+                    old_logprobs=micro_batch.padded("old_logprobs", like=logprobs),
+                    ref_logprobs=micro_batch.padded("ref_logprobs", like=logprobs) if args.kl_coef else None,
+                    token_advantages=token_advantages,
+                    completion_mask=completion_mask,
+                    weights=micro_batch.weights.to(logprobs),
+                    clip_eps=args.clip_eps,
+                    kl_coef=args.kl_coef,
+                    sequence_ratio=args.algo == "avatar-gspo",  # [U22]
+                )
+                # the weights make a sum over all ranks, and FSDP takes the mean over ranks
+                (loss * processes.world_size()).backward()
+                if not micro_batch.is_dummy:
+                    info = metrics.completion_info(
+                        info,
+                        micro_batch,
+                        step,
+                        logprobs=logprobs,
+                        entropy=entropy,
+                        completion_mask=completion_mask,
+                        tas_weights=tas_weights(completion_mask, **tas),
+                    )
+                    infos.append(info)
+
+            # ---- guards (not in the paper): numbers with which the weights must not move
+            info = metrics.gather_infos(infos)
             grad_norm = optim.clip_grad_norm(policy)
-            if not again:
-                watch.report_grad_spike(info, grad_norm, steps.tell)
-                first = (info, made, advantages, drawn, off_advantages, grad_norm)  # is reported
-            loss = info["loss"].sum().item()
-            problem = watch.bad_step(loss, grad_norm, guards.worst_ratio(info), again)
-            seen = {*ids, *(e.prompt_id for group in drawn for e in group)}
-            saves = None if again else save_before
-            if watch.refuses(problem, seen, steps, args.on_bad_step, saves):
+            if update == 0:
+                first_update = metrics.UpdateRecord(
+                    info, fresh, advantages, replayed, off_advantages, grad_norm
+                )
+                guard.report_grad_spike(info, grad_norm, steps.tell)
+            problem = guard.bad_step(
+                info["loss"].sum().item(), grad_norm, guards.worst_ratio(info), update
+            )
+            save_state = save_before if update == 0 else None
+            ids = {*prompt_ids, *info["prompt_id"]}
+            if guard.handle_bad_step(problem, ids, steps, args.on_bad_step, save_state):
                 optimizer.zero_grad()
                 break
-            optim.step(optimizer, args.lr, step, count, cosine=False)
+
+            # ---- the optimizer step
+            optim.step(optimizer, args.lr, step, num_steps, cosine=False)
         clock.lap("update")
 
-        # ---- show some, remember all
-        shown.write(step, replay, *first[:-1])
-        for group in filter(None, made):
-            if not group[0].hinted:  # R̄(q) is what the policy earns by itself     [R.mean] [U8]
-                replay.observe(group[0].prompt_id, [e.reward for e in group])
-        if args.num_off:  # once: it ranks all prompts seen so far             [ROOM] [TIER]
-            replay.add([e for group in made for e in group])
-        num_generated += sum(num_fresh)
+        # ---- remember: R̄(q) of unhinted prompts, then all fresh completions
+        sample_log.write(step, buffer, first_update)  # before R̄(q) changes
+        for group in fresh:
+            if group and not group[0].hinted:  # R̄(q) is what the policy earns by itself   [U8]
+                buffer.observe(group[0].prompt_id, [e.reward for e in group])  # [R.mean]
+        if args.num_off > 0:
+            buffer.add(flatten(fresh))  # once: it ranks all prompts seen so far  [ROOM] [TIER]
+        progress["num_generated"] += sum(num_fresh)
 
-        # ---- report
-        info, _, advantages, _, off_advantages, grad_norm = first
+        # ---- report, and save when it is time to
         step_s = clock.total()
-        evaluated = args.eval_every and (step % args.eval_every == 0 or step == count)
-        accuracy = evaluate() if evaluated else accuracy
-        report = dict(step=step, completions_generated=num_generated)
-        report |= metrics.step_metrics(info, made, advantages, off_advantages, build.eos_ids)
-        report |= (
-            replay.stats(step)
-            | watch.report()
-            | schedule.report()
-            | clock.report(judged)
-            | {
-                "rewards/unjudged_frac": unjudged_frac,
-                "data/bad_rows": len(stream.bad_rows),
-                "hints/frac": sum(q in hinted for q in ids) / len(ids),
-                "grad_norm": grad_norm,
-                "lr": optimizer.param_groups[0]["lr"],
-                "tokens_per_s": report["num_valid_tokens"] / step_s,
-            }
-        )
-        if evaluated and accuracy is not None:
-            report |= {"eval/acc": accuracy} | ({} if before is None else {"eval/before": before})
-        log(report, show=evaluated)
+        is_eval_step = is_evaluated and (step % args.eval_every == 0 or step == num_steps)
+        if is_eval_step:
+            accuracy = held_out.accuracy()
+        report = {
+            "step": step,
+            "completions_generated": progress["num_generated"],
+            **metrics.step_metrics(first_update, build.eos_ids),
+            **buffer.stats(step),
+            **guard.report(),
+            **hint_schedule.report(),
+            **clock.report(judge),
+            "rewards/unjudged_frac": unjudged_frac,
+            "data/bad_rows": len(row_stream.bad_rows),
+            "hints/frac": sum(q in hinted for q in prompt_ids) / len(prompt_ids),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        report["tokens_per_s"] = report["num_valid_tokens"] / step_s
+        if is_eval_step:
+            report["eval/acc"] = accuracy
+            if progress["before"] is not None:
+                report["eval/before"] = progress["before"]
+        log(report, show=is_eval_step)
         steps.tell(metrics.step_line(report))
-        watch.stop_if_collapsed(report)
-        save_and_maybe_stop(step, count, args.save_every, lambda: save(step, small_state()))
+        guard.stop_if_collapsed(report)
+        guard.warn_if_idle(report, steps.tell)
+        save_and_maybe_stop(step, num_steps, args.save_every, lambda: save(step, small_state()))  # noqa: B023
+
+    # ---- the end
     save_model(policy, out / "final", build.processor)
-    if before is not None and accuracy is not None:
+    if progress["before"] is not None and accuracy is not None:
         processes.print0(
-            f"held-out accuracy: {before:.3f} before, {accuracy:.3f} after {num_generated} completions"
+            f"held-out accuracy: {progress['before']:.3f} before, {accuracy:.3f} after "
+            f"{progress['num_generated']} completions"
         )
     processes.print0(f"saved {out / 'final'}")
 

@@ -1,5 +1,6 @@
 """
-When the numbers of a step say that it must not change the weights, or that going on is pointless.
+When the numbers of a step say that it must not change the weights, that the policy has collapsed, or
+that nothing is being learned.
 """
 
 import math
@@ -12,124 +13,196 @@ from run.errors import UserError
 from run.resume import resume_command
 
 PATIENCE = 10  # steps in a row that make a collapse
-SPIKE = 20  # times the usual gradient norm, above which a step is told
-MEDIAN_OF = (10, 50)  # gradient norms that the usual one is the median of: at least, at most
-MIN_ENTROPY = 1e-4  # nats a token: below it the policy writes the same again and again
+SPIKE = 20  # times the usual gradient norm: a step above it is reported
+MEDIAN_OF = (10, 50)  # gradient norms in the usual one, a median: at least, at most
+MIN_ENTROPY = 1e-4  # nats per token: below it the policy writes the same again and again
+IDLE_STEPS = 5  # steps in a row without anything to learn from, before the run says so
 
 
 class StepGuard:
     """
-    max_ratio     pi / b of a completion (if fresh: also b / pi), as the geometric mean of its
-                  tokens; 0 = no limit. A single token may go far: one sampled against the odds that
-                  is likely now; and a stored completion may be given up
+    max_ratio     pi / b of a completion (fresh: also b / pi) as the geometric mean over its tokens,
+                  above which a step is bad; 0 = no limit. A single token may go far: one sampled
+                  against the odds that is likely now. A stored completion may be given up.
     """
 
     def __init__(self, max_ratio):
         self.max_ratio = max_ratio
-        # so far; steps in a row; whether any completion has ended by itself yet
-        self.state = dict(
-            skipped=0, in_a_row=0, without_entropy=0, cut_off=0, ended=False, norms=[]
-        )
+        self.num_skipped = 0  # bad steps so far
+        self.num_bad_in_a_row = 0
+        self.num_without_entropy = 0  # steps in a row with an entropy below MIN_ENTROPY
+        self.num_cut_off = 0  # steps in a row in which every completion was cut off
+        self.any_ended = False  # whether any completion has ended by itself yet
+        self.grad_norms = []  # of the latest steps
+        self.num_idle = {}  # cause -> steps in a row
+
+    STATE = (
+        "num_skipped",
+        "num_bad_in_a_row",
+        "num_without_entropy",
+        "num_cut_off",
+        "any_ended",
+        "grad_norms",
+        "num_idle",
+    )
 
     def state_dict(self):
-        return dict(self.state)  # its list is replaced, never changed
+        state = {name: getattr(self, name) for name in self.STATE}
+        return state | dict(grad_norms=list(self.grad_norms), num_idle=dict(self.num_idle))
 
     def load_state_dict(self, state):
-        self.state = dict(state, in_a_row=0)  # who resumes wants to go on
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        self.num_bad_in_a_row = 0  # whoever resumes wants to go on
 
     def report(self):
         """Metrics so far."""
-        return {"steps_skipped": self.state["skipped"]}
+        return {"steps_skipped": self.num_skipped}
 
-    def bad_step(self, loss, grad_norm, ratio=1.0, again=0):
+    # ---- a gradient that must not be used ------------------------------------------------------
+
+    def bad_step(self, loss, grad_norm, ratio=1.0, update=0):
         """
         What is wrong with a gradient, before it is applied (str), or None.
 
-        again   int     updates of this step before it: only the first one counts as the step's [U19]
+        ratio    float    of the completion that has moved farthest, from worst_ratio
+        update   int      of the step, from 0: only the first counts as the step's       [U19]
         """
         problem = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
         elif self.max_ratio and ratio > self.max_ratio:
-            problem = f"a mean ratio of {ratio:.3g}, over --max-ratio {self.max_ratio:g}"
-        if again:
+            problem = f"a mean ratio of {ratio:.3g}, over --max-seq-ratio {self.max_ratio:g}"
+        if update > 0:
             return problem
-        self.state["skipped"] += problem is not None
-        self.state["in_a_row"] = self.state["in_a_row"] + 1 if problem else 0
-        if self.state["in_a_row"] >= PATIENCE:
+
+        if problem is None:
+            self.num_bad_in_a_row = 0
+            return None
+        self.num_skipped += 1
+        self.num_bad_in_a_row += 1
+        if self.num_bad_in_a_row >= PATIENCE:
             problem += f", the {PATIENCE}th bad step in a row"
         return problem
 
-    def report_grad_spike(self, info, grad_norm, tell):
+    def handle_bad_step(self, problem, prompt_ids, steps, on_bad_step, save):
         """
-        A gradient norm far over the usual is told, with the term and the prompt that pull hardest.
+        Ends the run at a step with bad numbers, or prints that the step is skipped.
 
-        info   dict of (N,) tensors, a number a completion, and their prompt_ids, as of update.joined
-        """
-        norms = self.state["norms"]
-        usual = median(norms) if len(norms) >= MEDIAN_OF[0] else math.inf
-        self.state["norms"] = [*norms, grad_norm][-MEDIAN_OF[1] :]
-        if grad_norm > SPIKE * usual:
-            pulls = {term: info[f"{term}_pull"] for term in ("surrogate", "kl")}
-            term = max(pulls, key=lambda term: pulls[term].max())
-            i = int(pulls[term].argmax())
-            kind = "fresh" if info["fresh"][i] else f"replayed, {info['age'][i]} steps old"
-            told = f"gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual"
-            tell(f"{told}: most of it the {term} of {info['prompt_id'][i]} ({kind})")
-
-    def refuses(self, problem, prompt_ids, steps, on_bad_step, save):
-        """
-        Ends the run at a step whose numbers are bad, or tells that it is left out.
-
-        problem     str or None, of bad_step
-        prompt_ids  of the step
-        save        callable: saves the state before the step; None: the step has moved the weights
-                    already, and the rest of it is left out
-        returns     bool   whether the gradient must not be used
+        problem      str or None, from bad_step
+        prompt_ids   of the step
+        steps        run.processes.Steps
+        on_bad_step  "stop" or "skip"
+        save         callable() that saves the state before the step; None if an earlier update of
+                     the step has moved the weights: then only the rest of the step is skipped
+        returns      bool   whether the gradient must not be used
         """
         if not problem:
             return False
         problem = f"{problem}; its prompts: {', '.join(sorted(prompt_ids))}"
-        if save and (on_bad_step == "stop" or self.state["in_a_row"] >= PATIENCE):
+        must_stop = on_bad_step == "stop" or self.num_bad_in_a_row >= PATIENCE
+        if save and must_stop:
             save()
-            skip = resume_command("--on-bad-step", "skip")
-            told = (
-                "the state before it is saved: start a new --out with a lower --lr, or leave such"
+            raise UserError(
+                f"step {steps.step}: {problem}. Saved a checkpoint from just before this step. Start "
+                "a new run with a lower --lr, or resume and skip such steps: "
+                f"{resume_command('--on-bad-step', 'skip')}"
             )
-            raise UserError(f"step {steps.step}: {problem}; {told} steps out: {skip}")
         steps.tell(f"skipped: {problem}")
         return True
 
+    def report_grad_spike(self, info, grad_norm, tell):
+        """
+        Reports a gradient norm far above the usual, with the loss term and the prompt that
+        contribute most. The run continues: the gradient is clipped.
+
+        info   dict of (N,) tensors, a number per completion, and prompt_id, a list of N
+        """
+        is_known = len(self.grad_norms) >= MEDIAN_OF[0]
+        usual = median(self.grad_norms) if is_known else math.inf
+        self.grad_norms = [*self.grad_norms, grad_norm][-MEDIAN_OF[1] :]
+        if grad_norm <= SPIKE * usual:
+            return
+        scales = {term: info[f"{term}_grad_scale"] for term in ("surrogate", "kl")}
+        term = max(scales, key=lambda term: scales[term].max())
+        i = int(scales[term].argmax())
+        kind = "fresh" if info["fresh"][i] else f"replayed, {info['age'][i]} steps old"
+        tell(
+            f"gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual: most of it "
+            f"from the {term} of {info['prompt_id'][i]} ({kind})"
+        )
+
+    # ---- a policy that has collapsed, or learns nothing ----------------------------------------
+
     def stop_if_collapsed(self, report):
-        """Ends the run where the policy has collapsed."""
-        if problem := self.collapse(report):
-            told = f"the policy has collapsed at step {report['step'] - PATIENCE + 1}"
-            told += ": start a new --out with a lower --lr"
-            raise UserError(f"step {report['step']}: {problem}: {told}")
+        """Ends the run if the policy has collapsed.  report: the step's metrics"""
+        problem = self.collapse(report)
+        if problem:
+            first_step = report["step"] - PATIENCE + 1
+            raise UserError(
+                f"step {report['step']}: {problem}: the policy collapsed at step {first_step}: "
+                "start a new --out with a lower --lr"
+            )
 
     def collapse(self, report):
-        """What went wrong with the policy (str) after PATIENCE steps of it in a row, or None."""
-        state, cut_off = self.state, report["completions/clipped_ratio"] == 1
-        state["ended"] |= not cut_off  # before that it is --max-new-tokens that is too low
-        low = report["entropy"] < MIN_ENTROPY
-        state["without_entropy"] = state["without_entropy"] + 1 if low else 0
-        state["cut_off"] = state["cut_off"] + 1 if cut_off and state["ended"] else 0
-        if state["without_entropy"] >= PATIENCE:
+        """What went wrong with the policy (str) for PATIENCE steps in a row, or None."""
+        is_cut_off = report["completions/clipped_ratio"] == 1
+        has_no_entropy = report["entropy"] < MIN_ENTROPY
+        if not is_cut_off:
+            self.any_ended = True
+        # before any has ended by itself, --max-new-tokens is too low: see idle_cause
+        self.num_cut_off = self.num_cut_off + 1 if is_cut_off and self.any_ended else 0
+        self.num_without_entropy = self.num_without_entropy + 1 if has_no_entropy else 0
+        if self.num_without_entropy >= PATIENCE:
             return f"entropy below {MIN_ENTROPY:g} nats in {PATIENCE} steps in a row"
-        if state["cut_off"] >= PATIENCE:
+        if self.num_cut_off >= PATIENCE:
             return f"every completion of {PATIENCE} steps in a row was cut off by --max-new-tokens"
+        return None
+
+    def warn_if_idle(self, report, tell):
+        """Prints one line when IDLE_STEPS steps in a row gave nothing to learn from."""
+        causes = idle_causes(report, self.any_ended)
+        for cause in IDLE_CAUSES:
+            self.num_idle[cause] = self.num_idle.get(cause, 0) + 1 if cause in causes else 0
+        for cause in causes:
+            if self.num_idle[cause] == IDLE_STEPS:
+                tell(f"nothing learned in {IDLE_STEPS} steps: {IDLE_CAUSES[cause]}")
+                return  # the first cause explains the others
+
+
+IDLE_CAUSES = {  # the most specific first
+    "cut off": "every completion was cut off: raise --max-new-tokens, or begin with stage 0 "
+    "(train_sft.py), which teaches the format",
+    "equal rewards": "all rewards were equal in every group, so all advantages are 0: look at "
+    "samples.jsonl; are the answers parsed, are prompts too easy or too hard, are all "
+    "--reward-weights 0?",
+    "no gradient": "the gradient is 0: does anything train (--lora-rank, --lr)?",
+}
+
+
+def idle_causes(report, any_ended):
+    """Why a step taught nothing, the most specific cause first: a list of keys of IDLE_CAUSES."""
+    causes = []
+    if report["completions/clipped_ratio"] == 1 and not any_ended:
+        causes.append("cut off")
+    if report["frac_reward_zero_std"] == 1 and report["advantage_zero_frac"] == 1:
+        causes.append("equal rewards")
+    if report["grad_norm"] == 0:
+        causes.append("no gradient")
+    return causes
 
 
 def worst_ratio(info):
-    """The pi / b of a completion that has moved farthest, as the geometric mean of its tokens."""
-    drift = info["log_ratio"] / info["num_tokens"]  # a stored one may be given up: ratio 0
+    """pi / b of the completion that has moved farthest, as the geometric mean over its tokens."""
+    drift = info["log_ratio"] / info["num_tokens"]
+    # a stored completion may be given up (ratio 0); a fresh one must not move either way
     return torch.where(info["fresh"], drift.abs(), drift).max().exp().item()
 
 
 def stop_if_broken(step, groups):
-    """groups: lists of Completion, this rank's. Ends the run where weights have become nonsense."""
-    finite = all(c.logprobs.isfinite().all() for group in groups for c in group)
-    if not all(processes.all_gather_object(finite)):
+    """Ends the run if weights are broken.  groups: this rank's lists of Completion"""
+    is_finite = all(c.logprobs.isfinite().all() for group in groups for c in group)
+    if not all(processes.all_gather_object(is_finite)):
         raise UserError(
             f"step {step}: the policy's log-probs are not finite, its weights are broken: start a "
             "new --out with a lower --lr, or remove the newest checkpoints and --resume"

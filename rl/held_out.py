@@ -1,5 +1,5 @@
 """
-Accuracy on held-out rows while training goes on: sampled as in training, on all ranks.
+Accuracy on held-out rows during training: sampled as in training, on all ranks.
 """
 
 import rewards
@@ -12,56 +12,73 @@ from run import optim, processes
 BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
 
 
-def evaluator(file, policy, build, room, encoder, args):
+class HeldOut:
     """
-    -> callable that gives the accuracy on the rows of a file; on None it gives None.
-
-    room, encoder   of the ClipCache that keeps their clips
+    file            JSONL of held-out rows
+    policy          Policy
+    build           InputBuilder
+    cache_bytes     int      for their clips
+    encoder         policy of ClipCache: frozen towers encode each clip once
+    num_samples     int      completions, about: as many of each row
+    temperature, max_new_tokens, seed    of sampling
     """
-    if not file:
-        return lambda: None
-    rows = Rows(file)
-    clip_cache = ClipCache(build.at(rows.path.parent), room, encoder)
-    return lambda: accuracy(policy, clip_cache, rows, build, args)
 
+    def __init__(
+        self, file, policy, build, *, cache_bytes, encoder, num_samples, temperature, max_new_tokens, seed
+    ):
+        self.rows = Rows(file)
+        self.policy = policy
+        self.build = build
+        self.clip_cache = ClipCache(build.at(self.rows.path.parent), cache_bytes, encoder)
+        self.num_rows = min(len(self.rows), num_samples)
+        self.per_row = max(1, round(num_samples / self.num_rows))
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
 
-def accuracy(policy, clip_cache, rows, build, args):
-    """
-    Share of right answers among about --eval-samples completions (as many of each row), sampled as
-    in training.
+    def accuracy(self):
+        """
+        Share of correct answers among all sampled completions. A row whose clip cannot be read is
+        named, and its completions count as wrong.
+        """
+        num_correct = 0
+        problems = {}
+        for first in range(0, self.num_rows, BATCH * processes.world_size()):
+            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()][:BATCH]
+            items, failed = [], {}
+            for i in places:
+                try:
+                    row = self.rows[i]
+                    items.append((i, row, self.clip_cache.get(row)))
+                except BadRow as problem:
+                    failed[i] = str(problem)
+            problems |= processes.all_gather_dict(failed)
+            sizes = [len(prompt.input_ids) for _, _, prompt in items]
+            packs = [[items[k] for k in pack] for pack in optim.micro_batches(sizes, TOKENS)]
+            dummy = [(0, None, self.build.filler)]
+            for pack, is_real in processes.even_rounds(packs, dummy):
+                num_correct += self._count_correct(pack, is_real)
+        for problem in problems.values():
+            processes.print0(f"held-out, counted as wrong: {problem}")
+        total = sum(processes.all_gather_object(num_correct))
+        return total / (self.num_rows * self.per_row)
 
-    clip_cache   ClipCache; a row that it cannot read is named, and its share is wrong
-    """
-    count = min(len(rows), args.eval_samples)
-    per_row, right, bad = max(1, round(args.eval_samples / count)), 0, {}
-    for first in range(0, count, BATCH * processes.world_size()):  # as many rounds on every rank
-        places = range(count)[first + processes.rank() :: processes.world_size()][:BATCH]
-        found, failed = {}, {}
-        for i in places:
-            try:
-                row = rows[i]
-                found[i] = (row, clip_cache.get(row))
-            except BadRow as problem:
-                failed[i] = str(problem)
-        bad |= processes.all_gather_dict(failed)
-        batch = [(*both, per_row, processes.seed(args.seed, 0, i)) for i, both in found.items()]
-        packs = optim.micro_batches([len(prompt.input_ids) for _, prompt, _, _ in batch], TOKENS)
-        packs = [[batch[i] for i in pack] for pack in packs]
-        for part, _ in processes.even_rounds(packs, [(None, build.filler, 1, 0)]):
-            taken, prompts, counts, seeds = zip(*part)
-            rolled = rollout(
-                policy,
-                prompts,
-                counts,
-                temperature=args.temperature,
-                max_new_tokens=args.max_new_tokens,
-                eos_ids=build.eos_ids,
-                seeds=seeds,
-            )
-            for row, group in zip(taken, rolled):
-                for text in build.texts(group) if row else ():
-                    answer = rewards.parse_answer(text)
-                    right += rewards.accuracy_reward(answer, *answer_spec(row)) == 1
-    for problem in bad.values():
-        processes.print0(f"held-out, counted as wrong: {problem}")
-    return sum(processes.all_gather_object(right)) / (count * per_row)
+    def _count_correct(self, pack, is_real):
+        """pack: list of (index, row, Prompt) -> number of correct answers among its completions"""
+        groups = rollout(
+            self.policy,
+            [prompt for _, _, prompt in pack],
+            [self.per_row if is_real else 1 for _ in pack],
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=self.build.eos_ids,
+            seeds=[processes.seed(self.seed, 0, i) if is_real else 0 for i, _, _ in pack],
+        )
+        if not is_real:
+            return 0
+        num_correct = 0
+        for (_, row, _), group in zip(pack, groups):
+            for text in self.build.texts(group):
+                answer = rewards.parse_answer(text)
+                num_correct += rewards.accuracy_reward(answer, *answer_spec(row)) == 1
+        return num_correct

@@ -1,8 +1,7 @@
 """
-Which prompts of a step carry their hint.
+A visit of a prompt: whether it carries its hint. The rules are in hints.py; here is what they need to
+know (is the prompt solved, has the policy moved on it), gathered from all ranks.
 """
-
-import functools
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,60 +10,121 @@ import hints
 from data.row_stream import read_on_all_ranks
 from models.policy import completion_logprobs
 from run import processes
+from run.errors import out_of_memory_advice
 from teachers.leaks import usable_hint
 
-KL_SAMPLES = 8  # stored completions that tell whether the policy still moves on a prompt [U7]
+KL_SAMPLES = 8  # stored completions from which KL(b || pi) is estimated [U7]
 
 
-def give_hints(replay, schedule, clip_cache, policy, filler, steps, step_rows, prompts, args):
+class HintVisits:
     """
-    Which prompts of the step carry their hint                                             [HINT]
-
-    returns  prompts, this rank's, some of them with their hints; all ranks' hinted prompt_ids
+    schedule     hints.HintSchedule
+    buffer       ReplayBuffer
+    clip_cache   ClipCache     makes the prompt of a row with its hint
+    policy       Policy
+    dummy        WeightedGroup of weight 0 (rl/micro_batches.py)
+    temperature  float         of the log-probs
     """
-    mine, ids = processes.local_slice(len(step_rows)), [row["prompt_id"] for row in step_rows]
-    usable = functools.partial(usable_hint, refused=schedule.refused, tell=processes.print0)
-    told = {row["prompt_id"]: (row, hint) for row in step_rows if (hint := usable(row))}
-    plain = {q: [e for e in replay.entries_of(q, steps.step) if not e.hinted] for q in ids}
-    solved = {q: is_solved(entries) for q, entries in plain.items()}
-    stored = {}
-    for q, prompt in zip(ids[mine], prompts):
-        if plain[q] and q in told and schedule.needs_kl(q, replay.tier(q), solved[q]):
-            stored[q] = (prompt, plain[q][-KL_SAMPLES:])
-    kls = stored_kls(policy, stored, filler, args.temperature)
-    for q in dict.fromkeys(ids):  # once, also if the end of an epoch brings a prompt twice
-        if event := schedule.observe(q, replay.tier(q), solved[q], kls.get(q)):
-            steps.tell(f"hint {event}: {q}")
-    hinted = {q for q in told if schedule.due(q)}
-    found, too_long = read_on_all_ranks(clip_cache, {q: told[q] for q in ids[mine] if q in hinted})
-    for q, problem in too_long.items():
-        schedule.refused.add(q)
-        hinted.discard(q)
-        processes.print0(f"hint refused: {problem}")
-    return [found.get(q, prompt) for q, prompt in zip(ids[mine], prompts)], hinted
+
+    def __init__(self, schedule, buffer, clip_cache, policy, dummy, temperature):
+        self.schedule = schedule
+        self.buffer = buffer
+        self.clip_cache = clip_cache
+        self.policy = policy
+        self.dummy = dummy
+        self.temperature = temperature
+
+    def apply(self, step, rows, prompts, tell):
+        """
+        Chooses the prompts of a step that carry their hint, and puts the hints in.        [HINT]
+
+        rows      list of P dict, of all ranks
+        prompts   list of Prompt, this rank's slice of them
+        tell      callable(str)     prints a line about the step
+        returns   prompts, some of them with their hint; set of the hinted prompt_ids of all ranks
+        """
+        hint_of = {}
+        for row in rows:
+            hint = usable_hint(row, refused=self.schedule.refused, tell=processes.print0)
+            if hint:
+                hint_of[row["prompt_id"]] = (row, hint)
+        prompt_ids = [row["prompt_id"] for row in rows]
+        local = processes.local_slice(len(rows))
+        local_prompts = dict(zip(prompt_ids[local], prompts))
+
+        self._observe(step, prompt_ids, hint_of, local_prompts, tell)
+
+        hinted = {prompt_id for prompt_id in hint_of if self.schedule.due(prompt_id)}
+        wanted = {q: hint_of[q] for q in prompt_ids[local] if q in hinted}
+        hinted_prompts, too_long = read_on_all_ranks(self.clip_cache, wanted)
+        for prompt_id, problem in too_long.items():
+            self.schedule.refused.add(prompt_id)
+            hinted.discard(prompt_id)
+            processes.print0(f"hint refused: {problem}")
+        prompts = [hinted_prompts.get(q, prompt) for q, prompt in zip(prompt_ids[local], prompts)]
+        return prompts, hinted
+
+    def _observe(self, step, prompt_ids, hint_of, local_prompts, tell):
+        """Tells the schedule about this visit of each prompt. Hints enter and leave here."""
+        plain, solved = {}, {}
+        for prompt_id in prompt_ids:
+            stored = self.buffer.entries_of(prompt_id, step)
+            plain[prompt_id] = [entry for entry in stored if not entry.hinted]
+            solved[prompt_id] = is_solved(plain[prompt_id])
+
+        # the KL costs a forward pass: only where a hint could enter at this visit
+        stored_groups = {}
+        for prompt_id, prompt in local_prompts.items():
+            tier = self.buffer.tier(prompt_id)
+            could_enter = self.schedule.needs_kl(prompt_id, tier, solved[prompt_id])
+            if could_enter and prompt_id in hint_of and plain[prompt_id]:
+                stored_groups[prompt_id] = (prompt, plain[prompt_id][-KL_SAMPLES:])
+        kls = stored_kls(self.policy, stored_groups, self.dummy, self.temperature)
+
+        for prompt_id in dict.fromkeys(prompt_ids):  # once, even if an epoch ends inside the step
+            event = self.schedule.observe(
+                prompt_id,
+                tier=self.buffer.tier(prompt_id),
+                solved=solved[prompt_id],
+                behavior_kl=kls.get(prompt_id),
+            )
+            if event:
+                tell(f"hint {event}: {prompt_id}")
 
 
-def is_solved(entries):
-    """Whether one of a prompt's plain entries, of its last visit, is right."""
-    return any(e.reward_parts["acc"] == 1 for e in entries if e.born_step == entries[-1].born_step)
+def is_solved(plain_entries):
+    """Whether any unhinted completion from the prompt's last unhinted visit is correct."""
+    if not plain_entries:
+        return False
+    last_visit = plain_entries[-1].born_step
+    return any(e.reward_parts["acc"] == 1 for e in plain_entries if e.born_step == last_visit)
 
 
-def stored_kls(policy, stored, filler, temperature):
+@out_of_memory_advice(
+    "reading stored completions again: lower --max-frames or --max-pixels, or --no-hints"
+)
+def stored_kls(policy, stored_groups, dummy, temperature):
     """
     How far the policy has moved from the ones that sampled the stored completions.  [HINT.KL]
 
-    stored   {prompt_id: (Prompt, list of Entry)}, this rank's
-    filler   as for `gradient`
-    returns  {prompt_id: nats per token}, of all ranks
+    stored_groups  {prompt_id: (Prompt, list of Entry)}, this rank's
+    dummy          WeightedGroup: ranks with fewer groups read it, as FSDP needs it
+    returns        {prompt_id: nats per token}, of all ranks
     """
     kls = {}
-    for (prompt_id, (prompt, entries)), _ in processes.even_rounds(
-        list(stored.items()), (None, filler)
-    ):
-        completions = [e.completion_ids.long() for e in entries]
+    dummy_item = (None, (dummy.prompt, dummy.entries))
+    for item, _ in processes.even_rounds(list(stored_groups.items()), dummy_item):
+        prompt_id, (prompt, entries) = item
+        completions = [entry.completion_ids.long() for entry in entries]
         with torch.no_grad():
-            logprobs, mask, _ = completion_logprobs(policy, [prompt], [completions], temperature)
-        old_logprobs = pad_sequence([e.old_logprobs for e in entries], True).to(logprobs)
-        kls[prompt_id] = hints.behavior_kl(logprobs, old_logprobs, mask)
-    kls.pop(None, None)
-    return {q: kl for part in processes.all_gather_object(kls) for q, kl in part.items()}
+            logprobs, completion_mask, _ = completion_logprobs(
+                policy, [prompt], [completions], temperature
+            )
+        old_logprobs = pad_sequence([e.old_logprobs for e in entries], batch_first=True)
+        kl = hints.behavior_kl(logprobs, old_logprobs.to(logprobs), completion_mask)
+        if prompt_id is not None:
+            kls[prompt_id] = kl
+    gathered = {}
+    for part in processes.all_gather_object(kls):
+        gathered |= part
+    return gathered

@@ -8,8 +8,11 @@ the step on all ranks: no mean of means.
 import math
 import time
 from statistics import fmean as mean
+from typing import NamedTuple
 
 import torch
+
+from run.processes import all_gather_object
 
 METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
     "step": "optimizer steps so far",
@@ -64,45 +67,110 @@ METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
 }
 
 
-def step_metrics(info, groups, fresh_advantages, off_advantages, eos_ids):
+class UpdateRecord(NamedTuple):
+    """The first update of a step: what the step reports. Lists hold P groups, of all ranks."""
+
+    info: dict  # of gather_infos
+    fresh: list  # of lists of Entry
+    advantages: list  # of (G,) tensors, of the fresh ones
+    replayed: list  # of lists of Entry
+    off_advantages: list  # of (M,) tensors, of the replayed ones
+    grad_norm: float
+
+
+def completion_info(info, micro_batch, step, *, logprobs, entropy, completion_mask, tas_weights):
     """
-    info              dict of (N,) tensors from the update, all ranks
-    groups            list of lists of Entry, the fresh ones
-    fresh_advantages  list of (G,) tensors; off_advantages list of (M,) tensors
-    returns           dict: the part of METRICS that comes from the completions
+    Adds to grpo_loss's info what else is reported of each completion of a micro-batch.
+
+    info      dict of (N,) tensors, of grpo_loss
+    returns   dict of (N,) tensors on the CPU, and of lists of N: prompt_id, and each completion's
+              tas_weights and log_ratios, a number per token
     """
-    fresh, off = info["fresh"], ~info["fresh"]
-    made = [entry for group in groups for entry in group]
-    rewards = torch.tensor([e.reward for e in made])
-    advantages = torch.cat([*fresh_advantages, *off_advantages])
-    log_w = info["log_ratio"][off] if off.any() else torch.zeros(1)  # of whole completions
-    w, w2, n = (info[name][off].sum() for name in ("ratio_sum", "ratio_square_sum", "num_tokens"))
-    return {
+    lengths = completion_mask.sum(1)
+    entries = micro_batch.entries
+    age = torch.tensor([step - entry.born_step for entry in entries])
+    info = info | dict(
+        entropy=(entropy * completion_mask).sum(1) / lengths,
+        tas_weight=tas_weights.sum(1) / lengths,
+        age=age,
+        fresh=age == 0,
+    )
+    info = {name: value.cpu() for name, value in info.items()}
+    log_ratios = logprobs.detach() - micro_batch.padded("old_logprobs", like=logprobs)
+    info["prompt_id"] = [entry.prompt_id for entry in entries]
+    info["tas_weights"] = unpadded(tas_weights, lengths)
+    info["log_ratios"] = unpadded(log_ratios, lengths)
+    return info
+
+
+def unpadded(rows, lengths):
+    """(N, T), (N,) -> list of N lists of numbers."""
+    return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist())]
+
+
+def gather_infos(infos):
+    """This rank's infos of all its micro-batches -> one info of all ranks' completions."""
+    gathered = [info for part in all_gather_object(infos) for info in part]
+    joined = {}
+    for name in gathered[0]:
+        values = [info[name] for info in gathered]
+        if torch.is_tensor(values[0]):
+            joined[name] = torch.cat(values)
+        else:
+            joined[name] = [item for value in values for item in value]
+    return joined
+
+
+def step_metrics(update, eos_ids):
+    """
+    update    UpdateRecord
+    returns   dict: the part of METRICS that comes from the completions
+    """
+    info = update.info
+    fresh = info["fresh"]
+    off = ~fresh
+    entries = [entry for group in update.fresh for entry in group]
+    rewards = torch.tensor([entry.reward for entry in entries])
+    advantages = torch.cat([*update.advantages, *update.off_advantages])
+    part_names = entries[0].reward_parts
+    part_means = {f"rewards/{p}": mean(e.reward_parts[p] for e in entries) for p in part_names}
+    report = {
         "loss": info["loss"].sum().item(),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        **{
-            f"rewards/{part}": mean(e.reward_parts[part] for e in made)
-            for part in made[0].reward_parts
-        },
-        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in groups if g),
+        **part_means,
+        "frac_reward_zero_std": mean(len({e.reward for e in g}) <= 1 for g in update.fresh if g),
         "advantage_std": advantages.std().item(),
         "advantage_zero_frac": (advantages == 0).float().mean().item(),
         "advantage_hist": histogram(advantages),
         "kl": info["kl"].mean().item(),
         "entropy": info["entropy"][fresh if fresh.any() else off].mean().item(),
         "clip_frac": info["clip_frac"].mean().item(),
-        "logprob_gap": info["gap"][fresh].max().item() if fresh.any() else math.nan,
-        "off/ratio_mean": log_w.clamp(max=20).exp().mean().item(),
-        "off/ratio_max": info["ratio_max"][off].max().item() if off.any() else 1.0,
-        "off/clip_frac": info["clip_frac"][off].mean().item() if off.any() else 0.0,
-        "off/ess_frac": (w**2 / (n * w2)).item() if off.any() else 1.0,
-        "off/age_mean": info["age"][off].float().mean().item() if off.any() else 0.0,
+        "logprob_gap": info["logprob_gap_max"][fresh].max().item() if fresh.any() else math.nan,
+        "off/ratio_mean": 1.0,
+        "off/ratio_max": 1.0,
+        "off/clip_frac": 0.0,
+        "off/ess_frac": 1.0,
+        "off/age_mean": 0.0,
         "tas/weight_mean": info["tas_weight"].mean().item(),
-        "completions/mean_length": mean(len(e.completion_ids) for e in made),
-        "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in made),
+        "completions/mean_length": mean(len(e.completion_ids) for e in entries),
+        "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in entries),
         "num_valid_tokens": int(info["num_tokens"].sum()),
+        "grad_norm": update.grad_norm,
     }
+    if off.any():
+        ratio_sum = info["ratio_sum"][off].sum()
+        ratio_square_sum = info["ratio_square_sum"][off].sum()
+        num_tokens = info["num_tokens"][off].sum()
+        completion_ratios = info["log_ratio"][off].clamp(max=20).exp()  # of whole completions
+        report |= {
+            "off/ratio_mean": completion_ratios.mean().item(),
+            "off/ratio_max": info["ratio_max"][off].max().item(),
+            "off/clip_frac": info["clip_frac"][off].mean().item(),
+            "off/ess_frac": (ratio_sum**2 / (num_tokens * ratio_square_sum)).item(),
+            "off/age_mean": info["age"][off].float().mean().item(),
+        }
+    return report
 
 
 def histogram(advantages):
@@ -112,7 +180,7 @@ def histogram(advantages):
 
 
 class Clock:
-    """Where the seconds of a step go: each lap belongs to the part that is named at its end."""
+    """Where the seconds of a step go. A lap belongs to the part that is named at its end."""
 
     def __init__(self):
         self.began = self.last = time.perf_counter()
@@ -126,11 +194,11 @@ class Clock:
     def total(self):
         return time.perf_counter() - self.began
 
-    def report(self, judged):
-        """Metrics: seconds of data, rollout and update; of the judge, if there is one."""
-        judge_s, judge_wait_s = judged.times() if judged else (0.0, 0.0)
-        parts = {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
-        return parts | {"time/judge_s": judge_s, "time/judge_wait_s": judge_wait_s}
+    def report(self, judge):
+        """Metrics: seconds of data, rollout and update, and of the judge if there is one."""
+        report = {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
+        report["time/judge_s"], report["time/judge_wait_s"] = judge.times() if judge else (0.0, 0.0)
+        return report
 
 
 def step_line(m):
@@ -141,6 +209,10 @@ def step_line(m):
         f"reward {m['reward']:.3f}  acc {m['rewards/acc']:.3f}  kl {m['kl']:.4f}  "
         f"zero-std {m['frac_reward_zero_std']:.2f}  grad {m['grad_norm']:.2f}  "
         f"len {m['completions/mean_length']:.0f}  buffer {m['buffer/size']}  "
-        f"made {m['completions_generated']}  {seconds:.1f} s"
+        f"completions {m['completions_generated']}  {seconds:.1f} s"
     )
-    return line + (f"  held-out {m['eval/acc']:.3f}" if "eval/acc" in m else "")
+    if m["completions/clipped_ratio"] > 0:
+        line += f"  cut off {m['completions/clipped_ratio']:.0%}"
+    if "eval/acc" in m:
+        line += f"  held-out {m['eval/acc']:.3f}"
+    return line

@@ -1,13 +1,15 @@
 """
-What a run keeps of its completions, to be looked at: at one step in ten a few prompts with all they earned.
+What a run keeps of its completions, for people to look at: in one step of ten a few prompts with
+everything that their completions earned.
 
-    OUT/samples.jsonl   a line a completion: its tokens, rewards, advantage, ratio to the policy that sampled it
-    OUT/clips.jsonl     a line a prompt of these: frames and sound, small
+    OUT/samples.jsonl   a line per completion: tokens, rewards, advantage, ratio to the policy that
+                        sampled it
+    OUT/clips.jsonl     a line per prompt of these: frames and sound, small
 
-Of a sampled step: its first prompt whose rewards differ; and of what is replayed a prompt that was sampled before,
-so that completions are met fresh and again later. Where there is none, the first. Beside that, of any step, a prompt
-that carries its hint for the first time. Chosen to be looked at: no fair sample. Every number is the step's own:
-nothing is computed again.
+Of a sampled step: the first prompt whose rewards differ, and a replayed prompt that was sampled before,
+so that completions are met fresh and again later; where there is none, the first. Besides, in any
+step, a prompt that carries its hint for the first time. These are chosen, not a fair sample. Every
+number is the step's own; nothing is computed again.
 
 G completions of a prompt.
 """
@@ -21,91 +23,106 @@ from data.thumbnails import THUMBNAIL_LIMITS, clip_as_data_uris
 from run import processes
 from run.io import append_json
 
-EVERY, MOST = (
-    10,
-    100,
-)  # steps between sampled ones, at least; of a run, at most: sampled steps, prompts with hints
+MIN_INTERVAL = 10  # steps between sampled ones
+MAX_STEPS = 100  # sampled steps of a run
+MAX_HINTED = 100  # prompts of a run that are shown with their hint
 SOUND_BYTES = 48000  # of a clip's sound: a page holds dozens
 
 
-class Samples:
+class SampleLog:
     """
-    out     folder of the run
-    rows    Rows
-    build   InputBuilder of the run
-    count   steps of the run
+    out        folder of the run
+    rows       Rows
+    build      InputBuilder of the run
+    num_steps  of the run
     """
 
-    def __init__(self, out, rows, build, count):
-        self.out, self.rows, self.build = out, rows, build
-        self.every = max(EVERY, -(-count // MOST))
-        clips, samples = (read(out / name) for name in ("clips.jsonl", "samples.jsonl"))
-        self.kept = {clip["prompt_id"] for clip in clips}  # prompts whose clip is in the file
-        self.hinted = {
-            s["prompt_id"] for s in samples if s["hinted"] and s.get("age") == 0
-        }  # shown with it
+    def __init__(self, out, rows, build, num_steps):
+        self.out = out
+        self.rows = rows
+        self.build = build
+        self.interval = max(MIN_INTERVAL, -(-num_steps // MAX_STEPS))
+        clips = read(out / "clips.jsonl")
+        samples = read(out / "samples.jsonl")
+        self.with_clip = {clip["prompt_id"] for clip in clips}
+        self.shown_hinted = {s["prompt_id"] for s in samples if s["hinted"] and s.get("age") == 0}
 
-    def write(self, step, replay, info, made, advantages, drawn, off_advantages):
+    def write(self, step, buffer, update):
         """
-        Writes the samples of a step, if it is one for it; to be called before R̄(q) goes on.
+        Writes the samples of a step, if it is a sampled one. To be called before R̄(q) is updated.
 
-        info                   as of update.joined
-        made, drawn            list of lists of Entry, a prompt each: fresh, replayed
-        advantages             of these: lists of (G,) tensors
+        update   UpdateRecord (rl/metrics.py) of the step's first update
         """
         if processes.rank():
             return
-        fresh = [i for i, group in enumerate(made) if group]
-        differ = [i for i in fresh if advantages[i].any()]
-        hinted = [i for i in fresh if made[i][0].hinted and made[i][0].prompt_id not in self.hinted]
-        old = [i for i, group in enumerate(drawn) if group]
-        known = [i for i in old if drawn[i][0].prompt_id in self.kept]
-        is_sampled = step % self.every == 1
-        chosen = (differ or fresh)[:is_sampled] + hinted[: len(self.hinted) < MOST]
-        for i in dict.fromkeys(chosen):
-            self.write_group(step, replay, info, "fresh", made[i], advantages[i])
-        for i in (known or old)[:is_sampled]:
-            self.write_group(step, replay, info, "replayed", drawn[i], off_advantages[i])
+        fresh = [i for i, group in enumerate(update.fresh) if group]
+        replayed = [i for i, group in enumerate(update.replayed) if group]
+        differ = [i for i in fresh if update.advantages[i].any()]
+        known = [i for i in replayed if update.replayed[i][0].prompt_id in self.with_clip]
+        is_sampled = step % self.interval == 1
+        chosen_fresh, chosen_replayed = [], []
+        if is_sampled:
+            chosen_fresh = (differ or fresh)[:1]
+            chosen_replayed = (known or replayed)[:1]
+        if len(self.shown_hinted) < MAX_HINTED:
+            for i in fresh:
+                entry = update.fresh[i][0]
+                if entry.hinted and entry.prompt_id not in self.shown_hinted:
+                    chosen_fresh.append(i)
+                    break
 
-    def write_group(self, step, replay, info, kind, group, advantages):
-        q = group[0].prompt_id
-        row = self.rows[self.rows.index(q)]
-        self.hinted |= {q} if group[0].hinted and kind == "fresh" else set()
-        if q not in self.kept:
-            self.kept.add(q)
-            append_json(self.out / "clips.jsonl", dict(step=step, prompt_id=q) | self.clip(row))
+        for i in dict.fromkeys(chosen_fresh):
+            self._write_group(
+                step, buffer, update.info, "fresh", update.fresh[i], update.advantages[i]
+            )
+        for i in chosen_replayed:
+            self._write_group(
+                step, buffer, update.info, "replayed", update.replayed[i], update.off_advantages[i]
+            )
+
+    def _write_group(self, step, buffer, info, kind, group, advantages):
+        prompt_id = group[0].prompt_id
+        row = self.rows[self.rows.index(prompt_id)]
+        if group[0].hinted and kind == "fresh":
+            self.shown_hinted.add(prompt_id)
+        if prompt_id not in self.with_clip:
+            self.with_clip.add(prompt_id)
+            clip = dict(step=step, prompt_id=prompt_id) | self.clip(row)
+            append_json(self.out / "clips.jsonl", clip)
         # a group is on one rank, and info keeps its order
-        is_fresh = info["fresh"].tolist()
-        places = [
-            i
-            for i, p in enumerate(info["prompt_id"])
-            if p == q and is_fresh[i] == (kind == "fresh")
-        ]
-        for e, advantage, i in zip(group, advantages.tolist(), places):
+        is_kind = (info["fresh"] == (kind == "fresh")).tolist()
+        places = [i for i, q in enumerate(info["prompt_id"]) if q == prompt_id and is_kind[i]]
+        for entry, advantage, i in zip(group, advantages.tolist(), places):
+            ratios = [math.exp(min(x, 20)) for x in info["log_ratios"][i]]
             sample = dict(
                 step=step,
                 kind=kind,
-                prompt_id=q,
+                prompt_id=prompt_id,
                 prompt=question_text(row, self.build.audio_captions),
                 truth=answer_spec(row)[0],
-                hint=row.get("hint") if e.hinted else None,
-                tier=replay.tier(q),
-                mean_reward=replay.mean_reward(q),  # R̄(q), before this step
-                completion=self.build.tokenizer.decode(e.completion_ids),
-                tokens=pieces(self.build.tokenizer, e.completion_ids.tolist()),
+                hint=row.get("hint") if entry.hinted else None,
+                tier=buffer.tier(prompt_id),
+                mean_reward=buffer.mean_reward(prompt_id),  # R̄(q), before this step
+                completion=self.build.tokenizer.decode(entry.completion_ids),
+                tokens=pieces(self.build.tokenizer, entry.completion_ids.tolist()),
                 tas_weights=rounded(info["tas_weights"][i]),
-                ratios=rounded(math.exp(min(x, 20)) for x in info["log_ratios"][i]),
-                reward=e.reward,
-                reward_parts=e.reward_parts,
+                ratios=rounded(ratios),
+                reward=entry.reward,
+                reward_parts=entry.reward_parts,
                 advantage=advantage,
-                age=step - e.born_step,
-                hinted=e.hinted,
+                age=step - entry.born_step,
+                hinted=entry.hinted,
             )
             append_json(self.out / "samples.jsonl", sample)
 
     def clip(self, row):
+<<<<<<< HEAD
         """Frames and sounds of a row, as data URIs; none of a clip that is gone by now."""
         recipe = self.build.recipe._replace(**THUMBNAIL_LIMITS)
+=======
+        """Frames and sounds of a row as data URIs; none if its clip is gone by now."""
+        recipe = self.build.recipe._replace(**page.PICTURES)
+>>>>>>> 7e65c25 (The loop of train_rl.py is the algorithm: advantages, shape, ratio and loss stand in it, once, in the paper's order)
         try:
             frames, sounds = clip_as_data_uris(
                 decode_clip(row, self.build.root, recipe), SOUND_BYTES
@@ -116,9 +133,10 @@ class Samples:
 
 
 def read(path):
-    """What a run that goes on has written so far; only rank 0 writes."""
-    is_there = path.exists() and not processes.rank()
-    return [json.loads(line) for line in path.read_text().splitlines()] if is_there else []
+    """What a resumed run has written so far. Only rank 0 writes."""
+    if processes.rank() or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rounded(values):
@@ -129,7 +147,9 @@ def pieces(tokenizer, ids):
     """The text of every token; a letter of several tokens stands whole in the first, "" in the others."""
     texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
     for i, text in enumerate(texts):
-        for end in range(i + 2, min(i + 5, len(ids) + 1)) if text.endswith("\ufffd") else ():
+        if not text.endswith("\ufffd"):  # the token ends in the middle of a letter
+            continue
+        for end in range(i + 2, min(i + 5, len(ids) + 1)):
             whole = tokenizer.decode(ids[i:end], clean_up_tokenization_spaces=False)
             if not whole.endswith("\ufffd"):
                 texts[i:end] = [whole] + [""] * (end - i - 1)

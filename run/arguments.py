@@ -21,7 +21,7 @@ PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 # what may change when a run is resumed: where and how fast it computes, and what it tolerates
 MAY_CHANGE = """
     out resume log save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
-    on_bad_step max_ratio attn
+    on_bad_step max_seq_ratio attn
 """.split()
 
 TRACKERS = ("tensorboard", "wandb")  # packages that --log may name: run/logs.py

@@ -30,7 +30,6 @@ PAPER = "grpo tas buffer hints answers rewards".split()
 BESIDE = {"rewards.py": ["answers.py"]}  # leaves that need another one beside them
 ALONE = [  # files that know nothing of ours: each can be copied as it is
     *(f"{name}.py" for name in PAPER),
-    "rl/metrics.py",
     "run/optim.py",
     "data/clips.py",
     "data/toy_clips.py",
