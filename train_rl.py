@@ -154,6 +154,7 @@ from rl.hint_visits import HintVisits
 from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 from rl.samples import SampleLog
 from run import checkpoint, logs, optim, processes
+from run.errors import out_of_memory_advice
 from run.launch import run_main
 from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
@@ -221,6 +222,58 @@ def rewards_of(entries):
     return torch.tensor([entry.reward for entry in entries])
 
 
+@out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
+def add_gradient(
+    policy, micro_batches, step, *, temperature, tas, clip_eps, kl_coef, sequence_ratio=False
+):
+    """
+    Adds the gradient of J over micro-batches to the policy's parameters.       [TAS.A] [RATIO] [J]
+
+    micro_batches  list of MicroBatch, as many on every rank
+    tas            dict: shape, tas_lambda and equal_mean of shape_advantages
+    returns        list of info dicts (metrics.completion_info), this rank's
+    """
+    infos = []
+    for micro_batch in micro_batches:
+        logprobs, completion_mask, entropy = completion_logprobs(  # (N, T) each
+            policy, micro_batch.prompts, micro_batch.completions, temperature
+        )
+        # of the policy that sampled: the present one if fresh, an earlier one if replayed
+        old_logprobs = micro_batch.padded("old_logprobs", like=logprobs)
+        ref_logprobs = None
+        if kl_coef > 0:
+            ref_logprobs = micro_batch.padded("ref_logprobs", like=logprobs)
+        token_advantages = shape_advantages(  # [TAS.A]
+            micro_batch.advantages.to(logprobs), completion_mask, **tas
+        )
+        loss, info = grpo_loss(  # [RATIO] [KL] [J]
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            token_advantages=token_advantages,
+            completion_mask=completion_mask,
+            weights=micro_batch.weights.to(logprobs),
+            clip_eps=clip_eps,
+            kl_coef=kl_coef,
+            sequence_ratio=sequence_ratio,
+        )
+        # the weights make a sum over all ranks, and FSDP takes the mean over ranks
+        (loss * processes.world_size()).backward()
+
+        if not micro_batch.is_dummy:
+            info = metrics.completion_info(
+                info,
+                micro_batch,
+                step,
+                logprobs=logprobs,
+                entropy=entropy,
+                completion_mask=completion_mask,
+                tas_weights=tas_weights(completion_mask, **tas),
+            )
+            infos.append(info)
+    return infos
+
+
 # ---- the run -----------------------------------------------------------------------------------
 
 
@@ -284,9 +337,7 @@ def main():
     # ---- what a checkpoint holds beside the weights
     buffer = ReplayBuffer(args.buffer_size, WINDOW)
     hint_schedule = HintSchedule(args.hint_patience, args.hint_kl_threshold)
-    row_stream = RowStream(
-        rows, clip_cache, rows_per_step=args.prompts_per_step, seed=args.seed
-    )
+    row_stream = RowStream(rows, clip_cache, rows_per_step=args.prompts_per_step, seed=args.seed)
     guard = guards.StepGuard(args.max_seq_ratio)
     progress = dict(num_generated=0, before=None)  # completions so far; accuracy before step 1
     start_step = 0
@@ -401,40 +452,17 @@ def main():
                 add_ref_logprobs(policy, reference, replayed_batches, replayed, args.temperature)
                 add_ref_logprobs(policy, reference, fresh_batches, fresh, args.temperature)
 
-            # ---- the gradient of J, over micro-batches
-            infos = []
-            for micro_batch in replayed_batches + fresh_batches:
-                logprobs, completion_mask, entropy = completion_logprobs(  # (N, T) each
-                    policy, micro_batch.prompts, micro_batch.completions, args.temperature
-                )
-                token_advantages = shape_advantages(  # [TAS.A]
-                    micro_batch.advantages.to(logprobs), completion_mask, **tas
-                )
-                loss, info = grpo_loss(  # [J] [RATIO] [KL]
-                    logprobs=logprobs,
-                    # of the policy that sampled: the present one if fresh, an earlier one if stored
-                    old_logprobs=micro_batch.padded("old_logprobs", like=logprobs),
-                    ref_logprobs=micro_batch.padded("ref_logprobs", like=logprobs) if args.kl_coef else None,
-                    token_advantages=token_advantages,
-                    completion_mask=completion_mask,
-                    weights=micro_batch.weights.to(logprobs),
-                    clip_eps=args.clip_eps,
-                    kl_coef=args.kl_coef,
-                    sequence_ratio=args.algo == "avatar-gspo",  # [U22]
-                )
-                # the weights make a sum over all ranks, and FSDP takes the mean over ranks
-                (loss * processes.world_size()).backward()
-                if not micro_batch.is_dummy:
-                    info = metrics.completion_info(
-                        info,
-                        micro_batch,
-                        step,
-                        logprobs=logprobs,
-                        entropy=entropy,
-                        completion_mask=completion_mask,
-                        tas_weights=tas_weights(completion_mask, **tas),
-                    )
-                    infos.append(info)
+            # ---- the gradient of J: log-probs, [TAS.A], [RATIO], [KL], loss
+            infos = add_gradient(
+                policy,
+                replayed_batches + fresh_batches,
+                step,
+                temperature=args.temperature,
+                tas=tas,
+                clip_eps=args.clip_eps,
+                kl_coef=args.kl_coef,
+                sequence_ratio=args.algo == "avatar-gspo",  # [U22]
+            )
 
             # ---- guards (not in the paper): numbers with which the weights must not move
             info = metrics.gather_infos(infos)

@@ -32,11 +32,12 @@ from transformers import Qwen2_5OmniThinkerConfig
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 import buffer
+import train_rl
 from grpo import group_advantages
 from models.inputs import Prompt
 from models.policy import Policy, completion_logprobs
 from models.rollout import rollout
-from rl.gradient import gradient
+from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 from run import arguments, optim
 from run.run_dir import git_commit
 
@@ -313,8 +314,19 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
             for c, r in zip(group, reward.tolist())
         ]
         weight = 1 / (num_prompts * group_size)
-        groups.append((prompt, entries, group_advantages(reward), weight))
-    gradient(policy, reference, groups, groups[0][:2], step, args)
+        groups.append(WeightedGroup(prompt, entries, group_advantages(reward), weight))
+    batches = pack(groups, args.micro_tokens, dummy_group(prompts[0]))
+    entries = [group.entries for group in groups]
+    add_ref_logprobs(policy, reference, batches, entries, args.temperature)
+    train_rl.add_gradient(
+        policy,
+        batches,
+        step,
+        temperature=args.temperature,
+        tas=dict(shape=args.tas_shape, tas_lambda=args.tas_lambda),
+        clip_eps=args.clip_eps,
+        kl_coef=args.kl_coef,
+    )
     optim.clip_grad_norm(policy)
     optimizer.step()
     optimizer.zero_grad()

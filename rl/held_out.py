@@ -24,7 +24,17 @@ class HeldOut:
     """
 
     def __init__(
-        self, file, policy, build, *, cache_bytes, encoder, num_samples, temperature, max_new_tokens, seed
+        self,
+        file,
+        policy,
+        build,
+        *,
+        cache_bytes,
+        encoder,
+        num_samples,
+        temperature,
+        max_new_tokens,
+        seed,
     ):
         self.rows = Rows(file)
         self.policy = policy
@@ -44,7 +54,9 @@ class HeldOut:
         num_correct = 0
         problems = {}
         for first in range(0, self.num_rows, BATCH * processes.world_size()):
-            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()][:BATCH]
+            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()][
+                :BATCH
+            ]
             items, failed = [], {}
             for i in places:
                 try:

@@ -154,7 +154,9 @@ def step_metrics(update, eos_ids):
         "off/age_mean": 0.0,
         "tas/weight_mean": info["tas_weight"].mean().item(),
         "completions/mean_length": mean(len(e.completion_ids) for e in entries),
-        "completions/clipped_ratio": mean(int(e.completion_ids[-1]) not in eos_ids for e in entries),
+        "completions/clipped_ratio": mean(
+            int(e.completion_ids[-1]) not in eos_ids for e in entries
+        ),
         "num_valid_tokens": int(info["num_tokens"].sum()),
         "grad_norm": update.grad_norm,
     }

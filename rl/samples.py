@@ -116,13 +116,8 @@ class SampleLog:
             append_json(self.out / "samples.jsonl", sample)
 
     def clip(self, row):
-<<<<<<< HEAD
-        """Frames and sounds of a row, as data URIs; none of a clip that is gone by now."""
-        recipe = self.build.recipe._replace(**THUMBNAIL_LIMITS)
-=======
         """Frames and sounds of a row as data URIs; none if its clip is gone by now."""
-        recipe = self.build.recipe._replace(**page.PICTURES)
->>>>>>> 7e65c25 (The loop of train_rl.py is the algorithm: advantages, shape, ratio and loss stand in it, once, in the paper's order)
+        recipe = self.build.recipe._replace(**THUMBNAIL_LIMITS)
         try:
             frames, sounds = clip_as_data_uris(
                 decode_clip(row, self.build.root, recipe), SOUND_BYTES

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from models import policy
-from rl import gradient, hint_visits
+from rl import hint_visits, micro_batches
 from run import processes
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
@@ -301,7 +301,7 @@ def pretended_gpu():
         patch.setattr(torch.cuda, "current_stream", lambda: None)
         patch.setattr(torch.Tensor, "to", to)
         patch.setattr(torch.nn.Module, "to", module_to)
-        for place in (policy, gradient, hint_visits, torch.nn.utils.rnn):
+        for place in (policy, micro_batches, hint_visits, torch.nn.utils.rnn):
             patch.setattr(place, "pad_sequence", pad_sequence)
         patch.setattr(processes, "init", lambda device: GPU)
         torch._C._ensureCUDADeviceGuardSet()

@@ -11,8 +11,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import launch
 from benchmark_fixtures import media  # noqa: F401
+from conftest import launch
 from torchvision.io import write_png
 
 from data import converters, readers

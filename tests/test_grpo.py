@@ -88,7 +88,7 @@ def oracle_objective(logprobs, old, ref, advantages, mask, weights, eps, beta, a
             if a < 0:
                 term = max(term, grpo.DUAL_CLIP * a)
             d = float(ref[i, t] - logprobs[i, t])
-            value += term - beta * min(r, grpo.DUAL_CLIP) * (math.exp(d) - d - 1)
+            value += term - beta * min(r, grpo.KL_RATIO_MAX) * (math.exp(d) - d - 1)
         total += float(weights[i]) * value / len(tokens)
     return total
 
@@ -193,7 +193,7 @@ def test_one_ratio_by_hand():
     assert info["ratio_max"].item() == pytest.approx(ratio) and info["clip_frac"] == 0
     (grad,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(grad, torch.tensor([[-ratio, -2 * ratio, 0.0]]))
-    assert info["surrogate_pull"].item() == pytest.approx(3 * ratio)
+    assert info["surrogate_grad_scale"].item() == pytest.approx(3 * ratio)
     # token by token, the first is clipped: exp(.3) > 1.2
     loss, info = grpo_loss(*given)
     assert (
@@ -202,7 +202,7 @@ def test_one_ratio_by_hand():
     )
     # what is told of the tokens themselves stays
     again = grpo_loss(*given, sequence_ratio=True)[1]
-    assert all(again[name] == info[name] for name in ("gap", "log_ratio", "num_tokens"))
+    assert all(again[name] == info[name] for name in ("logprob_gap_max", "log_ratio", "num_tokens"))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_one_ratio_is_clipped_as_one(first, advantage, ratio):
     (grad,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(grad, torch.full((1, 2), slope))
     assert info["clip_frac"] == (ratio == 0)
-    assert info["surrogate_pull"].item() == pytest.approx(ratio)
+    assert info["surrogate_grad_scale"].item() == pytest.approx(ratio)
 
 
 def test_one_ratio_of_equal_advantages_has_the_gradient_of_gspo():
@@ -251,7 +251,7 @@ def test_one_ratio_leaves_the_kl_as_it_was():
         case[0] = case[0].detach().requires_grad_()
         loss, info = grpo_loss(*case, clip_eps=0.2, kl_coef=0.7, sequence_ratio=sequence_ratio)
         losses.append(
-            [loss.detach(), *torch.autograd.grad(loss, case[0]), info["kl"], info["kl_pull"]]
+            [loss.detach(), *torch.autograd.grad(loss, case[0]), info["kl"], info["kl_grad_scale"]]
         )
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
@@ -282,7 +282,7 @@ def test_kl_under_samples_of_b_is_that_of_pi():
     b = 0.5 * b + 0.5 * logits.detach().log_softmax(0)  # near enough that no ratio is truncated
     b = b.log_softmax(0)
     logprobs = logits.log_softmax(0)
-    assert (logprobs - b).exp().max() < grpo.DUAL_CLIP
+    assert (logprobs - b).exp().max() < grpo.KL_RATIO_MAX
     exact = (logprobs.exp() * (logprobs - ref)).sum()
     (exact_grad,) = torch.autograd.grad(exact, logits, retain_graph=True)
     # a completion of one token for every word, weighed by how often b writes it
@@ -307,7 +307,7 @@ def test_kl_under_samples_of_b_is_that_of_pi():
     assert (k3_grad - exact_grad).abs().max() > 0.1
 
 
-def test_kl_pull_vanishes_where_the_policy_gives_a_token_up():
+def test_kl_gradient_vanishes_where_the_policy_gives_a_token_up():
     """Whatever pi, b and pi_ref of the token: no pull beyond 3 |log(pi / ref)|; none as pi -> 0."""
     for log_ratio in (-2.0, -8.0, -15.0, -30.0, -80.0):
         _, slope, info = one_token(log_ratio, 0.0, kl_coef=1.0, d=-log_ratio)  # the reference is b
@@ -317,24 +317,26 @@ def test_kl_pull_vanishes_where_the_policy_gives_a_token_up():
         for d in np.linspace(-20, 20, 21):
             loss, slope, _ = one_token(float(log_ratio), 0.0, kl_coef=1.0, d=float(d))
             assert math.isfinite(loss) and math.isfinite(slope)
-            bound = min(math.exp(min(log_ratio, 20)), grpo.DUAL_CLIP) * max(abs(d), 1)
+            bound = min(math.exp(min(log_ratio, 20)), grpo.KL_RATIO_MAX) * max(abs(d), 1)
             assert abs(slope) <= bound + 2e-5 * max(1, math.exp(min(log_ratio + d, 20)))
 
 
 def test_kl_counts_a_token_that_became_likely_at_most_three_times():
     loss, slope, _ = one_token(3.0, 0.0, kl_coef=1.0, d=-3.0)  # r = 20 counts as 3
-    assert loss == pytest.approx(grpo.DUAL_CLIP * (math.exp(-3) + 3 - 1), rel=1e-4)
-    assert slope == pytest.approx(grpo.DUAL_CLIP * 3, rel=1e-4)
+    assert loss == pytest.approx(grpo.KL_RATIO_MAX * (math.exp(-3) + 3 - 1), rel=1e-4)
+    assert slope == pytest.approx(grpo.KL_RATIO_MAX * 3, rel=1e-4)
 
 
-def test_pulls_are_what_stands_before_the_gradient():
+def test_grad_scales_are_the_factors_of_grad_logprob():
     loss, slope, info = one_token(-0.1, 2.0, kl_coef=0.0)
     assert (
-        info["surrogate_pull"].item() == pytest.approx(-slope) == pytest.approx(2 * math.exp(-0.1))
+        info["surrogate_grad_scale"].item()
+        == pytest.approx(-slope)
+        == pytest.approx(2 * math.exp(-0.1))
     )
     for log_ratio, d in ((-1.0, 0.4), (3.0, 0.4)):  # the second counts with a ratio of 3
         _, slope, info = one_token(log_ratio, 0.0, kl_coef=0.7, d=d)
-        assert info["kl_pull"].item() == pytest.approx(-slope, rel=1e-4)
+        assert info["kl_grad_scale"].item() == pytest.approx(-slope, rel=1e-4)
 
 
 @pytest.mark.parametrize("sequence_ratio", [False, True])

@@ -1,5 +1,5 @@
 """
-When a step's numbers are bad, and when they are only told.
+When a step's numbers are bad, and when they are only reported.
 
     python -m pytest tests/test_guards.py
 """
@@ -15,65 +15,140 @@ class Steps:
     """Stands for processes.Steps."""
 
     def __init__(self):
-        self.step, self.told = 7, []
+        self.step = 7
+        self.lines = []
 
     def tell(self, text):
-        self.told.append(text)
+        self.lines.append(text)
 
 
 def info_of(surrogate, kl):
     """Three completions, the last one replayed."""
     ages = torch.tensor([0, 0, 31])
-    pulls = dict(surrogate_pull=torch.tensor(surrogate), kl_pull=torch.tensor(kl))
-    return pulls | dict(fresh=ages == 0, age=ages, prompt_id=["a", "b", "c"])
+    return dict(
+        surrogate_grad_scale=torch.tensor(surrogate),
+        kl_grad_scale=torch.tensor(kl),
+        fresh=ages == 0,
+        age=ages,
+        prompt_id=["a", "b", "c"],
+    )
+
+
+# ---- a gradient norm far above the usual
 
 
 def test_a_spike_names_its_term_and_its_prompt():
-    watch, told = guards.StepGuard(max_ratio=0), []
-    quiet, loud = (
-        info_of([0.1, 0.2, 0.1], [0.0, 0.0, 0.1]),
-        info_of([0.1, 0.2, 0.1], [0.0, 0.0, 9.0]),
-    )
+    guard = guards.StepGuard(max_ratio=0)
+    lines = []
+    quiet = info_of([0.1, 0.2, 0.1], [0.0, 0.0, 0.1])
+    loud = info_of([0.1, 0.2, 0.1], [0.0, 0.0, 9.0])
     for norm in (0.4, 0.5, 0.6) * 4:
-        watch.tell_spike(quiet, norm, told.append)
-    watch.tell_spike(loud, 9.9, told.append)  # under 20 times the median .5
-    assert told == []
-    watch.tell_spike(loud, 50.0, told.append)
-    (line,) = told
-    assert line.startswith("gradient norm 50, 100 times the usual")
-    assert line.endswith("the kl of c (replayed, 31 steps old)")
-    watch.tell_spike(info_of([0.1, 5.0, 0.1], [0.0, 0.0, 0.0]), 50.0, told.append)
-    assert told[-1].endswith("the surrogate of b (fresh)")
+        guard.report_grad_spike(quiet, norm, lines.append)
+    guard.report_grad_spike(loud, 9.9, lines.append)  # below 20 times the median .5
+    assert lines == []
+    guard.report_grad_spike(loud, 50.0, lines.append)
+    assert "50" in lines[0] and "100 times" in lines[0]
+    assert lines[0].endswith("the kl of c (replayed, 31 steps old)")
+    guard.report_grad_spike(info_of([0.1, 5.0, 0.1], [0.0, 0.0, 0.0]), 50.0, lines.append)
+    assert lines[1].endswith("the surrogate of b (fresh)")
 
 
 def test_the_first_steps_have_no_usual_norm():
-    watch, told = guards.StepGuard(max_ratio=0), []
+    guard = guards.StepGuard(max_ratio=0)
+    lines = []
     for norm in (0.1, 99.0, 0.1, 99.0):
-        watch.tell_spike(info_of([0.1] * 3, [0.1] * 3), norm, told.append)
-    assert told == []
+        guard.report_grad_spike(info_of([0.1] * 3, [0.1] * 3), norm, lines.append)
+    assert lines == []
 
 
-def test_what_was_usual_is_saved_with_the_run():
-    watch, again, told = guards.StepGuard(0), guards.StepGuard(0), []
+def test_the_usual_norm_is_saved_with_the_run():
+    guard = guards.StepGuard(max_ratio=0)
+    lines = []
     quiet = info_of([0.1] * 3, [0.1] * 3)
     for _ in range(10):
-        watch.tell_spike(quiet, 0.5, told.append)
-    saved = watch.state_dict()
-    watch.tell_spike(quiet, 0.5, told.append)
-    assert len(saved["norms"]) == 10  # what goes on does not change what was saved
-    again.load_state_dict(saved)
-    again.tell_spike(quiet, 50.0, told.append)
-    assert len(told) == 1
+        guard.report_grad_spike(quiet, 0.5, lines.append)
+    saved = guard.state_dict()
+    guard.report_grad_spike(quiet, 0.5, lines.append)
+    assert len(saved["grad_norms"]) == 10  # later steps do not change what was saved
+    resumed = guards.StepGuard(max_ratio=0)
+    resumed.load_state_dict(saved)
+    resumed.report_grad_spike(quiet, 50.0, lines.append)
+    assert len(lines) == 1
 
 
-def test_a_bad_step_is_saved_before_or_left_out():
-    watch, steps, saved = guards.StepGuard(0), Steps(), []
-    problem = watch.bad_step(float("nan"), 1.0)
-    with pytest.raises(
-        UserError, match=r"step 7: loss nan.*its prompts: p, q; the state before it"
-    ):
-        watch.refuses(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
+# ---- a gradient that must not be used
+
+
+def test_a_bad_step_stops_or_is_skipped():
+    guard, steps, saved = guards.StepGuard(max_ratio=0), Steps(), []
+    problem = guard.bad_step(float("nan"), 1.0)
+    with pytest.raises(UserError, match=r"step 7: loss nan.*its prompts: p, q.*--on-bad-step skip"):
+        guard.handle_bad_step(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
     assert saved == [1]
-    assert watch.refuses(problem, {"q"}, steps, "skip", lambda: saved.append(2))
-    assert saved == [1] and steps.told[0].startswith("skipped: loss nan")
-    assert not watch.refuses(watch.bad_step(1.0, 1.0), {"q"}, steps, "stop", None)
+    assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(2))
+    assert saved == [1] and steps.lines[0].startswith("skipped: loss nan")
+    assert not guard.handle_bad_step(guard.bad_step(1.0, 1.0), {"q"}, steps, "stop", None)
+
+
+def test_ten_bad_steps_in_a_row_stop_even_with_skip():
+    guard, steps, saved = guards.StepGuard(max_ratio=0), Steps(), []
+    for _ in range(guards.PATIENCE - 1):
+        problem = guard.bad_step(1.0, float("inf"))
+        assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(1))
+    problem = guard.bad_step(1.0, float("inf"))
+    with pytest.raises(UserError):
+        guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(1))
+    assert saved == [1] and guard.report() == {"steps_skipped": 10}
+
+
+# ---- nothing is learned
+
+
+def step_report(**changes):
+    report = {
+        "completions/clipped_ratio": 0.0,
+        "frac_reward_zero_std": 0.0,
+        "advantage_zero_frac": 0.1,
+        "grad_norm": 0.5,
+        "entropy": 1.0,
+    }
+    return report | changes
+
+
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"completions/clipped_ratio": 1.0, "grad_norm": 0.0}, "--max-new-tokens"),
+        ({"frac_reward_zero_std": 1.0, "advantage_zero_frac": 1.0}, "--reward-weights"),
+        ({"grad_norm": 0.0}, "--lora-rank"),
+    ],
+)
+def test_a_run_that_learns_nothing_says_why(changes, flag):
+    guard, lines = guards.StepGuard(max_ratio=0), []
+    report = step_report(**changes)
+    for _ in range(guards.IDLE_STEPS - 1):
+        guard.collapse(report)
+        guard.warn_if_idle(report, lines.append)
+    assert lines == []
+    for _ in range(20):  # once, not at every step
+        guard.collapse(report)
+        guard.warn_if_idle(report, lines.append)
+    assert len(lines) == 1 and flag in lines[0]
+
+
+def test_a_step_with_a_signal_starts_the_count_anew():
+    guard, lines = guards.StepGuard(max_ratio=0), []
+    idle = step_report(frac_reward_zero_std=1.0, advantage_zero_frac=1.0)
+    for report in [*[idle] * (guards.IDLE_STEPS - 1), step_report()] * 3:
+        guard.warn_if_idle(report, lines.append)
+    assert lines == []
+
+
+def test_completions_that_are_cut_off_late_are_a_collapse_not_idleness():
+    guard, lines = guards.StepGuard(max_ratio=0), []
+    guard.collapse(step_report())  # some end by themselves
+    cut_off = step_report(**{"completions/clipped_ratio": 1.0})
+    for _ in range(guards.PATIENCE - 1):
+        assert guard.collapse(cut_off) is None
+        guard.warn_if_idle(cut_off, lines.append)
+    assert "cut off" in guard.collapse(cut_off) and lines == []

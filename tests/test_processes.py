@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, launch
+from rl.gradient import gradient
 
 import train_sft
 from models.policy import Policy
 from models.rollout import rollout
-from rl.gradient import gradient
 from rl.hint_visits import stored_kls
 from run import optim, processes
 from run.launch import run_main
