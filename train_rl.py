@@ -282,7 +282,7 @@ def main():
     device = processes.init(args.device)
     out = open_run_dir(args, source)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
-    toy_model, toy_train, toy_test = toy.defaults(args, args.stage)
+    toy_model, toy_train, toy_test = toy.write_defaults(args.stage, args.model, args.data)
     tas = dict(
         shape=args.tas_shape.removesuffix("-mean1"),
         tas_lambda=args.tas_lambda,
