@@ -1,0 +1,148 @@
+"""
+What README and docs promise is tried: their commands run, their examples work, their tables are the code's.
+
+    python -m pytest tests/test_docs.py
+
+A block of commands is run here, with few steps, unless its section says "not run", or a comment
+above it names the test that runs it: <!-- tested: tests/test_x.py -->
+"""
+
+import functools
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, launch
+
+import toy
+
+PAGES = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]
+
+# appended to a command of the docs, so that it takes a second: the last of two equal flags counts
+TEST_SUITE = "-m pytest"  # the README's second command is what CI runs
+SHORT = {
+    "train_sft.py": "--steps 1 --save-every 0 --batch-size 2",
+    "train_rl.py": "--steps 1 --save-every 1 --eval-every 0 --prompts-per-step 2 --max-new-tokens 12",
+    "eval.py": "--max-new-tokens 4",
+}
+
+
+def blocks_of(page):
+    """-> (line number, commands, section before and with the block) of each bash block of a page."""
+    text = page.read_text()
+    for match in re.finditer(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        heading = text.rfind("\n#", 0, match.start())
+        section = text[max(heading, 0) : match.end()]
+        yield text.count("\n", 0, match.start()) + 1, match[1], section
+
+
+def commands_of(block):
+    """-> argument lists of a block's commands, without comments and prompts."""
+    for line in re.split(r"&&|\n", block.replace("\\\n", " ")):
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def is_run_here(section):
+    """False where the docs say that it was not run, or name the test that runs it."""
+    if re.search(r"not run", section, re.I):
+        return False
+    tested = re.search(r"<!-- tested: (\S+) -->\n+```bash\n[^`]*```$", section)
+    if tested:
+        assert (ROOT / tested[1]).exists(), tested[1]
+    return not tested
+
+
+RUN_HERE = [
+    pytest.param(block, id=f"{page.name}:{line}")
+    for page in PAGES
+    for line, block, section in blocks_of(page)
+    if is_run_here(section)
+]
+
+
+@pytest.fixture
+def workplace(toy_dir, tmp_path, monkeypatch):
+    """An empty folder with a small toy in it, from which the commands of the docs are run."""
+    monkeypatch.chdir(tmp_path)
+    # a link for the paths of commands; relative media of its rows stay inside it
+    (tmp_path / "toy").symlink_to(toy_dir)
+    monkeypatch.setattr(toy, "defaults", functools.partial(toy.defaults, root=toy_dir))
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", RUN_HERE)
+def test_commands_run(block, workplace):
+    for words in commands_of(block):
+        if TEST_SUITE in shlex.join(words):
+            continue
+        script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
+        if script:
+            flags = words[words.index(script) + 1 :]
+            launch(script, *flags, *SHORT.get(script, "").split())
+        else:
+            assert (
+                words[0] == "source" or words[:3] == "python3 -m venv".split() or "pip" in words[0]
+            ), words
+
+
+# ---- README
+
+
+def test_the_readmes_second_command_is_what_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for word in ("requirements-test.txt", ".venv/bin/python -m pytest -q"):
+        assert word in readme and word in ci
+    assert "ruff check" in ci and "ruff format --check" in ci
+    assert "-r requirements.txt" in (ROOT / "requirements-test.txt").read_text()
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    assert any(step.get("run") == "bash .ci/run" for step in workflow["jobs"]["tests"]["steps"])
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "requirements-test.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            line = line.partition("#")[0].strip()
+            assert not line or line.startswith("-r") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
+
+
+def test_citation_file_names_paper_and_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] and "AVATAR" in citation["preferred-citation"]["title"]
+    assert f"## {citation['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_copied_files_work_as_the_readme_shows(tmp_path, monkeypatch):
+    for name in ("grpo.py", "tas.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    old_logprobs = -torch.rand(4, 10)
+    names = dict(
+        torch=torch,
+        G=4,
+        num_completions=4,
+        rewards=torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        completion_mask=torch.ones(4, 10, dtype=torch.bool),
+        logprobs=old_logprobs.clone().requires_grad_(),
+        old_logprobs=old_logprobs,
+        ref_logprobs=old_logprobs,
+    )
+    exec(example, names)
+    names["loss"].backward()
+    assert names["logprobs"].grad.abs().sum() > 0
+
+
+# ---- words
+
+
+BANNED = r"\b(is|are) told\b|\btells in\b|\bwhat nobody\b|\bgoes on\b|\bgo on\b"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_plain_words(page):
+    found = re.findall(f".*(?:{BANNED}).*", page.read_text())
+    assert not found
