@@ -1,13 +1,13 @@
 """
-The experiments behind figures.py: each name is a list of runs; what they measured is kept as JSON.
+Runs an experiment: each of its commands with each seed. Results are added to results/NAME.json after every run.
 
     python -m experiments.runs                       # the names and their commands
-    python -m experiments.runs hints                 # all its seeds, then results/hints.json
-    python -m experiments.runs hints --quick         # one seed, short, into results/quick/
+    python -m experiments.runs hints                 # all its seeds
+    python -m experiments.runs hints --quick         # one seed, 12 steps, into results/quick/
 
-A run is a command of train_rl.py with a seed, in runs/experiments/; experiments that hold the same
-command share it. A finished run is skipped and an interrupted one begins anew, so the same command
-goes on where it stopped. The protocol, and what was found: docs/results.md.
+A run whose result stands in the JSON is not repeated, so the same command continues where it
+stopped and adds what is new in commands.py. The folders of the runs are in runs/experiments/;
+experiments that contain the same command share its run. Tables and figures: figures.py.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -22,332 +22,175 @@ from pathlib import Path
 
 from transformers import AutoTokenizer  # here: two threads would import it at once
 
-from experiments.tasks import LONG, MAKE, RUNS, make, python, read_lines
+from experiments.commands import EXPERIMENTS, SEEDS, STARTS, shell_command
+from experiments.tasks import LONG, RUNS, TASKS, make, python, read_lines
 from run import arguments
+from run.errors import UserError
 from run.io import REPOSITORY, file_lock, write_text
 from run.launch import run_main
 
-SERIES = (  # kept of every step; rounded to 4 digits
-    "completions_generated reward rewards/acc advantage_std advantage_zero_frac "
-    "frac_reward_zero_std kl off/ess_frac grad_norm hints/frac hints/entered hints/withdrawn"
-).split()
-
-# ---- what is run: label -> flags of train_rl.py, the first word a variant of variants.py, if any
-KEPT = "--save-every 0"
-DENSE = f"--stage 2 {KEPT} --eval-samples 128"  # the paper's reward of stage 2
-# a completion that the policy has given up has a tiny ratio: --max-ratio 0
-HASTY = "--max-ratio 0 --model runs/experiments/hasty/final"
-HARD = (
-    f"--stage 3 {KEPT} {HASTY} --reward-weights format=.5,acc=.5 --eval-samples 208 "
-    "--data toy/stage3/hard.jsonl --eval-data toy/stage3/never.jsonl"
-)
-
-# tasks of long reasonings -> the folder of their start; tasks.py makes both
-STARTS = dict(plan="sft", middle="middle-sft", busy="busy-sft")
-
-
-def long_task(kind, samples):
-    long = "runs/experiments/long"
-    return (
-        f"--stage 1 {KEPT} --model {long}/{STARTS[kind]}/final --data {long}/{kind}.jsonl "
-        f"--eval-data {long}/{kind}-test.jsonl --max-frames 32 "
-        f"--max-new-tokens {400 if kind == 'busy' else 320} --eval-samples {samples}"
-    )
+# metrics of every step that are kept, with 4 digits
+SERIES = [
+    "completions_generated",
+    "reward",
+    "rewards/acc",
+    "advantage_std",
+    "advantage_zero_frac",
+    "frac_reward_zero_std",
+    "kl",
+    "off/ess_frac",
+    "grad_norm",
+    "hints/frac",
+    "hints/entered",
+    "hints/withdrawn",
+]
+STEP_SECONDS = ["time/data_s", "time/rollout_s", "time/update_s"]
 
 
-def budget(completions, num_on, prompts, evaluations):
-    """Steps, and steps between evaluations, for about so many completions."""
-    first = prompts * (8 - num_on)  # the first step has nothing to replay
-    every = max(1, round((completions - first) / (num_on * prompts) / evaluations))
-    return f"--steps {every * evaluations} --eval-every {every}"
-
-
-def methods(task, completions, settings, evaluations=8):
-    """label -> flags; settings: label -> (algorithm, updates a rollout, prompts a step, learning rate, other flags)."""
-    made = {}
-    for label, (algo, updates, prompts, lr, other) in settings.items():
-        words = f"{task} {budget(completions, 8 if algo == 'grpo' else 4, prompts, evaluations)}"
-        words += " --algo grpo" * (algo == "grpo") + f" --prompts-per-step {prompts}"
-        made[label] = f"{words} --lr {lr} --updates-per-rollout {updates} {other}".strip()
-    return made
-
-
-def tuning(task, completions, tried, evaluations=8):
-    """tried: prompts a step -> algorithm, updates a rollout and learning rates of each method."""
-    settings = {
-        f"{algo}, {updates} updates, {prompts} prompts, lr {lr}": (
-            algo,
-            updates,
-            prompts,
-            lr,
-            "--no-hints" * (algo == "avatar"),
-        )
-        for prompts, told in tried.items()
-        for algo, updates, *rates in map(str.split, told.split(","))
-        for lr in rates
-    }
-    return methods(task, completions, settings, evaluations)
-
-
-REPLAY = "--tas-shape uniform --no-hints"  # nothing of the method but its replay
-EXPERIMENTS = {  # tuned on seed 100
-    "tune-dense": tuning(
-        DENSE,
-        1536,
-        {
-            2: "grpo 1 1e-4 2e-4, avatar 1 1e-4 2e-4",
-            4: "grpo 1 1e-4 2e-4 4e-4, grpo 2 1e-4 2e-4, grpo 4 2e-5 5e-5 1e-4,"
-            "avatar 1 5e-5 1e-4 2e-4, avatar 2 5e-5 1e-4, avatar 4 2e-5 5e-5",
-            8: "grpo 1 5e-5 1e-4 2e-4, grpo 4 5e-5 1e-4 2e-4, avatar 1 5e-5 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
-            16: "grpo 1 2e-4, grpo 4 1e-4, avatar 1 2e-4, avatar 4 5e-5",
-        },
-    ),
-    "tune-long": tuning(
-        long_task("plan", 128),
-        512,
-        {
-            2: "grpo 1 5e-5, grpo 4 2e-5, avatar 1 5e-5, avatar 4 2e-5",
-            4: "grpo 1 2e-5 5e-5 1e-4, grpo 2 5e-5, grpo 4 1e-5 2e-5 5e-5 1e-4,"
-            "avatar 1 2e-5 5e-5 1e-4, avatar 2 5e-5, avatar 4 1e-5 2e-5 5e-5 1e-4",
-            8: "grpo 1 1e-4, grpo 4 5e-5, avatar 1 1e-4, avatar 4 5e-5",
-        },
-    ),
-    "tune-longer": tuning(
-        long_task("busy", 128),
-        512,
-        {
-            4: "grpo 1 5e-5 1e-4, grpo 4 1e-5 2e-5 5e-5, avatar 1 5e-5 1e-4, avatar 4 1e-5 2e-5 5e-5",
-        },
-        evaluations=4,
-    ),
-    "tune-sparse": tuning(
-        HARD,
-        2048,
-        {
-            4: "grpo 1 2e-4 4e-4, grpo 2 2e-4, grpo 4 1e-4 2e-4, avatar 1 1e-4 2e-4, avatar 2 1e-4, avatar 4 5e-5 1e-4",
-            8: "grpo 1 1e-4 2e-4 4e-4 8e-4, grpo 2 2e-4 4e-4, grpo 4 5e-5 1e-4 2e-4 4e-4,"
-            "avatar 1 1e-4 2e-4 4e-4, avatar 2 1e-4 2e-4, avatar 4 5e-5 1e-4 2e-4",
-            16: "grpo 1 4e-4, grpo 4 2e-4, avatar 1 2e-4, avatar 4 1e-4",
-        },
-    ),
-    "dense": methods(
-        DENSE,
-        1024,
-        {  # each at its best of tune-dense
-            "GRPO": ("grpo", 1, 4, "2e-4", ""),
-            "GRPO, 4 updates": ("grpo", 4, 4, "5e-5", ""),
-            "AVATAR": ("avatar", 1, 4, "1e-4", ""),
-            "AVATAR, 4 updates": ("avatar", 4, 4, "5e-5", ""),
-            "replay only, 4 updates": ("avatar", 4, 4, "5e-5", REPLAY),
-        },
-    ),
-    "sparse": methods(
-        HARD,
-        2048,
-        {  # each at its best rate of tune-sparse, with 8 prompts
-            "GRPO": ("grpo", 1, 8, "4e-4", ""),
-            "GRPO, 4 updates": ("grpo", 4, 8, "2e-4", ""),
-            "AVATAR": ("avatar", 1, 8, "2e-4", "--no-hints"),
-            "AVATAR, 4 updates": ("avatar", 4, 8, "1e-4", "--no-hints"),
-        },
-    ),
-    "hints": {  # every row comes back every eighth step; evaluated: those never solved without one
-        label: f"{words} {HARD} --steps 64 --prompts-per-step 8 --eval-every 16 --lr 1e-4 {other}".strip()
-        for label, words, other in (
-            ("no hints", "", "--no-hints"),
-            ("hints by need", "", ""),
-            ("never withdrawn", "never-withdrawn", ""),
-            ("entry by rank", "by-rank", ""),
-            ("after 3 visits, any KL", "", "--hint-patience 3 --hint-kl 1e9"),
-        )
-    },
-    "stage3": {
-        label: f"{words} --stage 3 {KEPT} --steps 48 --prompts-per-step 8 --eval-every 48 --lr 5e-5 {other}".strip()
-        for label, words, other in (
-            ("format, judge", "", ""),
-            ("format, judge, .2 accuracy", "", "--reward-weights format=.4,judge=.4,acc=.2"),
-            ("judge wrong in 20 %", "wrong-judge", ""),
-        )
-    },
-}
-EXPERIMENTS["withdrawn"] = {
-    k: f"visits {EXPERIMENTS['hints'][k]}" for k in ("no hints", "hints by need")
-}
-SHAPES = ["uniform", "parabolic", "parabolic-mean1", "inverse-mean1"]
-LINEAR = ["inverse", *(f"linear-{way}{mean}" for way in ("up", "down") for mean in ("", "-mean1"))]
-for kind in STARTS:  # TAS on long reasonings
-    shapes = SHAPES if kind == "busy" else SHAPES + LINEAR
-    settings = {
-        shape: ("avatar", 1, 4, "5e-5", f"--no-hints --tas-shape {shape}") for shape in shapes
-    }
-    EXPERIMENTS[kind] = methods(long_task(kind, 256), 512, settings, evaluations=4)
-PARABOLIC = "--no-hints --tas-shape parabolic"
-EXPERIMENTS["long"] = methods(
-    long_task("plan", 256),
-    512,
-    {  # each at its best of tune-long
-        "GRPO": ("grpo", 1, 4, "5e-5", ""),
-        "GRPO, 4 updates": ("grpo", 4, 8, "5e-5", ""),
-        "AVATAR": ("avatar", 1, 2, "5e-5", PARABOLIC),
-        "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
-    },
-    evaluations=4,
-)
-EXPERIMENTS["longer"] = methods(
-    long_task("busy", 256),
-    512,
-    {  # each at its best rate of tune-longer
-        "GRPO": ("grpo", 1, 4, "5e-5", ""),
-        "GRPO, 4 updates": ("grpo", 4, 4, "2e-5", ""),
-        "AVATAR": ("avatar", 1, 4, "5e-5", PARABOLIC),
-        "AVATAR, 4 updates": ("avatar", 4, 4, "2e-5", PARABOLIC),
-    },
-    evaluations=4,
-)
-AVATAR = EXPERIMENTS["dense"]["AVATAR"]
-EXPERIMENTS["replay"] = {  # which completions, which prompts, which weights
-    "AVATAR": AVATAR,
-    "newest completions": f"newest {AVATAR}",
-    "best completions": f"best {AVATAR}",
-    "prompts by p (1 - p)": f"learnability {AVATAR}",
-    "one ratio a completion": f"{AVATAR} --algo avatar-gspo --clip-eps 0.2",
-    "one ratio a completion, clip .05": f"{AVATAR} --algo avatar-gspo --clip-eps 0.05",
-    "ratio clipped at 3": f"{AVATAR} --clip-eps 2",
-}
-# which ratio, where even the fresh ones are soon off-policy: of a completion with the clip that is best in tune-ratio
-ONE, FRESH = (
-    "--algo avatar-gspo --clip-eps",
-    "--num-on 8 --num-off 0 --tas-shape uniform --no-hints",
-)
-EXPERIMENTS["tune-ratio"] = {}
-for kind, eps, tried in (
-    ("dense", 0.05, "0.2 0.05 0.02 0.005 0.001"),
-    ("long", 0.005, "0.005 0.001"),
-    ("longer", 0.001, "0.2 0.05 0.02 0.005 0.001 0.0004"),
-):
-    grpo, avatar = (EXPERIMENTS[kind][f"{name}, 4 updates"] for name in ("GRPO", "AVATAR"))
-    EXPERIMENTS["tune-ratio"] |= {f"{kind}, clip {e}": f"{avatar} {ONE} {e}" for e in tried.split()}
-    EXPERIMENTS[f"ratio-{kind}"] = {
-        "GRPO": EXPERIMENTS[kind]["GRPO"],
-        "GRPO, 4 updates": grpo,
-        "GRPO, 4 updates, one ratio": grpo.replace("--algo grpo", f"{ONE} {eps} {FRESH}"),
-        "AVATAR, 4 updates": avatar,
-        "AVATAR, 4 updates, one ratio, clip .2": f"{avatar} {ONE} 0.2",
-        "AVATAR, 4 updates, one ratio": f"{avatar} {ONE} {eps}",
-    }
-long = EXPERIMENTS["long"]["AVATAR, 4 updates"]
-EXPERIMENTS["tune-ratio"] |= {
-    f"long, a token, clip {eps}": f"{long} --clip-eps {eps}" for eps in (0.2, 0.05, 0.01)
-}
-SEEDS = {name: range(100, 101) if name.startswith("tune") else range(5) for name in EXPERIMENTS}
-
-
-def command(flags):
-    """What to type for a run."""
-    script = "train_rl.py" if flags.startswith("--") else "-m experiments.variants"
-    return f"python {script} {flags} --seed S"
-
-
-def quick(flags):
-    """The same flags, 12 steps."""
-    return re.sub(r"--steps \d+", "--steps 12", flags)
+# ---- one run -----------------------------------------------------------------------------------
 
 
 def train(flags, seed):
-    """-> the folder of the finished run."""
-    words = command(flags).replace(" S", f" {seed}").split()[1:]
+    """Runs a command with a seed unless it has been run -> its folder."""
+    words = shell_command(flags).replace(" S", f" {seed}").split()[1:]
     name = " ".join(words)
     out = RUNS / hashlib.sha1(name.encode()).hexdigest()[:12]
-    with file_lock(RUNS / "locks" / out.name):  # another experiment may hold the same command
+    log = out.with_suffix(".log")
+    with file_lock(RUNS / "locks" / out.name):  # another experiment may contain the same command
         if (out / "done.json").exists():
             return out
         shutil.rmtree(out, ignore_errors=True)
-        log = out.with_suffix(".log")
         log.unlink(missing_ok=True)
-        for task in MAKE:
+        for task in TASKS:
             if re.search(rf"/{task}(\.jsonl|/final|/sft/final)", name):
                 make(task)
         python(*words, "--out", out, log=log)
-        before = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
-        about = dict(command=f"python {name}", before=before and float(before[1]))
-        write_text(out / "done.json", json.dumps(about))
+        match = re.search(r"accuracy before training: ([\d.]+)", log.read_text())
+        accuracy_before = float(match[1]) if match else None
+        done = {"command": f"python {name}", "before": accuracy_before}
+        write_text(out / "done.json", json.dumps(done))
     return out
 
 
 def read_run(folder):
-    """-> what figures.py needs of a run."""
+    """A finished run -> what tables and figures need of it."""
     steps = read_lines(folder / "metrics.jsonl")
-    about = json.loads((folder / "done.json").read_text())
-    step_s = lambda m: sum(m[f"time/{part}_s"] for part in ("data", "rollout", "update"))
+    done = json.loads((folder / "done.json").read_text())
     log = folder.with_suffix(".log").read_text()
-    events = re.findall(r"step +(\d+)/\d+ +hint (entered|withdrawn): (\S+)", log)
-    entered = [q for _, event, q in events if event == "entered"]
-    curve, seconds = [], 0.0
-    if about["before"] is not None:
-        curve = [[0, about["before"], 0.0]]
-    for m in steps:
-        seconds += step_s(m)
-        if "eval/acc" in m:
-            curve.append([m["completions_generated"], m["eval/acc"], round(seconds, 2)])
-    one = dict(
-        accuracy=[point[:2] for point in curve],
-        clock=[[s, acc] for _, acc, s in curve],  # the same over the seconds of the steps
-        series={name: [float(f"{m[name]:.4g}") for m in steps] for name in SERIES},
-        advantage_hist=[sum(bins) for bins in zip(*(m["advantage_hist"] for m in steps))],
-        hints_back=len(entered) - len(set(entered)),  # entered again after they were withdrawn
-        seconds=seconds,
-        commit=json.loads((folder / "run.json").read_text())["commit"],
-    )
-    if (folder / "visits.jsonl").exists():  # of the variant that notes them
-        one["visits"] = [[*visit.values()] for visit in read_lines(folder / "visits.jsonl")]
-        one["hint_events"] = [[int(step), event, q] for step, event, q in events]
-    return one
+
+    seconds = 0.0
+    accuracy, clock = (
+        [],
+        [],
+    )  # held-out accuracy after so many completions, and after so many seconds
+    if done["before"] is not None:
+        accuracy.append([0, done["before"]])
+        clock.append([0.0, done["before"]])
+    for metrics in steps:
+        seconds += sum(metrics[name] for name in STEP_SECONDS)
+        if "eval/acc" in metrics:
+            accuracy.append([metrics["completions_generated"], metrics["eval/acc"]])
+            clock.append([round(seconds, 2), metrics["eval/acc"]])
+
+    hint_events = re.findall(r"step +(\d+)/\d+ +hint (entered|withdrawn): (\S+)", log)
+    entered = [prompt_id for _, event, prompt_id in hint_events if event == "entered"]
+    result = {
+        "accuracy": accuracy,
+        "clock": clock,
+        "series": {name: [float(f"{m[name]:.4g}") for m in steps] for name in SERIES},
+        "advantage_hist": [sum(bins) for bins in zip(*(m["advantage_hist"] for m in steps))],
+        "hints_back": len(entered) - len(set(entered)),  # entered again after they were withdrawn
+        "seconds": seconds,
+        "commit": json.loads((folder / "run.json").read_text())["commit"],
+    }
+    if (folder / "visits.jsonl").exists():  # written by the variant "visits"
+        visits = read_lines(folder / "visits.jsonl")
+        result["visits"] = [list(visit.values()) for visit in visits]
+        result["hint_events"] = [
+            [int(step), event, prompt_id] for step, event, prompt_id in hint_events
+        ]
+    return result
 
 
-def lengths(folder, kind, seed):
-    """eval.py on a long task's held-out rows, at temperature 1 -> [tokens, score] of every item."""
+def completion_lengths(folder, task, seed):
+    """eval.py on a long task's held-out rows at temperature 1 -> [tokens, score] of every row."""
     out, model = folder / "eval", folder / "final"
     if not (out / "scores.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        flags = f"--temperature 1 --seed {seed} --max-frames 32 --max-new-tokens 400".split()
-        rows = LONG / f"{kind}-test.jsonl"
-        words = ("--model", model, "--data", rows, *flags, "--out", out)
-        python("eval.py", *words, log=folder.with_suffix(".log"))
+        python(
+            "eval.py",
+            *("--model", model, "--data", LONG / f"{task}-test.jsonl", "--out", out),
+            *("--temperature", 1, "--seed", seed, "--max-frames", 32, "--max-new-tokens", 400),
+            log=folder.with_suffix(".log"),
+        )
     tokenizer = AutoTokenizer.from_pretrained(model)
     records = sorted(read_lines(out / "records.jsonl"), key=lambda r: r["prompt_id"])
     return [[len(tokenizer(r["completion"] or "").input_ids), r["score"]] for r in records]
 
 
-def experiment(name, seeds, is_quick, jobs=1):
-    """Makes every run of an experiment that is not there yet, `jobs` at once -> its JSON."""
-    commands = EXPERIMENTS[name]
-    commands = {k: quick(flags) if is_quick else flags for k, flags in commands.items()}
+# ---- an experiment -----------------------------------------------------------------------------
 
-    def one_run(label, seed):
-        folder = train(commands[label], seed)
-        one = dict(label=label, seed=seed, **read_run(folder))
+
+def quick_flags(flags):
+    """The same flags with 12 steps."""
+    return re.sub(r"--steps \d+", "--steps 12", flags)
+
+
+def read_results(path, commands):
+    """Results so far; raises UserError if a command has changed since."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    for label, command in result["commands"].items():
+        if commands.get(label, command) != command:
+            raise UserError(
+                f"{path}: {label!r} was run with other flags than commands.py has now: "
+                "give the label another name, or remove the file to run all of it again"
+            )
+    return result["runs"]
+
+
+def experiment(name, seeds, path, is_quick=False, jobs=1):
+    """Makes the runs that `path` does not have yet, `jobs` at once, and writes it after each."""
+    flags = EXPERIMENTS[name]
+    if is_quick:
+        flags = {label: quick_flags(words) for label, words in flags.items()}
+    commands = {label: shell_command(words) for label, words in flags.items()}
+    runs = read_results(path, commands)
+    finished = {(one["label"], one["seed"]) for one in runs}
+    todo = [(label, seed) for seed in seeds for label in flags if (label, seed) not in finished]
+
+    def one_run(pair):
+        label, seed = pair
+        folder = train(flags[label], seed)
+        one = {"label": label, "seed": seed, **read_run(folder)}
         if name in STARTS:
-            one["items"] = lengths(folder, name, seed)
-        print(f"{name}  {label}  seed {seed}  {one['seconds']:.0f} s", flush=True)
+            one["items"] = completion_lengths(folder, name, seed)
         return one
 
-    pairs = [(label, seed) for seed in seeds for label in commands]
     with ThreadPoolExecutor(jobs) as pool:
-        runs = list(pool.map(one_run, *zip(*pairs)))
-    commits = sorted({one["commit"] for one in runs if one.get("commit")})
-    told = {label: command(flags) for label, flags in commands.items()}
-    return dict(name=name, commit=" ".join(commits), quick=is_quick, commands=told, runs=runs)
+        for one in pool.map(one_run, todo):
+            print(f"{name}  {one['label']}  seed {one['seed']}  {one['seconds']:.0f} s", flush=True)
+            runs.append(one)
+            commits = sorted({one["commit"] for one in runs if one.get("commit")})
+            result = {
+                "name": name,
+                "commit": " ".join(commits),
+                "quick": is_quick,
+                "commands": commands,
+                "runs": runs,
+            }
+            write_text(path, json.dumps(result))
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS], help="none: list them")
-    parser.add_argument("--seeds", type=int, default=0, help="how many of those listed; 0: all")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
-    parser.add_argument("--quick", action="store_true", help="short runs, one seed")
-    parser.add_argument(
-        "--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json"
-    )
+    flag = parser.add_argument
+    flag("name", nargs="?", choices=[*EXPERIMENTS], help="which experiment; without: list them")
+    flag("--seeds", type=int, default=0, help="number of seeds, the first of those listed; 0 = all")
+    flag("--jobs", type=int, default=1, help="runs at the same time, one core each")
+    flag("--quick", action="store_true", help="one seed of 12 steps each")
+    flag("--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json")
     return parser.parse_args(argv)
 
 
@@ -355,20 +198,24 @@ def main():
     args = parse_args()
     arguments.check_bounds(args, seeds=0, jobs=1)
     if not args.name:
-        for name, commands in EXPERIMENTS.items():
+        for name, flags in EXPERIMENTS.items():
             print(f"{name}: seeds {SEEDS[name][0]} to {SEEDS[name][-1]}")
-            for label, flags in commands.items():
-                print(f"  {label:14} {command(flags)}")
-        print(
-            "runs/experiments/{hasty,long} and their rows are made by the first run that needs them"
-        )
+            for label, words in flags.items():
+                print(f"  {label:14} {shell_command(words)}")
+        print("Rows and starts in runs/experiments/ are made by the first run that needs them.")
         return
-    seeds = SEEDS[args.name][: args.seeds or (1 if args.quick else None)]
-    result = experiment(args.name, seeds, args.quick, args.jobs)
-    out = Path(args.out) / ("quick" if args.quick else "")
+
+    num_seeds = args.seeds or len(SEEDS[args.name])
+    out = Path(args.out)
+    if args.quick:
+        num_seeds = args.seeds or 1
+        out = out / "quick"
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{args.name}.json", json.dumps(result))
-    print(f"{out / args.name}.json: draw it with python -m experiments.figures --results {out}")
+    seeds = SEEDS[args.name][:num_seeds]
+    experiment(args.name, seeds, out / f"{args.name}.json", args.quick, args.jobs)
+    print(
+        f"{out / args.name}.json: tables and figures: python -m experiments.figures --results {out}"
+    )
 
 
 if __name__ == "__main__":

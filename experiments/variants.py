@@ -1,5 +1,5 @@
 """
-What the experiments compare or note, and no flag offers: train_rl.py with one function exchanged.
+What the experiments compare and no flag offers: train_rl.py with one function or class exchanged.
 
     python -m experiments.variants never-withdrawn --stage 3 ...
 """
@@ -19,9 +19,11 @@ from data.clips import BadRow
 from run.errors import UserError
 from run.launch import run_main
 
+# ---- hints -------------------------------------------------------------------------------------
+
 
 class NeverWithdrawn(hints.HintSchedule):
-    """A hint that has entered stays (every second visit is plain, as ever)."""
+    """A hint that has entered stays (every second visit is plain, as always)."""
 
     def observe(self, prompt_id, tier, solved, behavior_kl):
         if prompt_id in self._active:
@@ -30,7 +32,7 @@ class NeverWithdrawn(hints.HintSchedule):
 
 
 class ByRank(hints.HintSchedule):
-    """Hard alone decides, whether the prompt is solved or not."""
+    """Being Hard alone decides, whether the prompt is solved or not."""
 
     def needs_kl(self, prompt_id, tier, solved):
         return super().needs_kl(prompt_id, tier, False)
@@ -39,22 +41,64 @@ class ByRank(hints.HintSchedule):
         return super().observe(prompt_id, tier, False, behavior_kl)
 
 
-def wrong_judge(row, steps, share=0.2, judge=toy.judge):
-    """The toy's judge, whose score of a step is turned about in a fixed fifth of all steps."""
-    scores = judge(row, steps)
-    keys = [zlib.crc32(f"{row['prompt_id']} {i} {step}".encode()) for i, step in enumerate(steps)]
-    return [1 - s if key % 1000 < 1000 * share else s for s, key in zip(scores, keys)]
+class NotingBuffer(buffer.ReplayBuffer):
+    """Notes every visit of a prompt in OUT/visits.jsonl: the share of right fresh completions."""
+
+    def add(self, entries):
+        super().add(entries)
+        groups = {}  # prompt_id -> its fresh completions
+        for entry in entries:
+            groups.setdefault(entry.prompt_id, []).append(entry)
+        path = Path(train_rl.parse_args()[0].out) / "visits.jsonl"
+        with open(path, "a") as file:
+            for prompt_id, group in groups.items():
+                num_right = sum(entry.reward_parts["acc"] == 1 for entry in group)
+                visit = {
+                    "step": group[0].born_step,
+                    "prompt_id": prompt_id,
+                    "hinted": group[0].hinted,
+                    "right": num_right / len(group),
+                }
+                file.write(json.dumps(visit) + "\n")
+
+
+# ---- judges ------------------------------------------------------------------------------------
+
+true_judge = toy.judge  # before it is exchanged
+
+
+def wrong_judge(row, steps):
+    """The toy's judge, with the score of a fixed fifth of all steps reversed."""
+    scores = true_judge(row, steps)
+    for i, step in enumerate(steps):
+        key = zlib.crc32(f"{row['prompt_id']} {i} {step}".encode())
+        if key % 1000 < 200:
+            scores[i] = 1 - scores[i]
+    return scores
+
+
+def form_judge(row, steps):
+    """Likes every step that names a second, true or not: the control for a judge of true steps."""
+    scores = []
+    for step in steps:
+        number, colon, _ = step.partition(":")
+        scores.append(float(bool(colon) and number.strip().isdecimal()))
+    return scores
+
+
+# ---- what is replayed --------------------------------------------------------------------------
 
 
 def newest(items, mean_reward, num_off):
-    """Of a stored prompt its latest completions, whatever they earned (RePO's recency)."""
-    return [item.entry for item in sorted(items, reverse=True)[:num_off]]
+    """A stored prompt's latest completions, whatever they earned (RePO's recency)."""
+    latest_first = sorted(items, reverse=True)
+    return [item.entry for item in latest_first[:num_off]]
 
 
 def best(items, mean_reward, num_off):
-    """Of a stored prompt its best completions, the newest of equals (as ExGRPO's are right ones)."""
-    ranked = sorted(items, key=lambda item: (item.entry.reward, item), reverse=True)
-    return [item.entry for item in ranked[:num_off]]
+    """A stored prompt's best completions, the newest of equals (as ExGRPO's are right ones)."""
+    best_first = sorted(items, key=lambda item: (item.entry.reward, item), reverse=True)
+    return [item.entry for item in best_first[:num_off]]
 
 
 def learnability(items, mean_reward):
@@ -63,28 +107,15 @@ def learnability(items, mean_reward):
     return p * (1 - p)
 
 
-def write_visits(step, step_rows, *given, score=train_rl.score):
-    """train_rl.score, which also notes every visit: OUT/visits.jsonl has the share of right fresh completions."""
-    made = score(step, step_rows, *given)
-    path = Path(train_rl.parse_args()[0].out) / "visits.jsonl"
-    with open(path, "a") as file:
-        for group in filter(None, made):
-            right = sum(entry.reward_parts["acc"] == 1 for entry in group) / len(group)
-            visit = dict(
-                step=step, prompt_id=group[0].prompt_id, hinted=group[0].hinted, right=right
-            )
-            file.write(json.dumps(visit) + "\n")
-    return made
-
-
-VARIANTS = {
+VARIANTS = {  # name -> module, what is exchanged in it, by what
     "never-withdrawn": (hints, "HintSchedule", NeverWithdrawn),
     "by-rank": (hints, "HintSchedule", ByRank),
+    "visits": (train_rl, "ReplayBuffer", NotingBuffer),
     "wrong-judge": (toy, "judge", wrong_judge),
+    "form-judge": (toy, "judge", form_judge),
     "newest": (buffer, "_farthest", newest),
     "best": (buffer, "_farthest", best),
     "learnability": (buffer, "_usefulness", learnability),
-    "visits": (train_rl, "score", write_visits),
 }
 
 
@@ -92,8 +123,8 @@ def main():
     name = sys.argv.pop(1) if len(sys.argv) > 1 else None
     if name not in VARIANTS:
         raise UserError(f"give one of {', '.join(VARIANTS)}, then the flags of train_rl.py")
-    module, attribute, other = VARIANTS[name]
-    setattr(module, attribute, other)
+    module, attribute, replacement = VARIANTS[name]
+    setattr(module, attribute, replacement)
     train_rl.main()
 
 
