@@ -10,6 +10,21 @@ drawn and is listed as not run.
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
+
+from run import arguments
+from run.io import REPOSITORY
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
+    folder = REPOSITORY / "experiments/results"
+    parser.add_argument("--results", default=folder, metavar="DIR", help="folder of runs.py's JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)
+
 from pathlib import Path
 
 import matplotlib
@@ -20,9 +35,7 @@ from matplotlib import pyplot
 import tas
 from experiments.curves import by_label, length_gains, mean_curve, small_advantages, t_interval
 from experiments.tables import LENGTH_EDGES, difference_numbers, read_results, write_tables
-from run import arguments
 from run.errors import UserError
-from run.io import REPOSITORY
 from run.launch import run_main
 
 matplotlib.use("Agg")
@@ -148,13 +161,6 @@ def draw_all(folder):
         if name in LENGTH_EDGES and "items" in result["runs"][0]:
             rows = length_gains(result, LENGTH_EDGES[name])
             plot_lengths(rows, folder / f"{name}-lengths.png")
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    folder = REPOSITORY / "experiments/results"
-    parser.add_argument("--results", default=folder, metavar="DIR", help="folder of runs.py's JSON")
-    return parser.parse_args(argv)
 
 
 def main():

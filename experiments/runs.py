@@ -13,6 +13,26 @@ experiments that contain the same command share its run. Tables and figures: fig
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
+
+from experiments.commands import EXPERIMENTS, SEEDS, STARTS, shell_command
+from run import arguments
+from run.io import REPOSITORY
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
+    flag = parser.add_argument
+    flag("name", nargs="?", choices=[*EXPERIMENTS], help="which experiment; without: list them")
+    flag("--seeds", type=int, default=0, help="number of seeds, the first of those listed; 0 = all")
+    flag("--jobs", type=int, default=1, help="runs at the same time, one core each")
+    flag("--quick", action="store_true", help="one seed of 12 steps each")
+    flag("--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)
+
 import hashlib
 import json
 import re
@@ -22,11 +42,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer  # here: two threads would import it at once
 
-from experiments.commands import EXPERIMENTS, SEEDS, STARTS, shell_command
 from experiments.tasks import LONG, RUNS, TASKS, make, python, read_lines
-from run import arguments
 from run.errors import UserError
-from run.io import REPOSITORY, file_lock, write_text
+from run.io import file_lock, write_text
 from run.launch import run_main
 
 # metrics of every step that are kept, with 4 digits
@@ -181,17 +199,6 @@ def experiment(name, seeds, path, is_quick=False, jobs=1):
                 "runs": runs,
             }
             write_text(path, json.dumps(result))
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    flag = parser.add_argument
-    flag("name", nargs="?", choices=[*EXPERIMENTS], help="which experiment; without: list them")
-    flag("--seeds", type=int, default=0, help="number of seeds, the first of those listed; 0 = all")
-    flag("--jobs", type=int, default=1, help="runs at the same time, one core each")
-    flag("--quick", action="store_true", help="one seed of 12 steps each")
-    flag("--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json")
-    return parser.parse_args(argv)
 
 
 def main():
