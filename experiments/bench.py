@@ -18,7 +18,6 @@ import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
 import copy
-import itertools
 import json
 import multiprocessing
 import statistics
@@ -42,15 +41,18 @@ from run import arguments, optim
 from run.run_dir import git_commit
 
 SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
+ROLLOUTS = [(512, 64, 8, 2), (512, 64, 8, 8), (1024, 64, 8, 8)]  # P, C, G, B; the first: --quick
 STEPS = [(512, 64, 8, 2), (1024, 64, 8, 2), (2048, 64, 8, 2)]  # P, C, G, B
+
+
+PARTS = ["update", "rollout", "step"]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
     flag("--quick", action="store_true", help="the smaller sizes, fewer repeats")
-    parts = ["update", "rollout", "step"]
-    flag("--only", nargs="+", choices=parts, help="these parts; the others stay as --out has them")
+    flag("--only", nargs="+", choices=PARTS, help="these parts; the others stay as --out has them")
     flag("--out", default="bench.json", help="all figures")
     flag("--repeats", type=int, default=5, help="runs of each side; the median counts")
     flag("--threads", type=int, default=2, help="of torch")
@@ -63,9 +65,9 @@ def parse_args(argv=None):
 # ---- the two sides -----------------------------------------------------------------------------
 
 
-def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
+def thinker_config(*, hidden, intermediate, layers, heads, kv_heads, vocab):
     """A text model of these sizes; the towers, which are no part of the figures, are tiny."""
-    tower, part = dict(initializer_range=0.02), hidden // heads // 16
+    part = hidden // heads // 16
     sections = [2 * part, 3 * part, 3 * part]  # of a rotary position: time, height, width
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
     return Qwen2_5OmniThinkerConfig(
@@ -86,7 +88,7 @@ def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
             num_heads=2,
             out_hidden_size=hidden,
             fullatt_block_indexes=[0],
-            **tower,
+            initializer_range=0.02,
         ),
         audio_config=dict(
             d_model=64,
@@ -94,7 +96,7 @@ def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
             encoder_attention_heads=2,
             encoder_ffn_dim=64,
             output_dim=hidden,
-            **tower,
+            initializer_range=0.02,
         ),
         vision_start_token_id=1,
         audio_token_index=2,
@@ -105,10 +107,16 @@ def thinker_config(hidden, intermediate, layers, heads, kv_heads, vocab):
     )
 
 
-def build_models(args):
+def build_models(hidden, layers, vocab):
     """-> (our policy, the plain thinker), the same weights."""
-    sizes = args.hidden, 4 * args.hidden, args.layers, args.hidden // 64, max(1, args.hidden // 128)
-    config = thinker_config(*sizes, args.vocab)
+    config = thinker_config(
+        hidden=hidden,
+        intermediate=4 * hidden,
+        layers=layers,
+        heads=hidden // 64,
+        kv_heads=max(1, hidden // 128),
+        vocab=vocab,
+    )
     torch.manual_seed(0)
     plain = Thinker(config)
     plain.model.visual.requires_grad_(False)
@@ -118,13 +126,14 @@ def build_models(args):
     return Policy(ours, train_towers=False), plain
 
 
-def make_inputs(args, num_prompt, num_completion, group_size, num_prompts=1):
+def make_inputs(vocab, num_prompt, num_completion, group_size, num_prompts=1):
+    """-> list of Prompt, list of lists of completions (num_completion,): random tokens"""
     generator = torch.Generator().manual_seed(1)
     prompts, completions = [], []
     for _ in range(num_prompts):
-        ids = torch.randint(10, args.vocab, (num_prompt,), generator=generator)
+        ids = torch.randint(10, vocab, (num_prompt,), generator=generator)
         prompts.append(Prompt(ids, torch.arange(num_prompt).expand(3, -1), {}))
-        group = torch.randint(10, args.vocab, (group_size, num_completion), generator=generator)
+        group = torch.randint(10, vocab, (group_size, num_completion), generator=generator)
         completions.append(list(group))
     return prompts, completions
 
@@ -138,12 +147,11 @@ def update_ours(policy, prompts, completions):
 
 def copies_logprobs(plain, prompts, completions):
     """G copies of each prompt in one batch, with full logits."""
-    ids = torch.cat(
-        [
-            torch.cat([p.input_ids.expand(len(g), -1), torch.stack(g)], dim=1)
-            for p, g in zip(prompts, completions)
-        ]
-    ).to(plain.device)
+    rows = []
+    for prompt, group in zip(prompts, completions):
+        copies = prompt.input_ids.expand(len(group), -1)
+        rows.append(torch.cat([copies, torch.stack(group)], dim=1))
+    ids = torch.cat(rows).to(plain.device)  # (B G, P + C)
     num_prompt = len(prompts[0].input_ids)
     logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     logprobs = logits[:, num_prompt - 1 : -1].log_softmax(-1)
@@ -191,30 +199,32 @@ def rollout_generate(plain, prompts, group_size, num_tokens):
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def in_turn(a, b, repeats):
-    """Median seconds of a and of b, run alternately after one warm-up each."""
-    times = ([], [])
+def in_turn(task, other_task, repeats):
+    """-> median seconds of both, run alternately after one warm-up each."""
+    seconds, other_seconds = [], []
     for i in range(repeats + 1):
-        for side, task in zip(times, (a, b)):
+        for run_it, times in ((task, seconds), (other_task, other_seconds)):
             began = time.perf_counter()
-            task()
-            if i:
-                side.append(time.perf_counter() - began)
-    return statistics.median(times[0]), statistics.median(times[1])
+            run_it()
+            if i > 0:
+                times.append(time.perf_counter() - began)
+    return statistics.median(seconds), statistics.median(other_seconds)
 
 
 def peak_memory(args, side, size):
     """MB that one update adds to the process at its peak, in a process of its own."""
+    sizes = (args.hidden, args.layers, args.vocab)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (args, side, size))
+        return pool.apply(_measure_memory, (args.threads, sizes, side, size))
 
 
-def _measure_memory(args, side, size):
-    torch.set_num_threads(args.threads)
-    policy, plain = build_models(args)
-    task = dict(ours=partial(update_ours, policy), copies=partial(update_copies, plain))[side]
-    task(*make_inputs(args, 16, 4, 2))  # what torch allocates once
-    inputs = make_inputs(args, *size)
+def _measure_memory(threads, sizes, side, size):
+    torch.set_num_threads(threads)
+    policy, plain = build_models(*sizes)
+    vocab = sizes[-1]
+    task = partial(update_ours, policy) if side == "ours" else partial(update_copies, plain)
+    task(*make_inputs(vocab, 16, 4, 2))  # what torch allocates once
+    inputs = make_inputs(vocab, *size)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = resident_mb("VmRSS")
     task(*inputs)
@@ -258,43 +268,44 @@ def bench_updates(args, policy, plain):
     rows = []
     for size in SIZES[:2] if args.quick else SIZES:
         num_prompt, num_completion, group_size = size
-        inputs = make_inputs(args, *size)
+        inputs = make_inputs(args.vocab, *size)
         gap = (update_ours(policy, *inputs) - update_copies(plain, *inputs)).abs().max().item()
         assert gap < 1e-4, f"the two sides differ by {gap}"
-        sides = (partial(update_ours, policy, *inputs), partial(update_copies, plain, *inputs))
-        ours, copies = in_turn(*sides, args.repeats)
-        ours_mb, copies_mb = (peak_memory(args, side, size) for side in ("ours", "copies"))
-        tokens = num_prompt + group_size * num_completion
-        ideal = group_size * (num_prompt + num_completion) / tokens
-        rows.append(
-            dict(
-                size=size,
-                ours_s=ours,
-                copies_s=copies,
-                ratio=copies / ours,
-                token_ratio=ideal,
-                ours_mb=ours_mb,
-                copies_mb=copies_mb,
-                logprob_gap=gap,
-            )
-        )
+        ours = partial(update_ours, policy, *inputs)
+        copies = partial(update_copies, plain, *inputs)
+        ours_s, copies_s = in_turn(ours, copies, args.repeats)
+        num_tokens = num_prompt + group_size * num_completion
+        row = {
+            "size": size,
+            "ours_s": ours_s,
+            "copies_s": copies_s,
+            "ratio": copies_s / ours_s,
+            "token_ratio": group_size * (num_prompt + num_completion) / num_tokens,
+            "ours_mb": peak_memory(args, "ours", size),
+            "copies_mb": peak_memory(args, "copies", size),
+            "logprob_gap": gap,
+        }
+        rows.append(row)
     print_table("update P/C/G", rows)
     return rows
 
 
 def bench_rollouts(args, policy, plain):
     rows = []
-    for size in [(512, 64, 8, 2)] if args.quick else [(512, 64, 8, 8), (1024, 64, 8, 8)]:
+    for size in ROLLOUTS[:1] if args.quick else ROLLOUTS[1:]:
         num_prompt, num_tokens, group_size, num_prompts = size
-        prompts, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
-        sides = (
-            partial(rollout_ours, policy, prompts, group_size, num_tokens),
-            partial(rollout_generate, plain, prompts, group_size, num_tokens),
-        )
-        ours, theirs = in_turn(*sides, min(args.repeats, 3))
-        rate = num_tokens * group_size * num_prompts / ours
-        row = dict(size=size, ours_s=ours, generate_s=theirs, ratio=theirs / ours)
-        rows.append(row | dict(tokens_per_s=rate))
+        prompts, _ = make_inputs(args.vocab, num_prompt, 1, 1, num_prompts)
+        ours = partial(rollout_ours, policy, prompts, group_size, num_tokens)
+        theirs = partial(rollout_generate, plain, prompts, group_size, num_tokens)
+        ours_s, generate_s = in_turn(ours, theirs, min(args.repeats, 3))
+        row = {
+            "size": size,
+            "ours_s": ours_s,
+            "generate_s": generate_s,
+            "ratio": generate_s / ours_s,
+            "tokens_per_s": num_tokens * group_size * num_prompts / ours_s,
+        }
+        rows.append(row)
     print_table("rollout P/C/G/B", rows)
     return rows
 
@@ -332,7 +343,38 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
     optimizer.zero_grad()
 
 
-def trl_trainer(args, size, folder, between):
+class OurSteps:
+    """Each call is one of our steps."""
+
+    SETTINGS = argparse.Namespace(  # the flags of train_rl.py that a gradient reads
+        algo="avatar",
+        micro_tokens=16384,
+        kl_coef=0.1,
+        temperature=1.0,
+        clip_eps=0.2,
+        tas_shape="uniform",
+        tas_lambda=0.0,
+    )
+
+    def __init__(self, policy, reference, optimizer, prompts, size):
+        self.policy, self.reference, self.optimizer = policy, reference, optimizer
+        self.prompts, self.size = prompts, size
+        self.step = 0
+
+    def __call__(self):
+        self.step += 1
+        our_step(
+            self.SETTINGS,
+            self.policy,
+            self.reference,
+            self.optimizer,
+            self.prompts,
+            self.size,
+            self.step,
+        )
+
+
+def trl_trainer(args, size, folder, our_step):
     """TRL's trainer of the same text dimensions, prompts, lengths and settings; no clip in it."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -343,7 +385,7 @@ def trl_trainer(args, size, folder, between):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2")
-    inputs, _ = make_inputs(args, num_prompt, 1, 1, num_prompts)
+    inputs, _ = make_inputs(args.vocab, num_prompt, 1, 1, num_prompts)
     texts = [" ".join(f"w{i}" for i in prompt.input_ids.tolist()) for prompt in inputs]
     config = Qwen2Config(
         vocab_size=args.vocab,
@@ -388,7 +430,7 @@ def trl_trainer(args, size, folder, between):
 
         def on_step_begin(self, *_, **__):
             began = time.perf_counter()
-            between()
+            our_step()
             self.times[0].append(time.perf_counter() - began)
             self.began = time.perf_counter()
 
@@ -399,14 +441,16 @@ def trl_trainer(args, size, folder, between):
         return [float(ids[0] % 7) for ids in completion_ids]
 
     data = Dataset.from_dict(dict(prompt=texts * (args.repeats + 1)))
-    return GRPOTrainer(
+    timer = InTurn()
+    trainer = GRPOTrainer(
         folder,
         reward,
         args=settings,
         train_dataset=data,
         processing_class=tokenizer,
-        callbacks=[timer := InTurn()],
-    ), timer.times
+        callbacks=[timer],
+    )
+    return trainer, timer.times
 
 
 def bench_steps(args, policy):
@@ -416,59 +460,47 @@ def bench_steps(args, policy):
     except ImportError:
         print("\nstep beside TRL: not run (pip install trl datasets)")
         return None
-    rows, settings = (
-        [],
-        argparse.Namespace(
-            algo="avatar",
-            micro_tokens=16384,
-            kl_coef=0.1,
-            temperature=1.0,
-            clip_eps=0.2,
-            tas_shape="uniform",
-            tas_lambda=0.0,
-        ),
-    )
+    rows = []
     for size in [(1024, 64, 8, 1)] if args.quick else STEPS:
-        reference, count = copy.deepcopy(policy).requires_grad_(False), itertools.count(1)
+        reference = copy.deepcopy(policy).requires_grad_(False)
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6)
-        prompts, _ = make_inputs(args, size[0], 1, 1, size[3])
-
-        def ours():
-            our_step(settings, policy, reference, optimizer, prompts, size, next(count))
-
+        prompts, _ = make_inputs(args.vocab, size[0], 1, 1, size[3])
+        ours = OurSteps(policy, reference, optimizer, prompts, size)
         with tempfile.TemporaryDirectory() as folder:
             trainer, times = trl_trainer(args, size, folder, ours)
             trainer.train()
         ours_s, trl_s = (statistics.median(side[1:]) for side in times)  # the first warms up
-        made = trainer.state.log_history
-        assert len(times[0]) == len(times[1]) == args.repeats + 1, made
-        rows.append(dict(size=size, ours_s=ours_s, trl_s=trl_s, ratio=trl_s / ours_s))
+        log = trainer.state.log_history
+        assert len(times[0]) == len(times[1]) == args.repeats + 1, log
+        rows.append({"size": size, "ours_s": ours_s, "trl_s": trl_s, "ratio": trl_s / ours_s})
     print_table(f"step P/C/G/B, {trl.__version__}", rows)
     return rows
 
 
 def main():
     args = parse_args()
-    args.repeats = min(args.repeats, 2) if args.quick else args.repeats
+    if args.quick:
+        args.repeats = min(args.repeats, 2)
     torch.set_num_threads(args.threads)
-    policy, plain = build_models(args)
+    policy, plain = build_models(args.hidden, args.layers, args.vocab)
     shape = f"width {args.hidden}, {args.layers} layers, vocabulary {args.vocab}"
     print(f"torch {torch.__version__}, {args.threads} threads, float32, {shape}")
+    out = Path(args.out)
     result = {}
-    if args.only and Path(args.out).exists():  # the other parts stay as they were measured
-        result = json.loads(Path(args.out).read_text())
-    parts = dict(
-        update=lambda: bench_updates(args, policy, plain),
-        rollout=lambda: bench_rollouts(args, policy, plain),
-        step=lambda: bench_steps(args, policy),
-    )
-    for name in args.only or parts:
-        result[name] = parts[name]()
-        result[f"{name} measured with"] = dict(arguments=vars(args), commit=git_commit())
-    with open(args.out, "w") as file:
-        json.dump(result, file, indent=1)
-    print(f"\nwrote {args.out}")
+    if args.only and out.exists():  # the other parts stay as they were measured
+        result = json.loads(out.read_text())
+    parts = args.only or PARTS
+    if "update" in parts:
+        result["update"] = bench_updates(args, policy, plain)
+    if "rollout" in parts:
+        result["rollout"] = bench_rollouts(args, policy, plain)
+    if "step" in parts:
+        result["step"] = bench_steps(args, policy)
+    for part in parts:
+        result[f"{part} measured with"] = {"arguments": vars(args), "commit": git_commit()}
+    out.write_text(json.dumps(result, indent=1))
+    print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

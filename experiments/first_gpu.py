@@ -1,14 +1,14 @@
 """
-What a first run on a GPU should tell, the most valuable first: whether what holds on the CPU holds
-there, and where the time goes. One card, eight minutes; a text model of the 7B's shape with random
-weights and a LoRA adapter, placed as train_rl.py places it.
+A first run on a GPU: whether what holds on the CPU holds there, and where the time goes, the most
+valuable checks first. One card, eight minutes; a text model of the 7B's shape with random weights and
+a LoRA adapter, placed as train_rl.py places it.
 
     python -m experiments.first_gpu first_gpu.json            # on a GPU
     python -m experiments.first_gpu first_gpu.json --tiny     # that it runs at all, anywhere
 
-What a step has found is on the disk before the next begins, and one that fails does not stop the
-others: its error is what it has found. The plain way, at the end, is the same model with
-transformers' attention: copies of the prompt and full logits, `generate` for the rollout.
+The result of a step is on the disk before the next begins, and one that fails does not stop the
+others: its error is its result. The plain way, at the end, is the same model with transformers'
+attention: copies of the prompt and full logits, `generate` for the rollout.
 
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.
 """
@@ -18,7 +18,6 @@ import run.before_torch  # noqa: F401  must come before torch
 import argparse
 import faulthandler
 import gc
-import itertools
 import json
 import platform
 import tempfile
@@ -46,6 +45,7 @@ from run.launch import run_main
 from run.run_dir import git_commit, installed_version
 
 LIMIT = 480  # seconds, after which no step begins; a minute later a step that hangs is cut off
+PACKAGES = ["transformers", "peft", "triton", "numpy"]  # whose versions are noted
 SHAPE = dict(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064)
 TINY = dict(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 STEP = argparse.Namespace(  # the flags of train_rl.py that a gradient reads
@@ -61,19 +61,26 @@ STEP = argparse.Namespace(  # the flags of train_rl.py that a gradient reads
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    parser.add_argument("out", help="all that was found, as JSON")
+    parser.add_argument("out", help="file for all results, JSON")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: half a minute on a CPU")
     return parser.parse_args(argv)
 
 
 def begin(tiny):
-    """What the steps are given: sizes, the device, and the policy when one of them has built it."""
+    """The namespace that every step gets: sizes, the device, the policy when one of them has built it."""
     on_gpu = torch.cuda.is_available()
+    shape = TINY if tiny else SHAPE
     size = dict(P=96, C=8, G=4, few=4) if tiny else dict(P=8192, C=512, G=8, few=48)
-    at = SimpleNamespace(**(TINY if tiny else SHAPE), **size, tiny=tiny, on_gpu=on_gpu)
-    at.device, at.dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    at.width, at.sync = at.hidden // at.heads, torch.cuda.synchronize if on_gpu else lambda: None
+    at = SimpleNamespace(**shape, **size, tiny=tiny, on_gpu=on_gpu)
+    at.device = "cuda" if on_gpu else "cpu"
+    at.dtype = torch.bfloat16 if on_gpu else torch.float32
+    at.width = at.hidden // at.heads
+    at.sync = torch.cuda.synchronize if on_gpu else do_nothing
     return at
+
+
+def do_nothing():
+    pass
 
 
 # ---- the machine -------------------------------------------------------------------------------
@@ -87,20 +94,20 @@ def ceilings(at):
     target = torch.empty_like(source)
     at.tflops = 2 * size**3 / timed(at, lambda: a @ b) / 1e9
     at.gb_per_s = 2 * num_bytes / timed(at, lambda: target.copy_(source)) / 1e6
-    found = dict(tflops=at.tflops, gb_per_s=at.gb_per_s)
+    result = dict(tflops=at.tflops, gb_per_s=at.gb_per_s)
     if at.on_gpu:
-        about = torch.cuda.get_device_properties(0)
-        found |= dict(gb=about.total_memory / 1e9, capability=torch.cuda.get_device_capability())
-    return found
+        result["gb"] = torch.cuda.get_device_properties(0).total_memory / 1e9
+        result["capability"] = torch.cuda.get_device_capability()
+    return result
 
 
 def host_copies(at):
     """Features of a clip to the host and back, without a wait in between."""
     features = random(at, at.P // 2, at.hidden)
-    kept = sharding.on_host(features)
-    back = kept.to(features, non_blocking=True)
+    pinned = sharding.on_host(features)
+    back = pinned.to(features, non_blocking=True)
     pageable = features.cpu()
-    ms = timed(at, lambda: kept.to(features, non_blocking=True))
+    ms = timed(at, lambda: pinned.to(features, non_blocking=True))
     pageable_ms = timed(at, lambda: pageable.to(features))
     return dict(same=torch.equal(back, features), ms=ms, pageable_ms=pageable_ms)
 
@@ -110,10 +117,17 @@ def host_copies(at):
 
 def build_policy(at):
     """The text model on its device, as a policy that trains."""
-    sizes = at.hidden, at.intermediate, at.layers, at.heads, at.kv_heads, at.vocab
+    config = bench.thinker_config(
+        hidden=at.hidden,
+        intermediate=at.intermediate,
+        layers=at.layers,
+        heads=at.heads,
+        kv_heads=at.kv_heads,
+        vocab=at.vocab,
+    )
     torch.manual_seed(0)
     with torch.device(at.device):
-        thinker = Thinker(bench.thinker_config(*sizes))
+        thinker = Thinker(config)
     policy = wrap_policy(thinker, 16, train_towers=False)
     return sharding.to_device(policy, torch.device(at.device), "auto")
 
@@ -139,55 +153,59 @@ def eager(decode, inputs):
 
 def logprob_gap(at):
     """Log-probs of a rollout, with and without its graph, against the recomputed ones; nats."""
-    prompts, _ = bench.make_inputs(at, at.P // 4, 1, 1, 2)
-    found = {}
+    prompts, _ = bench.make_inputs(at.vocab, at.P // 4, 1, 1, 2)
+    result = {}
     for name, record in (("graph", capture), ("eager", eager)):
         with patch("models.rollout.capture", record):
             rolled = bench.rollout_ours(at.policy, prompts, at.G, at.few)
         ids = [[c.ids for c in group] for group in rolled]
         with torch.no_grad():
             logprobs, _, _ = completion_logprobs(at.policy, prompts, ids, 1.0)
-        made = torch.stack([c.logprobs for group in rolled for c in group]).to(logprobs)
-        gap = (logprobs - made).abs()
-        found[name] = dict(max=gap.max().item(), mean=gap.mean().item())
-    return found
+        sampled = torch.stack([c.logprobs for group in rolled for c in group]).to(logprobs)
+        gap = (logprobs - sampled).abs()
+        result[name] = dict(max=gap.max().item(), mean=gap.mean().item())
+    return result
 
 
 def update(at):
     """Seconds, the share of the card's ceiling, the dearest kernels with their calls and ms."""
     size = at.P, at.C, at.G
-    task = partial(bench.update_ours, at.policy, *bench.make_inputs(at, *size))
+    task = partial(bench.update_ours, at.policy, *bench.make_inputs(at.vocab, *size))
     seconds = timed(at, task, repeats=2, warm_up=1) / 1e3
     flops = bench.update_flops(at.policy.thinker.config.text_config, size, per_weight=4)
-    found = dict(seconds=seconds, tokens_per_s=(at.P + at.G * at.C) / seconds)
-    found["matmul_share"] = flops / seconds / 1e12 / at.tflops  # what is computed again not counted
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA if at.on_gpu else activity.CPU]
-    with torch.profiler.profile(activities=kinds, acc_events=True) as seen:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         task()
         at.sync()
     kind = "self_device_time_total" if at.on_gpu else "self_cpu_time_total"
-    ms = {(e.key[:90], e.count): getattr(e, kind) / 1e3 for e in seen.key_averages()}
-    found["kernels"] = sorted(((*e, x) for e, x in ms.items()), key=lambda e: -e[2])[:25]
-    return found
+    kernels = [(e.key[:90], e.count, getattr(e, kind) / 1e3) for e in profile.key_averages()]
+    kernels.sort(key=lambda kernel: -kernel[2])
+    return dict(
+        seconds=seconds,
+        tokens_per_s=(at.P + at.G * at.C) / seconds,
+        matmul_share=flops / seconds / 1e12 / at.tflops,  # without what is computed again
+        kernels=kernels[:25],
+    )
 
 
 def decode(at, num_prompts):
     """Seconds of reading the prompts, ms of a token, seconds of each recording."""
-    prompts, _ = bench.make_inputs(at, at.P, 1, 1, num_prompts)
-    recordings, plain, count = [], capture, at.few * 2 + 1
+    prompts, _ = bench.make_inputs(at.vocab, at.P, 1, 1, num_prompts)
+    recordings = []
+    count = at.few * 2 + 1
 
-    def record(*given):
+    def timed_capture(decode, inputs):
         at.sync()
         began = time.perf_counter()
-        made = plain(*given)
+        graph = capture(decode, inputs)
         at.sync()
         recordings.append(time.perf_counter() - began)
-        return made
+        return graph
 
     task = partial(bench.rollout_ours, at.policy, prompts, at.G)
     prefill_ms = timed(at, partial(task, 1), 1, 1)
-    with patch("models.rollout.capture", record):
+    with patch("models.rollout.capture", timed_capture):
         all_ms = timed(at, partial(task, count), 1, 0)
     token_ms = (all_ms - sum(recordings) * 1e3 - prefill_ms) / (count - 1)
     # a token of all rows reads every weight, every prompt's keys and values, and the rows' own
@@ -207,24 +225,28 @@ def decode(at, num_prompts):
 def whole_step(at):
     """Rollout, reference, update, AdamW; then a checkpoint, saved and loaded again."""
     optimizer = optim.adamw(at.policy, 1e-5)
-    prompts, _ = bench.make_inputs(at, at.P, 1, 1, 2)
-    size, count = (at.P, at.few, at.G, 2), itertools.count(1)
-    given = STEP, at.policy, None, optimizer, prompts, size
-    found = dict(step_s=timed(at, lambda: bench.our_step(*given, next(count)), 1, 0) / 1e3)
+    prompts, _ = bench.make_inputs(at.vocab, at.P, 1, 1, 2)
+    size = (at.P, at.few, at.G, 2)
+    step = partial(bench.our_step, STEP, at.policy, None, optimizer, prompts, size, step=1)
+    result = dict(step_s=timed(at, step, 1, 2) / 1e3)
     trained = [p for p in at.policy.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "checkpoints").mkdir()
         save = partial(checkpoint.save, out, 1, at.policy, optimizer, {}, keep=1)
-        found["save_s"] = timed(at, save, 1, 0) / 1e3
+        result["save_s"] = timed(at, save, 1, 0) / 1e3
         for parameter in trained:
             parameter.data.zero_()
         load = partial(checkpoint.load, out, at.policy, optimizer)
-        found["load_s"] = timed(at, load, 1, 0) / 1e3
-    whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x  # noqa: E731
-    found["same"] = all(torch.equal(whole(p), whole(q)) for p, q in zip(trained, before))
-    return found
+        result["load_s"] = timed(at, load, 1, 0) / 1e3
+    result["same"] = all(torch.equal(whole(p), whole(q)) for p, q in zip(trained, before))
+    return result
+
+
+def whole(x):
+    """A parameter as one tensor, also where FSDP has sharded it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 # ---- beside the plain way ----------------------------------------------------------------------
@@ -243,7 +265,7 @@ def plain_attention(policy):
 
 def plain_update(at):
     """Seconds of an update with copies of the prompt, and of ours; a quarter of the size."""
-    inputs = bench.make_inputs(at, at.P // 4, at.C // 4, at.G)
+    inputs = bench.make_inputs(at.vocab, at.P // 4, at.C // 4, at.G)
     ours = timed(at, partial(bench.update_ours, at.policy, *inputs), 2, 1) / 1e3
 
     def copies():
@@ -258,7 +280,7 @@ def plain_update(at):
 
 def plain_rollout(at):
     """Seconds of a rollout by `generate`, and of ours."""
-    prompts, _ = bench.make_inputs(at, at.P // 4, 1, 1, 2)
+    prompts, _ = bench.make_inputs(at.vocab, at.P // 4, 1, 1, 2)
     ours = timed(at, partial(bench.rollout_ours, at.policy, prompts, at.G, at.few), 1, 1) / 1e3
 
     def generate(policy):
@@ -270,7 +292,7 @@ def plain_rollout(at):
     return dict(ours_s=ours, plain_s=theirs, ratio=theirs / ours)
 
 
-STEPS = [  # name, seconds that must be left, what finds it out
+STEPS = [  # name, seconds that must be left, function
     ("ceilings", 5, ceilings),
     ("packed attention: right?", 5, packed_is_right),
     ("packed attention: ms", 15, packed_ms),
@@ -289,32 +311,41 @@ STEPS = [  # name, seconds that must be left, what finds it out
 
 
 def take(at, least, task, left):
-    """-> what a step has found, its seconds, GB at its peak."""
+    """-> a step's result, its seconds, GB at its peak."""
     began = time.perf_counter()
     try:
-        found = task(at) if left > least else f"left out: {left:.0f} seconds left of {least}"
+        if left > least:
+            result = task(at)
+        else:
+            result = f"left out: {left:.0f} seconds left of {least}"
     except Exception as error:  # whatever it is, the other steps are worth having
-        found = dict(error=repr(error)[:400], at=traceback.format_exc()[-1500:])
-    taken = dict(found=found, seconds=round(time.perf_counter() - began, 1))
+        result = dict(error=repr(error)[:400], at=traceback.format_exc()[-1500:])
+    step = dict(found=result, seconds=round(time.perf_counter() - began, 1))
     gc.collect()
-    with suppress(RuntimeError):  # a card that has failed once, fails in everything
+    with suppress(RuntimeError):  # a card that has failed once fails in everything
         if at.on_gpu:
-            taken["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            step["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    return taken
+    return step
 
 
 def main():
-    args, began = parse_args(), time.perf_counter()
+    args = parse_args()
+    began = time.perf_counter()
     faulthandler.dump_traceback_later(LIMIT + 60, exit=True)
     at = begin(args.tiny)
-    name = torch.cuda.get_device_name() if at.on_gpu else f"CPU, {platform.machine()}"
-    packages = "transformers", "peft", "triton", "numpy"
-    versions = {p: installed_version(p) for p in packages} | dict(torch=torch.__version__)
-    versions |= dict(cuda=torch.version.cuda, python=platform.python_version())
-    result = dict(device=name, versions=versions, commit=git_commit())
-    result |= dict(sizes={k: v for k, v in vars(at).items() if isinstance(v, int)}, steps={})
+    versions = {name: installed_version(name) for name in PACKAGES}
+    versions |= dict(
+        torch=torch.__version__, cuda=torch.version.cuda, python=platform.python_version()
+    )
+    result = dict(
+        device=torch.cuda.get_device_name() if at.on_gpu else f"CPU, {platform.machine()}",
+        versions=versions,
+        commit=git_commit(),
+        sizes={name: value for name, value in vars(at).items() if isinstance(value, int)},
+        steps={},
+    )
     for title, least, task in STEPS:
         left = LIMIT - (time.perf_counter() - began)
         result["steps"][title] = take(at, least, task, left)

@@ -20,7 +20,10 @@ def folder(tmp_path_factory):
     """A random thinker of about 110 MB in float32, on the disk in bfloat16 as the 7B's is."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    thinker = Thinker(bench.thinker_config(512, 1536, 8, 8, 2, 4096))
+    config = bench.thinker_config(
+        hidden=512, intermediate=1536, layers=8, heads=8, kv_heads=2, vocab=4096
+    )
+    thinker = Thinker(config)
     thinker.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
