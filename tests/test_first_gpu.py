@@ -18,14 +18,15 @@ from models.policy import completion_logprobs
 
 @pytest.fixture(scope="module")
 def at():
-    """What the steps are given, tiny, on the CPU, with the policy."""
+    """The namespace of the steps, tiny, on the CPU, with the policy."""
     at = first_gpu.begin(tiny=True)
-    at.policy, at.tflops, at.gb_per_s = first_gpu.build_policy(at), 1.0, 1.0
+    at.policy = first_gpu.build_policy(at)
+    at.tflops, at.gb_per_s = 1.0, 1.0
     return at
 
 
 def test_the_script_runs_on_a_tiny_model(tmp_path):
-    """Every step finds something, and what can be right is right."""
+    """Every step has a result, and those that check something find it right."""
     printed = launch("experiments/first_gpu.py", tmp_path / "found.json", "--tiny")
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["device"].startswith("CPU") and result["versions"]["torch"] == torch.__version__
@@ -57,7 +58,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
 
 
 def test_the_plain_way_is_the_same_model(at):
-    inputs = bench.make_inputs(at, 32, 4, 8)
+    inputs = bench.make_inputs(at.vocab, 32, 4, 8)
     ours, _, _ = completion_logprobs(at.policy, *inputs, 1.0)
     with first_gpu.plain_attention(at.policy):
         plain = bench.copies_logprobs(at.policy.thinker, *inputs)
@@ -66,15 +67,15 @@ def test_the_plain_way_is_the_same_model(at):
 
 def test_the_steps_on_a_pretended_gpu(at):
     """Nothing of two devices is mixed, and nothing waits while a graph is captured."""
-    there = copy.copy(at)
-    there.device = "cuda"
+    on_gpu = copy.copy(at)
+    on_gpu.device = "cuda"
     with pretended_gpu():
-        there.policy = copy.deepcopy(at.policy).to(GPU)
-        assert max(first_gpu.packed_is_right(there).values()) < 1e-5
-        assert first_gpu.decode_is_right(there, num_prompts=2)["out"] < 1e-5
-        assert first_gpu.host_copies(there)["same"]
-        assert all(gap["max"] < 1e-4 for gap in first_gpu.logprob_gap(there).values())
-        first_gpu.packed_ms(there)
-        first_gpu.decode(there, num_prompts=2)
-        assert first_gpu.whole_step(there)["same"]
+        on_gpu.policy = copy.deepcopy(at.policy).to(GPU)
+        assert max(first_gpu.packed_is_right(on_gpu).values()) < 1e-5
+        assert first_gpu.decode_is_right(on_gpu, num_prompts=2)["out"] < 1e-5
+        assert first_gpu.host_copies(on_gpu)["same"]
+        assert all(gap["max"] < 1e-4 for gap in first_gpu.logprob_gap(on_gpu).values())
+        first_gpu.packed_ms(on_gpu)
+        first_gpu.decode(on_gpu, num_prompts=2)
+        assert first_gpu.whole_step(on_gpu)["same"]
     assert Graph.made and Graph.replays
