@@ -489,7 +489,8 @@ def write_tables(folder):
         lines += ["## The same command and seed at two commits", ""]
         lines += [*repeated_lines(numbers["repeated"]), ""]
     write_text(folder / "tables.md", "\n".join(lines).rstrip() + "\n")
-    write_text(folder / "tables.json", json.dumps(numbers, indent=1) + "\n")
+    parts = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in numbers.items()]
+    write_text(folder / "tables.json", "{" + ",\n".join(parts) + "}\n")  # an experiment a line
     return missing
 
 
