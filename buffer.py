@@ -3,16 +3,17 @@ Stratified replay buffer, arXiv:2508.03100. Python, numpy and torch only: copy t
 
 When all fresh rewards of a prompt are equal, their advantages are zero. Its stored completions,
 measured against the prompt's own mean reward, still differ: replaying them keeps a signal in every
-update. q a prompt, R a reward, R̄(q) the mean reward of q (mean_reward), n the prompts seen.
+update. q is a prompt, R a reward, R̄(q) the mean reward of q (mean_reward), n the number of prompts
+seen so far.
 
-Which policy old_logprobs belong to after replay: always the one that generated the completion,
-however many steps ago. Nothing here rewrites them, so pi_theta / pi_behaviour of a replayed token is
-the ratio of two known policies and is not 1, not even before the first update on it. What is drawn
-is not distributed as the behaviour policy, though: half comes from each side of R̄(q), farthest
-first, and no ratio undoes that choice.
+old_logprobs always belong to the policy that generated the completion, however many steps ago.
+Nothing here rewrites them, so pi_theta / pi_behaviour of a replayed token is the ratio of two known
+policies, and it is not 1 even before the first update on it. The drawn completions are not a sample
+of the behaviour policy, though: half comes from each side of R̄(q), farthest first, and the ratio
+does not correct for this selection.
 
-Everything is a function of the calls made and of the generator passed in: ranks that gather the
-step's completions, make the same calls and hold the same generator draw the same groups.
+The state depends only on the calls made and the generator passed in. Ranks that gather the step's
+completions, make the same calls and hold the same generator draw the same groups.
 """
 
 import math
@@ -30,7 +31,7 @@ SHARES = {"hard": 40, "medium": 35, "easy": 25}
 class Entry:
     """
     One finished completion, and all that is needed to train on it again except the clip, which is
-    found again through its row: no pixels in here, so 10 000 entries are tens of MB.
+    found through its row. No pixels are stored, so 10 000 entries take tens of MB.
 
     prompt_id       the dataset's key of the prompt, never its text
     completion_ids  (L,) int32    EOS included; the length is the mask
@@ -38,8 +39,8 @@ class Entry:
     reward          raw weighted sum, never normalised; reward_parts: the parts before weighting
     born_step       optimizer step at generation
     hinted          whether the prompt carried its hint when this was sampled
-    ref_logprobs    (L,) float32 or None  nats, of the frozen reference: they never change, so they are
-                    computed once
+    ref_logprobs    (L,) float32 or None  nats, of the frozen reference, computed once: they never
+                    change
     raises          ValueError    lengths differ or are 0; a reward or log-prob is not finite
     """
 
@@ -68,8 +69,8 @@ class Entry:
             raise ValueError(f"{self.prompt_id}: reward {self.reward} or a log-prob is not finite")
 
 
-# (born_step, order) is unique, so items sort by age and never compare two entries
-Item = namedtuple("Item", "born_step order entry")
+# (born_step, order) is unique, so stored entries sort by age and two Entries are never compared
+StoredEntry = namedtuple("StoredEntry", "born_step order entry")
 
 
 def _gap(entry, mean_reward):
@@ -77,36 +78,43 @@ def _gap(entry, mean_reward):
     return round(entry.reward - mean_reward, 6)
 
 
-def _usefulness(items, mean_reward):
+def _draw_weight(stored, mean_reward):
     """The draw weight of a prompt: how far its rewards reach, twice if to both sides.     [DRAW]"""
-    gaps = [_gap(item.entry, mean_reward) for item in items]
-    above, below = max(max(gaps), 0.0), max(-min(gaps), 0.0)
+    gaps = [_gap(s.entry, mean_reward) for s in stored]
+    above = max(max(gaps), 0.0)
+    below = max(-min(gaps), 0.0)
     return (above + below) * (2 if above and below else 1)
 
 
-def _farthest(items, mean_reward, num_off):
+def _most_informative(stored, mean_reward, num_off):
     """Half from each side of R̄(q), farthest first, then newest; the rest from either.     [DRAW]"""
-    ranked = sorted(items, reverse=True)  # newest first, and the next sort is stable
-    ranked.sort(key=lambda item: -abs(_gap(item.entry, mean_reward)))
-    below = [item for item in ranked if _gap(item.entry, mean_reward) < 0][: num_off // 2]
-    above = [item for item in ranked if _gap(item.entry, mean_reward) > 0][: num_off // 2]
-    fill = [item for item in ranked if item not in below + above]  # those at R̄ come last
-    return [item.entry for item in (below + above + fill)[:num_off]]
+    ranked = sorted(stored, reverse=True)  # newest first, and the next sort is stable
+    ranked.sort(key=lambda s: -abs(_gap(s.entry, mean_reward)))
+    below = [s for s in ranked if _gap(s.entry, mean_reward) < 0][: num_off // 2]
+    above = [s for s in ranked if _gap(s.entry, mean_reward) > 0][: num_off // 2]
+    rest = [s for s in ranked if s not in below + above]  # those at R̄ come last
+    return [s.entry for s in (below + above + rest)[:num_off]]
 
 
-def _quotas(num_groups, room, rng):
+class _Group(namedtuple("_Group", "draw_weight mean_reward stored")):
+    """A prompt whose stored entries suffice for a group."""
+
+
+def _quotas(num_groups, available, rng):
     """
-    Groups per tier: the whole parts of 40/35/25 % of num_groups, the remainder at random in
+    Groups per tier: the whole parts of 40/35/25 % of num_groups, and the remainder at random in
     proportion to the fractions, so that the expected shares are exact for any num_groups. A tier
-    with too little room passes its quota on to the others, again in proportion 40/35/25.
+    with too few groups passes its quota on to the others, again in proportion 40/35/25.
+
+    available   list of 3 int   groups that each tier can give
     """
     share = np.array(list(SHARES.values()))
     quota, rest = np.divmod(num_groups * share, 100)
     if rest.any():
         quota += rng.multinomial(rest.sum() // 100, rest / rest.sum())
-    quota = np.minimum(quota, room)
-    while quota.sum() < min(num_groups, sum(room)):
-        open_share = share * (quota < room)
+    quota = np.minimum(quota, available)
+    while quota.sum() < min(num_groups, sum(available)):
+        open_share = share * (quota < available)
         quota[rng.choice(len(share), p=open_share / open_share.sum())] += 1
     return quota
 
@@ -121,15 +129,21 @@ class ReplayBuffer:
     def __init__(self, capacity, window):
         if capacity < 1 or window < 1:
             raise ValueError(f"capacity and window must be >= 1, got {capacity} and {window}")
-        self.capacity, self.window = capacity, window
-        self.room = {tier: round(capacity * share / 100) for tier, share in SHARES.items()}
-        self.room["hard"] = capacity - self.room["medium"] - self.room["easy"]  # sums exactly
-        self._rewards, self._means = {}, {}  # prompt_id -> window, R̄; in order first seen
-        self._items, self._order = {}, 0  # prompt_id -> [Item] in order of arrival; arrivals
+        self.capacity = capacity
+        self.window = window
+        self.tier_capacity = {tier: round(capacity * share / 100) for tier, share in SHARES.items()}
+        # the rounded shares must sum to the capacity
+        self.tier_capacity["hard"] = (
+            capacity - self.tier_capacity["medium"] - self.tier_capacity["easy"]
+        )
+        self._rewards = {}  # prompt_id -> deque of its last rewards, in order first seen
+        self._means = {}  # prompt_id -> R̄
+        self._stored = {}  # prompt_id -> [StoredEntry] in order of arrival
+        self._num_arrived = 0
         self._tiers = None  # cache, dropped by observe
 
     def __len__(self):
-        return sum(map(len, self._items.values()))
+        return sum(len(stored) for stored in self._stored.values())
 
     def observe(self, prompt_id, rewards):
         """
@@ -182,44 +196,50 @@ class ReplayBuffer:
         """
         for entry in entries:
             self._store(entry)
-        held = {tier: [] for tier in SHARES}
-        for prompt_id, items in self._items.items():
-            held[self.tier(prompt_id)] += items
-        gone = {}  # order -> prompt_id
-        for tier, items in held.items():
-            if len(items) > self.room[tier]:
-                kept = self._rare_successes(items) if tier == "hard" else set()
-                items.sort(key=lambda item: (item.order in kept, item))
-                excess = items[: len(items) - self.room[tier]]
-                gone |= {item.order: item.entry.prompt_id for item in excess}
-        for prompt_id in set(gone.values()):
-            self._items[prompt_id] = [i for i in self._items[prompt_id] if i.order not in gone]
-        self._items = {prompt_id: items for prompt_id, items in self._items.items() if items}
+        by_tier = {tier: [] for tier in SHARES}
+        for prompt_id, stored in self._stored.items():
+            by_tier[self.tier(prompt_id)] += stored
+        evicted = {}  # order -> prompt_id
+        for tier, stored in by_tier.items():
+            num_excess = len(stored) - self.tier_capacity[tier]
+            if num_excess <= 0:
+                continue
+            spared = self._rare_successes(stored) if tier == "hard" else set()
+            stored.sort(key=lambda s: (s.order in spared, s))  # the oldest first, the spared last
+            evicted |= {s.order: s.entry.prompt_id for s in stored[:num_excess]}
+        for prompt_id in set(evicted.values()):
+            left = [s for s in self._stored[prompt_id] if s.order not in evicted]
+            self._stored[prompt_id] = left
+        self._stored = {prompt_id: stored for prompt_id, stored in self._stored.items() if stored}
 
     def _store(self, entry):
-        item = Item(entry.born_step, self._order, entry)
-        self._items.setdefault(entry.prompt_id, []).append(item)
-        self._order += 1
+        stored = StoredEntry(entry.born_step, self._num_arrived, entry)
+        self._stored.setdefault(entry.prompt_id, []).append(stored)
+        self._num_arrived += 1
 
-    def _rare_successes(self, items):
+    def _rare_successes(self, stored):
         """
-        [U5] Orders of the entries eviction spares: per prompt, hinted and plain apart, the best
-        reward (newest of equals) if above R̄(q). They fill at most half of the tier, newest first:
-        single successes of thousands of prompts would leave no prompt with a group to draw.
+        [U5] Orders of the entries that eviction spares: for each prompt, hinted and plain apart, the
+        best reward (newest of equals) if it beats R̄(q). They fill at most half of the tier, newest
+        first: single successes of thousands of prompts would leave no prompt with a group to draw.
         """
         best = {}
-        for item in sorted(items, key=lambda item: (item.entry.reward, item)):
-            best[item.entry.prompt_id, item.entry.hinted] = item  # the last one written is best
-        rare = [i for (q, _), i in best.items() if _gap(i.entry, self._means.get(q, -math.inf)) > 0]
-        return {item.order for item in sorted(rare, reverse=True)[: self.room["hard"] // 2]}
+        for s in sorted(stored, key=lambda s: (s.entry.reward, s)):
+            best[s.entry.prompt_id, s.entry.hinted] = s  # the last one written is the best
+        rare = []
+        for (prompt_id, _), s in best.items():
+            if _gap(s.entry, self._means.get(prompt_id, -math.inf)) > 0:
+                rare.append(s)
+        newest = sorted(rare, reverse=True)[: self.tier_capacity["hard"] // 2]
+        return {s.order for s in newest}
 
     def forget(self, prompt_id):
         """Drop a prompt's entries: its clip can no longer be read. R̄(q) stays."""
-        self._items.pop(prompt_id, None)
+        self._stored.pop(prompt_id, None)
 
     def entries_of(self, prompt_id, step):
         """The prompt's entries born before step, in order of arrival, hinted and plain alike."""
-        return [i.entry for i in self._items.get(prompt_id, []) if i.born_step < step]
+        return [s.entry for s in self._stored.get(prompt_id, []) if s.born_step < step]
 
     def draw(self, num_groups, num_off, step, rng):
         """
@@ -241,54 +261,73 @@ class ReplayBuffer:
         """
         if num_groups < 0 or num_off < 1:
             raise ValueError(f"need num_groups >= 0, num_off >= 1, got {num_groups} and {num_off}")
-        pools = {tier: [] for tier in SHARES}  # [(usefulness, mean, items)], ordered as tiers()
+        pools = {tier: [] for tier in SHARES}  # of _Group, in the order of tiers()
         for prompt_id, tier in self.tiers().items():
-            if prompt_id not in self._items:
-                continue
-            mean, stored, options = self._means[prompt_id], self._items[prompt_id], []
-            recent = [item for item in stored if item.born_step < step]
-            for hinted in (False, True):
-                items = [item for item in recent if item.entry.hinted == hinted]
-                if len(items) >= num_off:
-                    options.append((_usefulness(items, mean), mean, items))
-            if options:
-                pools[tier].append(max(options, key=lambda option: option[0]))  # plain on a tie
-        groups = []
+            group = self._group_of(prompt_id, num_off, step)
+            if group:
+                pools[tier].append(group)
+        drawn = []
         # a flat prompt replays advantages of 0: only in the places that the useful ones leave
         for is_useful in (True, False):
-            part = [[o for o in pool if (o[0] > 0) == is_useful] for pool in pools.values()]
-            quotas = _quotas(num_groups - len(groups), list(map(len, part)), rng)
-            for pool, quota in zip(part, quotas):
-                if quota:
-                    weights = np.array([useful for useful, _, _ in pool])
-                    weights = np.maximum(weights, 0.01 * weights.max() or 1.0)  # flat: all alike
-                    picks = rng.choice(len(pool), quota, replace=False, p=weights / weights.sum())
-                    groups += [_farthest(pool[i][2], pool[i][1], num_off) for i in picks]
-        return groups
+            parts = []
+            for pool in pools.values():
+                parts.append([group for group in pool if (group.draw_weight > 0) == is_useful])
+            available = [len(part) for part in parts]
+            quotas = _quotas(num_groups - len(drawn), available, rng)
+            for part, quota in zip(parts, quotas):
+                if quota == 0:
+                    continue
+                weights = np.array([group.draw_weight for group in part])
+                floor = 0.01 * weights.max() if is_useful else 1.0  # flat: all alike
+                weights = np.maximum(weights, floor)
+                picks = rng.choice(len(part), quota, replace=False, p=weights / weights.sum())
+                for i in picks:
+                    drawn.append(_most_informative(part[i].stored, part[i].mean_reward, num_off))
+        return drawn
+
+    def _group_of(self, prompt_id, num_off, step):
+        """The more useful of a prompt's plain and hinted entries, if num_off are stored, or None."""
+        mean_reward = self._means[prompt_id]
+        best = None
+        for hinted in (False, True):
+            stored = [
+                s
+                for s in self._stored.get(prompt_id, [])
+                if s.born_step < step and s.entry.hinted == hinted
+            ]
+            if len(stored) < num_off:
+                continue
+            group = _Group(_draw_weight(stored, mean_reward), mean_reward, stored)
+            if best is None or group.draw_weight > best.draw_weight:  # plain on a tie
+                best = group
+        return best
 
     def stats(self, step):
         """Metrics of the present content; 0 where there is nothing to average."""
-        size, held = len(self), dict.fromkeys(SHARES, 0)
-        for prompt_id, items in self._items.items():
-            held[self.tier(prompt_id)] += len(items)
-        ages = [step - item.born_step for items in self._items.values() for item in items]
+        size = len(self)
+        num_held = dict.fromkeys(SHARES, 0)
+        ages = []
+        for prompt_id, stored in self._stored.items():
+            num_held[self.tier(prompt_id)] += len(stored)
+            ages += [step - s.born_step for s in stored]
         return {
             "buffer/size": size,
-            "buffer/prompts": len(self._items),
-            **{f"buffer/frac_{tier}": held[tier] / max(size, 1) for tier in SHARES},
+            "buffer/prompts": len(self._stored),
+            **{f"buffer/frac_{tier}": num_held[tier] / max(size, 1) for tier in SHARES},
             "buffer/staleness_mean": sum(ages) / max(size, 1),  # steps
             "buffer/mean_reward": sum(self._means.values()) / max(len(self._means), 1),
         }
 
     def state_dict(self):
         """Plain lists, numbers and four flat tensors: torch.load(weights_only=True) reads it."""
-        items = [item for items in self._items.values() for item in items]
-        entries = [item.entry for item in sorted(items, key=lambda item: item.order)]
-        ids, old = [e.completion_ids for e in entries], [e.old_logprobs for e in entries]
-        ref = [
-            torch.full_like(e.old_logprobs, math.nan) if e.ref_logprobs is None else e.ref_logprobs
-            for e in entries
-        ]
+        stored = [s for prompt_stored in self._stored.values() for s in prompt_stored]
+        entries = [s.entry for s in sorted(stored, key=lambda s: s.order)]
+        ids = [entry.completion_ids for entry in entries]
+        old = [entry.old_logprobs for entry in entries]
+        ref = []
+        for entry in entries:
+            missing = torch.full_like(entry.old_logprobs, math.nan)
+            ref.append(missing if entry.ref_logprobs is None else entry.ref_logprobs)
         fields = ("prompt_id", "reward", "reward_parts", "born_step", "hinted")
         return {
             "capacity": self.capacity,

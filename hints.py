@@ -1,11 +1,11 @@
 """
-Hints, arXiv:2508.03100: when one enters and leaves, and where it stands. Python and torch only: copy
-this file freely.
+Hints, arXiv:2508.03100: when a prompt gets one, when it loses it, and where it stands in the text.
+Python and torch only: copy this file freely.
 
-A prompt that stays Hard while the policy has stopped moving on it yields zero reward for ever. A
-short strategic suggestion, computed beforehand by a teacher, gets it off the ground.
+A prompt that stays Hard while the policy has stopped moving on it would yield no reward forever. A
+short strategic suggestion, written beforehand by a teacher, gets it off the ground.
 
-A hint changes the text of a prompt, never its prompt_id: that stays the key of everything.
+A hint changes the text of a prompt, never its prompt_id, which stays the key everywhere.
 """
 
 import torch
@@ -14,13 +14,13 @@ import torch
 def behavior_kl(logprobs, old_logprobs, completion_mask):
     """
     KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(y_t) - log b(y_t)      [HINT.KL]
-    How far the present policy has moved from the one that sampled these completions.
+    How far the present policy has moved away from the one that sampled these completions.
 
     logprobs         (B, T) float         nats, present policy
     old_logprobs     (B, T) float         nats, behaviour policy b, as stored
     completion_mask  (B, T) bool or 0/1   1 up to and including EOS
     returns          float >= 0           nats per token; d is clamped to [-20, 20]
-    raises           ValueError           no valid token: unknown is not "near"
+    raises           ValueError           no valid token: an unknown distance is not a small one
 
     The samples are b's, and E_b[exp(d)] = 1, so the mean estimates KL(b || pi) and not KL(pi || b).
     """
@@ -44,19 +44,23 @@ class HintSchedule:
     kl_threshold  float > 0    nats per token; inf enters on any known KL
     raises        ValueError   out of range, or an unknown tier
 
-    Hard is a rank: some prompts always are, however much they earn. A hint is for those that would
-    earn nothing: it enters where no plain completion of the visits before was right, and once one is,
-    the prompt has a signal of its own.
-    Hinted rewards do not count in a prompt's mean reward, so a prompt sampled only with its hint
-    would keep its old mean and never leave: hence every second visit is plain (`due`).
+    Being Hard is not enough, because tiers are ranks: 40 % of the prompts always are. A hint is for
+    prompts that earn nothing: it enters if no plain completion of the last visits was right, and
+    leaves once one is, as the prompt then has a signal of its own.
+    Hinted rewards do not count in a prompt's mean reward. A prompt sampled only with its hint would
+    keep its old mean and its hint forever, so every second visit is plain (`due`).
     """
 
     def __init__(self, patience, kl_threshold):
         if patience < 1 or not kl_threshold > 0:
             raise ValueError(f"need patience >= 1, kl > 0, got {patience} and {kl_threshold}")
-        self.patience, self.kl_threshold = patience, kl_threshold
-        self.entered = self.withdrawn = 0  # totals
-        self.refused = set()  # prompt_ids whose hint is of no use
+        self.patience = patience
+        self.kl_threshold = kl_threshold
+        self.entered = 0  # hints so far
+        self.withdrawn = 0
+        self.refused = (
+            set()
+        )  # prompt_ids whose hint is not used: it leaks the answer, or is too long
         self._visits = {}  # prompt_id -> visits, Hard and unsolved, without a break
         self._active = {}  # prompt_id -> visits since its hint entered, in order of entry
 
@@ -70,7 +74,7 @@ class HintSchedule:
         One call per visit of a prompt, before it is sampled.                        [HINT]
 
         tier         "hard" | "medium" | "easy", at present
-        solved       bool            whether a plain completion of its last plain visit was right
+        solved       bool            whether a plain completion of the last plain visit was right
         behavior_kl  float or None   nats per token; None = unknown (nothing stored): no entry
         returns      "entered" | "withdrawn" | None
         """
@@ -85,11 +89,12 @@ class HintSchedule:
                 self.withdrawn += 1
                 return "withdrawn"
             self._active[prompt_id] += 1
-        # a nan compares false: a broken KL does not enter either
+        # nan compares false, so a broken KL does not enter either
         elif could_enter and behavior_kl is not None and behavior_kl < self.kl_threshold:
             self._active[prompt_id] = 0
             self.entered += 1
             return "entered"
+        return None
 
     def due(self, prompt_id):
         """After observe: whether this visit carries the hint, from entry on every second one."""
@@ -97,13 +102,17 @@ class HintSchedule:
 
     def state_dict(self):
         """Plain lists and numbers: torch.load(weights_only=True) reads it."""
-        visits, active = (list(map(list, d.items())) for d in (self._visits, self._active))
-        totals, refused = [self.entered, self.withdrawn], sorted(self.refused)
-        return {"visits": visits, "active": active, "totals": totals, "refused": refused}
+        return {
+            "visits": [list(item) for item in self._visits.items()],
+            "active": [list(item) for item in self._active.items()],
+            "totals": [self.entered, self.withdrawn],
+            "refused": sorted(self.refused),
+        }
 
     def load_state_dict(self, state):
         """Continue as the saved schedule would have; patience and kl_threshold stay our own."""
-        self._visits, self._active = dict(state["visits"]), dict(state["active"])
+        self._visits = dict(state["visits"])
+        self._active = dict(state["active"])
         self.entered, self.withdrawn = state["totals"]
         self.refused = set(state["refused"])
 

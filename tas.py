@@ -70,8 +70,8 @@ def shape_advantages(advantages, completion_mask, shape, tas_lambda, equal_mean=
     returns          (B, T) float         token_advantages, 0 off the mask
     raises           ValueError           as tas_weights
 
-    All weights are >= 0, so no token is pushed against its completion's sign. The KL term of the
-    loss is not weighted: shaping is about credit, not about the distance to the reference.
+    All weights are >= 0, so no token is pushed against the sign of its completion. The KL term of the
+    loss is not weighted: shaping moves credit, not the distance to the reference.
     """
     # (B,) against (B, T) broadcasts silently when B == T, and shapes the wrong axis
     assert advantages.ndim == 1, f"advantages is (B,), got {tuple(advantages.shape)}"

@@ -113,9 +113,9 @@ VARIANTS = {  # name -> module, what is exchanged in it, by what
     "visits": (train_rl, "ReplayBuffer", NotingBuffer),
     "wrong-judge": (toy, "judge", wrong_judge),
     "form-judge": (toy, "judge", form_judge),
-    "newest": (buffer, "_farthest", newest),
-    "best": (buffer, "_farthest", best),
-    "learnability": (buffer, "_usefulness", learnability),
+    "newest": (buffer, "_most_informative", newest),
+    "best": (buffer, "_most_informative", best),
+    "learnability": (buffer, "_draw_weight", learnability),
 }
 
 

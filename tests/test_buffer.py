@@ -48,7 +48,7 @@ def serial(e):
 
 
 def stored(b):
-    return [e for q in sorted(b._items) for e in b.entries_of(q, 10**9)]
+    return [e for q in sorted(b._stored) for e in b.entries_of(q, 10**9)]
 
 
 def rng(seed=0):
@@ -189,9 +189,9 @@ def test_shares_of_the_capacity_are_respected():
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7, 10, 11, 99, 10_000])
-def test_rooms_sum_to_the_capacity(capacity):
+def test_tier_capacities_sum_to_the_capacity(capacity):
     b = ReplayBuffer(capacity, 20)
-    assert sum(b.room.values()) == capacity and min(b.room.values()) >= 0
+    assert sum(b.tier_capacity.values()) == capacity and min(b.tier_capacity.values()) >= 0
 
 
 def test_a_rare_hard_success_survives_a_flood_of_failures():
