@@ -218,7 +218,7 @@ def decode(at, num_prompts):
         token_ms=token_ms,
         recordings_s=recordings,
         bandwidth_share=moved / token_ms / 1e6 / at.gb_per_s,
-        no_graph=[str(error) for error in graphs._no_graph],
+        no_graph=[str(error) for error in graphs._capture_errors],
     )
 
 

@@ -1,6 +1,6 @@
 """
-So that a GPU and Python do not wait for each other: a function of tensors as a CUDA graph, and numbers that
-are read late.
+Keeps the host and the GPU from waiting for each other: a function of tensors as a CUDA graph, and
+numbers that are read late.
 """
 
 import warnings
@@ -8,52 +8,59 @@ from collections import deque
 
 import torch
 
-_no_graph = []  # why none could be recorded in this process, if so: it is not tried again
+_capture_errors = []  # why no graph could be recorded in this process: it is not tried again
 
 
 def capture(decode, inputs):
     """
-    -> `decode`, on a GPU replayed as one CUDA graph: a token of the 7B model is some thousand small
-    kernels, and Python takes longer to ask for them than the GPU to run them.
+    `decode`, on a GPU as a CUDA graph that is replayed: a token of the 7B model is some thousand small
+    kernels, and Python takes longer to launch them than the GPU takes to run them.
+
+    decode   callable(*inputs) -> tensor; all it reads beside inputs must keep its address
+    inputs   tuple of tensors
+    returns  callable(*inputs) -> tensor, overwritten by the next call; `decode` itself on a CPU
     """
-    if not inputs[0].is_cuda or _no_graph:
+    if not inputs[0].is_cuda or _capture_errors:
         return decode
-    inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    graph_inputs = [x.clone() for x in inputs]
+    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # back to it also after a failure
+        # brings the current stream back also after a failed capture
+        with torch.cuda.stream(torch.cuda.current_stream()):
             # thread_local: other threads may use the GPU meanwhile (clips read ahead, NCCL)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = decode(*inputs)
+                output = decode(*graph_inputs)
     except RuntimeError as error:
-        _no_graph.append(error)
+        _capture_errors.append(error)
         warnings.warn(f"no CUDA graph, so decoding is slower: {error}", stacklevel=2)
         return decode
 
-    def replay(*given):
-        for mine, new in zip(inputs, given):
-            mine.copy_(new)
+    def replay(*new_inputs):
+        for old, new in zip(graph_inputs, new_inputs):
+            old.copy_(new)
         graph.replay()
-        return logits  # the next replay writes over them
+        return output
 
     return replay
 
 
 class DelayedScalar:
     """
-    later(number, unknown): a number on a GPU as it was two calls ago, when it has long arrived: nobody
-    waits. `unknown` before that. On a CPU the number itself.
+    scalar(number, default): reads numbers from a GPU two calls late, when they have long arrived, so
+    that the host does not wait. Before that, `default`. On a CPU the number itself.
     """
 
     def __init__(self):
-        self.underway = deque()
+        self.in_flight = deque()  # (number in the host's memory, event after its copy)
 
-    def __call__(self, number, unknown):
+    def __call__(self, number, default):
         if not number.is_cuda:
             return int(number)
-        self.underway.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
-        self.underway[-1][1].record()
-        if len(self.underway) <= 2:
-            return unknown
-        number, arrived = self.underway.popleft()
+        arrived = torch.cuda.Event()
+        self.in_flight.append((number.to("cpu", non_blocking=True), arrived))
+        arrived.record()
+        if len(self.in_flight) <= 2:
+            return default
+        number, arrived = self.in_flight.popleft()
         arrived.synchronize()
         return int(number)

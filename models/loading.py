@@ -6,6 +6,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from models.attention import set_attention_kernel
 from models.inputs import BACKBONES, config_of
@@ -63,6 +64,7 @@ def load_policy(folder, lora_rank, train_towers, empty=False):
     empty         bool    built alone, without reading weights
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
+    disable_progress_bar()  # transformers' own, one for each shard
     backbone = BACKBONES[config_of(folder).model_type]
     thinker = from_pretrained(backbone.Thinker, folder, empty, dtype=torch.float32)
     if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new

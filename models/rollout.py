@@ -1,11 +1,12 @@
 """
-The sampling loop: prompts are read once, the completions of all of them are decoded together, and
-the log-prob of every sampled token is recorded under the distribution it was sampled from.
+Sampling: prompts are read once, the completions of all of them are decoded together, and the log-prob
+of every sampled token is recorded under the distribution that it was sampled from.
 
-Prompts that hold the very same media (one object: the questions about one clip) are a family. What
-they begin with alike, the clip above all, is encoded and read once for the whole family.
+Prompts that hold the very same media (one object: the questions about one clip) form a clip group. What
+they begin with alike, the clip above all, is encoded and read once for the whole group.
 
-B prompts, G completions each, F families, P prompt tokens, T completion tokens, V vocabulary.
+B prompts, at most G completions of each, P prompt tokens, T completion tokens, V vocabulary.
+rows: the batch that is decoded, a completion in each row.
 """
 
 from typing import NamedTuple
@@ -20,15 +21,20 @@ from models.sharding import unsharded
 from run.errors import out_of_memory_advice
 from run.optim import micro_batches
 
-PIECE = 256  # tokens of the vocabulary that are summed before the one is searched
+PIECE = 256  # tokens of the vocabulary in one piece of the sampler's first level
+
+# Finished rows are removed when no more than this share of the rows is unfinished. On a GPU an idle row
+# costs less than a new recording of the CUDA graph.
+COMPACT_BELOW = 0.75
+COMPACT_BELOW_ON_GPU = 0.25
 
 
 class Completion(NamedTuple):
-    """One sampled completion; the length is the mask, EOS included."""
+    """One sampled completion. Its mask is its length: EOS is included, if there is one."""
 
     ids: torch.Tensor  # (T,) int64
-    logprobs: torch.Tensor  # (T,) float32, nats, of the policy that sampled it, at its temperature
-    truncated: bool  # max_new_tokens came before EOS
+    logprobs: torch.Tensor  # (T,) float32, nats, under the policy and temperature that sampled it
+    truncated: bool  # whether max_new_tokens came before EOS
 
 
 @out_of_memory_advice(
@@ -51,11 +57,11 @@ def rollout(
 
     prompts          list of B Prompt
     num_completions  list of B int
-    temperature      float      0 = greedy (log-probs are then those at temperature 1)
+    temperature      float          0 = greedy; the log-probs are then those at temperature 1
     max_new_tokens   int
-    eos_ids          list of int    any of them ends a completion and belongs to it
-    seeds            list of B int  one a prompt: its neighbours do not change what it gets
-    micro_tokens     int        tokens of prompts that are read at one time
+    eos_ids          list of int    each of them ends a completion and belongs to it
+    seeds            list of B int  one for each prompt: the other prompts do not change its samples
+    micro_tokens     int            prompt tokens that are read at one time
     returns          list of B lists of Completion
 
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
@@ -78,150 +84,281 @@ def rollout(
 def _rollout(
     policy, prompts, num_completions, *, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
 ):
-    device, group_size, num_prompts = policy.device, max(num_completions), len(prompts)
-    # all randomness of the rollout, drawn before it: (B G, T)
-    noise = torch.zeros(num_prompts, group_size, max_new_tokens, dtype=torch.float64)
-    for row, count, seed in zip(noise, num_completions, seeds):
-        generator = torch.Generator().manual_seed(seed)
-        row[:count] = torch.rand(count, max_new_tokens, generator=generator, dtype=torch.float64)
-    noise = noise.flatten(0, 1).to(device)
-    num_slots = len(noise) + 1  # the last takes what rows write that decode nothing
-    ids = torch.zeros(num_slots, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(ids.shape, device=device)
-    length = torch.zeros(num_slots, dtype=torch.long, device=device)
-    ended = torch.zeros(num_slots, dtype=torch.bool, device=device)
-    eos = torch.tensor(eos_ids, device=device)
+    device = policy.device
+    group_size = max(num_completions)
+    clip_groups = shared_clip_groups(prompts)
+    completion_index, prompt_index = assign_rows(clip_groups, num_completions)
+    completion_index = completion_index.to(device)
+    prompt_index = prompt_index.to(device)
+    padding = len(prompts) * group_size  # completion_index of a row that decodes nothing
 
-    # a row decodes one completion; slot[row] says which, -1 if the row is only there to fill up
-    families = shared_clip_groups(prompts)
-    slots = [[b * group_size + g for b in f for g in range(num_completions[b])] for f in families]
-    width = max(map(len, slots))  # rows of a family
-    slot = torch.tensor([s + [-1] * (width - len(s)) for s in slots], device=device).flatten()
-    owner = slot.clamp(min=0) // group_size  # (rows,) the prompt that a row goes on from
-    num_alive, count = len(slot), DelayedScalar()
-    crowded = 0.25 if slot.is_cuda else 0.75  # there an idle row costs less than a new recording
+    eos = torch.tensor(eos_ids, device=device)
+    noise = draw_noise(num_completions, max_new_tokens, seeds).to(device)  # (B G + 1, T)
+    samples = SampleBuffer(padding + 1, max_new_tokens, device)
+    num_alive = len(completion_index)
+    count_alive = DelayedScalar()
+    compact_below = COMPACT_BELOW_ON_GPU if completion_index.is_cuda else COMPACT_BELOW
+
     with unsharded(policy):
-        logits, attention = prefill(policy, prompts, families, owner, micro_tokens)
-        logits = logits[owner]  # (rows, V)
-        after = torch.stack([p.position_ids.max() + 1 for p in prompts]).to(device)[owner]
+        logits, attention = prefill(policy, prompts, clip_groups, prompt_index, micro_tokens)
+        logits = logits[prompt_index]  # (rows, V)
+        next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
+        first_position = next_positions.to(device)[prompt_index]  # (rows,)
 
         def decode_plainly(token, position):
-            """A token of every row, (rows,) and its position (rows,) -> logits of the next (rows, V)."""
-            embeds = policy.thinker.get_input_embeddings()(token[:, None])
-            inputs = dict(
-                inputs_embeds=embeds, position_ids=position[None, :, None].expand(3, -1, 1)
+            """Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V)"""
+            outputs = policy.thinker.model.language_model(
+                inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
+                position_ids=position[None, :, None].expand(3, -1, 1),
+                use_cache=False,
+                shared=attention,
             )
-            hidden = policy.thinker.model.language_model(
-                **inputs, use_cache=False, shared=attention
-            )
-            return policy.thinker.lm_head(hidden.last_hidden_state[:, -1]).float()
+            return policy.thinker.lm_head(outputs.last_hidden_state[:, -1]).float()
 
         for step in range(max_new_tokens):
-            token, logprob = sample(logits, temperature, noise[slot.clamp(min=0), step])
-            ids[slot, step], logprobs[slot, step] = token, logprob
-            length[slot] = step + 1
-            ended[slot] = done = torch.isin(token, eos)
-            slot = slot.masked_fill(done, -1)
-            num_before, num_alive = num_alive, count((slot >= 0).sum(), num_alive)
+            token, logprob = sample(logits, temperature, noise[completion_index, step])
+            ended = torch.isin(token, eos)
+            samples.write(completion_index, step, token, logprob, ended)
+            completion_index = completion_index.masked_fill(ended, padding)
+
+            # on a GPU the count is two tokens old, so that the host never waits for it
+            num_before = num_alive
+            num_alive = count_alive((completion_index != padding).sum(), num_alive)
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
-            if num_alive < num_before and num_alive <= crowded * len(slot):
-                families_left, rows = compact(slot.view(-1, attention.group_size) >= 0)
-                if 0 < len(rows) < len(slot):  # finished rows leave
-                    attention.keep(families_left, rows)
-                    slot, token, after = slot[rows], token[rows], after[rows]
-            inputs = token, after + step
+            if num_alive < num_before and num_alive <= compact_below * len(completion_index):
+                is_alive = (completion_index != padding).view(-1, attention.group_size)
+                groups_left, rows_left = compact(is_alive)
+                if 0 < len(rows_left) < len(completion_index):
+                    attention.select(groups_left, rows_left)
+                    completion_index = completion_index[rows_left]
+                    token = token[rows_left]
+                    first_position = first_position[rows_left]
+
+            inputs = token, first_position + step
             if attention.next_token():
-                decode = decode_plainly  # over new tensors; it warms up what a recording needs
+                decode = decode_plainly  # the tensors are new; this call also warms up a recording
             elif decode is decode_plainly:
                 decode = capture(decode_plainly, inputs)
             logits = decode(*inputs)
-    rows = zip(ids.cpu(), logprobs.cpu(), length.tolist(), ended.tolist())
-    made = [Completion(i[:n].clone(), lp[:n].clone(), not end) for i, lp, n, end in rows]
-    return [made[b * group_size :][:count] for b, count in enumerate(num_completions)]
+    return samples.completions(num_completions)
 
 
-def prefill(policy, prompts, families, owner, micro_tokens):
+def assign_rows(clip_groups, num_completions):
     """
-    Reads every prompt once, and what a family begins with once for all of it: in a packed row that is
-    the head, and what a prompt has of its own a tail, as a completion is in the update. In packs of
-    micro_tokens: what a layer computes of a long row would be larger than the model.
+    The batch that is decoded. A clip is read once for all rows of its group, so every group has as many
+    rows as the largest one; rows that are left over are padding.
 
-    owner     (rows,)    the prompt that each row of the decoding goes on from
-    returns   logits of the next token (B, V), the attention to decode with
+    returns  completion_index (rows,)    b G + g: which completion a row decodes; B G for padding
+             prompt_index (rows,)        b: which prompt it continues
+    """
+    group_size = max(num_completions)
+    padding = len(num_completions) * group_size
+    rows_per_group = max(sum(num_completions[b] for b in group) for group in clip_groups)
+    completion_index = []
+    prompt_index = []
+    for group in clip_groups:
+        num_padding = rows_per_group
+        for b in group:
+            first = b * group_size
+            completion_index += range(first, first + num_completions[b])
+            prompt_index += [b] * num_completions[b]
+            num_padding -= num_completions[b]
+        completion_index += [padding] * num_padding
+        prompt_index += [group[0]] * num_padding
+    return torch.tensor(completion_index), torch.tensor(prompt_index)
+
+
+def draw_noise(num_completions, max_new_tokens, seeds):
+    """All randomness of a rollout, drawn before it -> (B G + 1, T) float64; the last row is padding's"""
+    group_size = max(num_completions)
+    noise = torch.zeros(len(seeds) * group_size + 1, max_new_tokens, dtype=torch.float64)
+    for b, (count, seed) in enumerate(zip(num_completions, seeds)):
+        generator = torch.Generator().manual_seed(seed)
+        first = b * group_size
+        noise[first : first + count] = torch.rand(
+            count, max_new_tokens, generator=generator, dtype=torch.float64
+        )
+    return noise
+
+
+class SampleBuffer:
+    """What has been sampled, on the device; the last slot is scratch space for padding rows."""
+
+    def __init__(self, num_slots, max_new_tokens, device):
+        self.ids = torch.zeros(num_slots, max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(num_slots, max_new_tokens, device=device)
+        self.lengths = torch.zeros(num_slots, dtype=torch.long, device=device)
+        self.ended = torch.zeros(num_slots, dtype=torch.bool, device=device)
+
+    def write(self, index, step, token, logprob, ended):
+        """One token for each of the slots `index`; all arguments but step (rows,)."""
+        self.ids[index, step] = token
+        self.logprobs[index, step] = logprob
+        self.lengths[index] = step + 1
+        self.ended[index] = ended
+
+    def completions(self, num_completions):
+        """-> list of lists of Completion, in the host's memory"""
+        group_size = max(num_completions)
+        ids = self.ids.cpu()
+        logprobs = self.logprobs.cpu()
+        lengths = self.lengths.tolist()
+        ended = self.ended.tolist()
+        groups = []
+        for b, count in enumerate(num_completions):
+            group = []
+            for i in range(b * group_size, b * group_size + count):
+                length = lengths[i]
+                completion = Completion(
+                    ids[i, :length].clone(), logprobs[i, :length].clone(), truncated=not ended[i]
+                )
+                group.append(completion)
+            groups.append(group)
+        return groups
+
+
+# ---- prompts -----------------------------------------------------------------------------------
+
+
+def prefill(policy, prompts, clip_groups, prompt_index, micro_tokens):
+    """
+    Reads every prompt once. What the prompts of a clip group begin with alike is read once for all of
+    them: in a packed row it is the head, and the rest of each prompt is a tail, as a completion is in
+    the update. In packs of micro_tokens, because the activations of one long row could be larger than
+    the model.
+
+    prompt_index  (rows,)  which prompt each row continues
+    returns       logits of the next token (B, V), DecodeAttention of the rows
     """
     device = policy.device
-    alike = [common_prefix_length([prompts[b].input_ids for b in family]) for family in families]
-    order = [b for family in families for b in family]
-    cut = {b: n for n, family in zip(alike, families) for b in family}
-    media = [getattr(policy.thinker.config, f"{m}_token_id") for m in ("image", "video", "audio")]
-    own = {b: prompts[b].input_ids[cut[b] :] for b in order}
-    # a placeholder there would be read without its features, in silence
-    told = "prompts that share their media differ before the last of it"
-    assert not torch.isin(torch.cat(list(own.values())), torch.tensor(media)).any(), told
+    prefix_lens = []  # one per group
+    suffix_ids = {}
+    suffix_positions = {}
+    sizes = []
+    for group in clip_groups:
+        prefix_len = common_prefix_length([prompts[b].input_ids for b in group])
+        prefix_lens.append(prefix_len)
+        for b in group:
+            suffix_ids[b] = prompts[b].input_ids[prefix_len:]
+            suffix_positions[b] = prompts[b].position_ids[:, prefix_len:]
+        sizes.append(prefix_len + sum(len(suffix_ids[b]) for b in group))
+    check_no_media(policy.thinker.config, torch.cat(list(suffix_ids.values())))
 
-    sizes = [n + sum(len(own[b]) for b in family) for n, family in zip(alike, families)]
-    logits, kept = [], []
+    logits = []
+    recorded = []  # one per pack: number of prefix tokens, {layer: (k, v)}
     for pack in micro_batches(sizes, micro_tokens):
-        firsts = [prompts[families[i][0]] for i in pack]
-        heads = [head.first(alike[i]) for i, head in zip(pack, policy.embed(firsts))]
-        tails = [
-            [(own[b], prompts[b].position_ids[:, cut[b] :]) for b in families[i]] for i in pack
-        ]
-        hidden, packed = policy.read(heads, tails, record=True)
-        ends = torch.tensor([len(own[b]) for i in pack for b in families[i]]).cumsum(0) + len(pack)
-        logits.append(policy.thinker.lm_head(hidden[(ends - 1).to(device)]).float())
-        kept.append((sum(alike[i] for i in pack), packed.kept))
+        first_prompts = [prompts[clip_groups[i][0]] for i in pack]
+        heads = []
+        for i, head in zip(pack, policy.embed(first_prompts)):
+            heads.append(head.first(prefix_lens[i]))
+        tails = []
+        for i in pack:
+            tails.append([(suffix_ids[b], suffix_positions[b]) for b in clip_groups[i]])
+        hidden, attention = policy.packed_forward(heads, tails, record=True)
 
-    # heads stay packed; of the tails every row of the decoding gets its own copy, to go on from
-    lengths = torch.tensor([len(own[b]) for b in order])
-    place = torch.tensor(order).argsort()  # of prompt b in `order`
-    starts, lengths = (lengths.cumsum(0) - lengths)[place].to(device), lengths[place].to(device)
-    tail_at = starts[owner, None] + torch.arange(
-        longest := max(map(len, own.values())), device=device
-    )
-    tail_at = tail_at.clamp(max=sum(map(len, own.values())) - 1)  # (rows, longest)
-    head_kv, tail_kv = {}, {}
-    for layer in list(kept[0][1]):
-        pairs = [(n, pack.pop(layer)) for n, pack in kept]
-        head_kv[layer] = tuple(torch.cat([pair[i][:n] for n, pair in pairs]) for i in (0, 1))
-        tail_kv[layer] = tuple(
-            torch.cat([pair[i][n:] for n, pair in pairs])[tail_at] for i in (0, 1)
-        )
-    used = lengths[owner].int()
-    attention = DecodeAttention(head_kv, alike, tail_kv, used, longest)
+        # the hidden states begin with the last token of each head
+        tail_sizes = torch.tensor([len(ids) for group in tails for ids, _ in group])
+        last_tokens = len(pack) + tail_sizes.cumsum(0) - 1
+        logits.append(policy.thinker.lm_head(hidden[last_tokens.to(device)]).float())
+        recorded.append((sum(prefix_lens[i] for i in pack), attention.recorded))
+
+    # Prefixes stay packed. Of the suffixes every row gets a copy of its prompt's, and continues it.
+    order = torch.tensor([b for group in clip_groups for b in group])  # as the suffixes stand
+    place = order.argsort()  # of each prompt among the suffixes
+    suffix_lens = torch.tensor([len(suffix_ids[b]) for b in order.tolist()])
+    starts = suffix_lens.cumsum(0) - suffix_lens
+    longest = int(suffix_lens.max())
+    first_tokens = starts[place].to(device)[prompt_index]  # (rows,)
+    lengths = suffix_lens[place].to(device)[prompt_index]
+    token_index = first_tokens[:, None] + torch.arange(longest, device=device)  # (rows, longest)
+    # beyond the end of a suffix stands another one: `lengths` hides it
+    token_index = token_index.clamp(max=int(suffix_lens.sum()) - 1)
+
+    prefix_kv = {}
+    suffix_kv = {}
+    for layer in list(recorded[0][1]):
+        # a layer at a time, and dropped at once: twice all may not fit
+        parts = [(num_prefix, *kv.pop(layer)) for num_prefix, kv in recorded]
+        prefix_k = torch.cat([k[:n] for n, k, _ in parts])
+        prefix_v = torch.cat([v[:n] for n, _, v in parts])
+        suffix_k = torch.cat([k[n:] for n, k, _ in parts])
+        suffix_v = torch.cat([v[n:] for n, _, v in parts])
+        prefix_kv[layer] = prefix_k, prefix_v
+        suffix_kv[layer] = suffix_k[token_index], suffix_v[token_index]
+    attention = DecodeAttention(prefix_kv, prefix_lens, suffix_kv, lengths.int(), longest)
     return torch.cat(logits)[place.to(device)], attention
 
 
 def common_prefix_length(rows):
-    """How many tokens these lists of ids begin with alike; each keeps one of its own."""
-    room = min(map(len, rows)) - 1
-    alike = torch.stack([row[:room] == rows[0][:room] for row in rows]).all(0)
-    return int(alike.cumprod(0).sum())
+    """How many tokens these lists of ids begin with alike; at least one token of each is left over."""
+    length = min(len(row) for row in rows) - 1
+    is_alike = torch.stack([row[:length] == rows[0][:length] for row in rows]).all(0)
+    return int(is_alike.cumprod(0).sum())
 
 
-def compact(alive):
-    """alive (F, rows) bool -> families with a row left, the rows to keep, as many of each."""
-    families_left = alive.any(1).nonzero()[:, 0]
-    size = int(alive.sum(1).max())  # 0: all have ended meanwhile
-    first = alive[families_left].int().argsort(dim=1, descending=True, stable=True)[:, :size]
-    return families_left, (families_left[:, None] * alive.shape[1] + first).flatten()
+def check_no_media(config, suffix_ids):
+    """A placeholder after the common part would be read without its features, without an error."""
+    placeholders = [config.image_token_id, config.video_token_id, config.audio_token_id]
+    has_media = torch.isin(suffix_ids, torch.tensor(placeholders)).any()
+    assert not has_media, "prompts that share their media differ before the last of it"
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+def compact(is_alive):
+    """
+    Which rows stay in the batch: the unfinished ones, and finished ones where a group would have fewer
+    rows than another.
+
+    is_alive  (groups, rows per group) bool
+    returns   indices of the groups with an unfinished row, indices of the rows that stay
+    """
+    groups_left = is_alive.any(1).nonzero()[:, 0]
+    rows_per_group = int(is_alive.sum(1).max())  # 0 if all have ended meanwhile
+    unfinished_first = is_alive[groups_left].int().argsort(dim=1, descending=True, stable=True)
+    rows = groups_left[:, None] * is_alive.shape[1] + unfinished_first[:, :rows_per_group]
+    return groups_left, rows.flatten()
 
 
 def sample(logits, temperature, noise):
-    """logits (n, V), noise (n,) in [0, 1) -> token (n,), its log-prob (n,); inverse of the CDF."""
-    logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
+    """
+    Samples one token per row by inverting its cumulative distribution at `noise`: a row's token depends
+    on nothing but its logits and its noise.
+
+    logits   (n, V)
+    noise    (n,) float64 in [0, 1)
+    returns  token (n,), its log-prob (n,)
+    """
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    logprobs = logits.log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        # in two levels: only the sums of pieces need float64, where float32 would lose the tail
-        pieces = F.pad(logprobs.exp(), (0, -logits.shape[1] % PIECE)).unflatten(1, (-1, PIECE))
-        cdf = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, V / PIECE)
-        aim = noise[:, None] * cdf[:, -1:]
-        piece = torch.searchsorted(cdf, aim, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
-        aim = aim - F.pad(cdf, (1, 0)).gather(1, piece)
-        cdf = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0].double().cumsum(-1)
-        # at most the last token that is not impossible: sums of other orders differ by rounding
-        within = torch.searchsorted(cdf, aim.clamp(max=cdf[:, -1:] * (1 - 1e-12)), right=True)
-        token = (piece * PIECE + within)[:, 0]
+        token = invert_cdf(logprobs.exp(), noise)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def invert_cdf(probs, noise):
+    """
+    The first token at which the cumulative sum of probs exceeds noise x the sum of all: (n, V) -> (n,)
+
+    In two levels: which piece of PIECE tokens, then which token in it. Only sums of pieces and one piece
+    are held in float64; a float32 sum over the vocabulary would lose its tail.
+    """
+    pieces = F.pad(probs, (0, -probs.shape[1] % PIECE)).unflatten(1, (-1, PIECE))
+    piece_cdf = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, V / PIECE)
+    target = noise[:, None] * piece_cdf[:, -1:]  # (n, 1)
+    piece = torch.searchsorted(piece_cdf, target, right=True)
+    piece = piece.clamp(max=piece_cdf.shape[1] - 1)
+
+    target = target - F.pad(piece_cdf, (1, 0)).gather(1, piece)  # less the sum of earlier pieces
+    chosen = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0]  # (n, PIECE)
+    token_cdf = chosen.double().cumsum(-1)
+    # The two sums are taken in different orders and differ by rounding. Stay below the end of the
+    # piece, so that the token is one with a probability above 0.
+    target = target.clamp(max=token_cdf[:, -1:] * (1 - 1e-12))
+    within = torch.searchsorted(token_cdf, target, right=True)
+    return (piece * PIECE + within)[:, 0]

@@ -82,13 +82,13 @@ def test_the_last_layer_asks_for_what_is_read(case, kernel, monkeypatch):
     (qkv, grad), (exact, _) = inputs(case, torch.float64), inputs(case, torch.float64)
     shared = PackedAttention(prompts, completions, "cpu")
     ends = [sum(prompts[: b + 1]) - 1 for b in range(len(prompts))]
-    assert shared.read.tolist() == ends + [*range(sum(prompts), len(grad))]
+    assert shared.predicting.tolist() == ends + [*range(sum(prompts), len(grad))]
     q, k, v = (x.transpose(0, 1)[None] for x in qkv)
-    out = shared.attend(0, q[:, :, shared.read], k, v, E**-0.5)[0]
-    expected = oracle(*exact, prompts, completions)[shared.read]
+    out = shared.attend(0, q[:, :, shared.predicting], k, v, E**-0.5)[0]
+    expected = oracle(*exact, prompts, completions)[shared.predicting]
     assert error(out, expected) < 1e-13
-    out.backward(grad[shared.read])
-    expected.backward(grad[shared.read])
+    out.backward(grad[shared.predicting])
+    expected.backward(grad[shared.predicting])
     for x, y in zip(qkv, exact, strict=True):
         assert error(x.grad, y.grad) < 1e-12
 
@@ -158,10 +158,12 @@ def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
     for t in range(new):
         if t in leave:
             left, kept = leave[t]
-            decode.keep(torch.tensor(left), torch.tensor(kept))
+            decode.select(torch.tensor(left), torch.tensor(kept))
             alive = alive[kept]
         fresh = decode.next_token()
-        assert fresh == (t in (0, *leave) or decode.longest == decode.room - attention.ROOM + 1)
+        assert fresh == (
+            t in (0, *leave) or decode.max_length == decode.capacity - attention.GROWTH + 1
+        )
         at = torch.tensor(tails)[alive] + t
         q_t, k_t, v_t = (x[alive, at][:, :, None] for x in own)
         outs[alive, t] = decode.attend(0, q_t, k_t, v_t, E**-0.5)[:, 0]
@@ -172,7 +174,7 @@ def decoded(qkv, prompts, tails, new, group_size, E, leave=()):
 def test_decoding_equals_the_packed_row(kernel, monkeypatch):
     """Also as the room grows, with tails of several lengths, and after rows and prompts have left."""
     monkeypatch.setattr(attention, "KERNEL", kernel)
-    monkeypatch.setattr(attention, "ROOM", 4)
+    monkeypatch.setattr(attention, "GROWTH", 4)
     prompts, tails, new, H, K, E = [9, 4, 6], [2, 1, 3, 3, 1, 2], 10, 4, 2, 16
     CASES["decode"] = prompts, [[13, 13]] * 3, H, K, E
     qkv, _ = inputs("decode", torch.float64)

@@ -69,7 +69,7 @@ def test_a_graph_computes_when_it_is_replayed():
 def test_rollout_on_a_gpu_gives_what_it_gives_on_a_cpu(setup, monkeypatch):
     """Rows leave and the room grows, and what was recorded before is not replayed over it."""
     policy, prompts, build = setup
-    for name in ("ROOM", "GPU_ROOM"):
+    for name in ("GROWTH", "GPU_GROWTH"):
         monkeypatch.setattr(attention, name, 4)
     counts = [4, 2, 3]
     sampling = dict(temperature=1.0, max_new_tokens=60, eos_ids=build.eos_ids, seeds=[1, 2, 3])

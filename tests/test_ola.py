@@ -166,7 +166,7 @@ def test_a_prompt_is_the_originals(known, converted, case):
         close(head.embeds, known[0][f"embeds, {case}"])
         assert prompt.position_ids.tolist() == [list(range(len(head.embeds)))] * 3
         tail = prompt.input_ids[-4:], prompt.position_ids[:, -4:]
-        hidden, _ = policy.read([head.first(-4)], [[tail]])
+        hidden, _ = policy.packed_forward([head.first(-4)], [[tail]])
         close(thinker.lm_head(hidden[-4:]), known[0][f"logits, {case}"])
 
 
