@@ -19,7 +19,7 @@ import argparse
 from data import converters
 from data.media_flags import add_media_flags, media_config_from
 from run.arguments import PARSER, answer_early
-from teachers.annotate import add_flags, fill, from_args
+from teachers import annotate
 
 
 def parse_args(argv=None):
@@ -73,9 +73,9 @@ def parse_args(argv=None):
     check.add_argument("--model", help="also count prompt tokens with this model's processor")
     add_media_flags(check, keeps_clips=False)
     captions = command("captions", "write audio_caption into every row that has sound (stage 2)")
-    add_flags(captions, "captioner")
+    annotate.add_flags(captions, "captioner")
     hints = command("hints", "write a hint into every row, one that does not give the answer away")
-    add_flags(hints, "teacher")
+    annotate.add_flags(hints, "teacher")
     told = "replies a row, until one is no leak"
     hints.add_argument("--attempts", type=int, default=5, help=told)
     return parser.parse_args(argv)
@@ -116,8 +116,6 @@ from models.inputs import InputBuilder
 from run.errors import UserError
 from run.io import write_text
 from run.launch import run_main
-from teachers.captions import find_caption
-from teachers.hint_writer import ask_hint
 from teachers.leaks import hint_leak
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -438,16 +436,30 @@ def check(args):
 
 
 def captions(args):
-    with from_args(args, args.captioner, args.captioner_model) as teacher:
-        find, keep = lambda row: find_caption(teacher, row), lambda row, text: None
-        return fill(teacher, args.data, args.out, "audio_caption", find, keep, args.concurrency)
+    model = annotate.open_model(args, args.captioner, args.captioner_model)
+    return annotate.annotate_rows(
+        model,
+        args.data,
+        args.out,
+        field="audio_caption",
+        write=lambda row: annotate.write_caption(model, row),
+        check=lambda row, caption: None,
+        concurrency=args.concurrency,
+    )
 
 
 def hints(args):
-    with from_args(args, args.teacher, args.teacher_model) as teacher:
-        find = lambda row: ask_hint(teacher, row, max(args.attempts, 1))  # noqa: E731
-        keep = lambda row, hint: hint_leak(hint, *answer_spec(row))  # noqa: E731
-        return fill(teacher, args.data, args.out, "hint", find, keep, args.concurrency)
+    model = annotate.open_model(args, args.teacher, args.teacher_model)
+    num_attempts = max(args.attempts, 1)
+    return annotate.annotate_rows(
+        model,
+        args.data,
+        args.out,
+        field="hint",
+        write=lambda row: annotate.write_hint(model, row, num_attempts),
+        check=lambda row, hint: hint_leak(hint, *answer_spec(row)),
+        concurrency=args.concurrency,
+    )
 
 
 def main(argv=None):

@@ -189,13 +189,17 @@ def score(step, rows, completions, texts, reward_weights, judge, hinted):
     returns       list of P lists of Entry. A completion that could not be judged leaves its group:
                   it does not count as 0.
     """
+    judge_reward = None
     if judge:
-        judge.begin(rows, texts)  # in threads; reward_completions waits for each answer
+        judge.submit(rows, texts)  # in threads; judge.reward waits for each score
+        judge_reward = judge.reward
     groups = []
     for row, group, group_texts in zip(rows, completions, texts):
         prompt_id = row["prompt_id"]
         mean_logprobs = [completion.logprobs.mean().item() for completion in group]
-        scored = rewards.reward_completions(row, group_texts, mean_logprobs, reward_weights, judge)
+        scored = rewards.reward_completions(
+            row, group_texts, mean_logprobs, reward_weights, judge_reward
+        )
         entries = []
         for completion, (reward, reward_parts) in zip(group, scored):
             if reward is None:
@@ -297,7 +301,15 @@ def main():
     build = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]
     judge = None
     if "judge" in reward_weights:
-        judge = judges.open_judge(args, root, media_config, out, device, toy.judge)
+        judge = judges.open_judge(
+            args.judge,
+            model_name=args.judge_model,
+            media_folder=root,
+            media_config=media_config,
+            cache_dir=out / "judged",
+            device=device,
+            toy_score=toy.judge,
+        )
     policy, reference = open_policies(
         folder,
         device=device,

@@ -35,6 +35,11 @@ def restore_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def seconds_since_signal():
+    """Seconds since this process received its first signal; None before any."""
+    return time.monotonic() - _received[0][1] if _received else None
+
+
 def stop_requested():
     """The signal that any rank has received, or None. Every rank gets the same answer."""
     for received in all_gather_object(_received):

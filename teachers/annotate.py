@@ -1,140 +1,301 @@
 """
-A field of every row of a file, from a model that is asked about each: one row in, one row out.
+`prepare.py captions` and `prepare.py hints`: a frozen model writes one field of every row of a file.
+One row in, one row out, in order.
 """
 
+import argparse
 import json
 import os
+import re
 from collections import deque
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data.clips import BadRow
 from data.media_flags import add_media_flags, media_config_from
-from data.rows import check_file, normalize_row, parse_line
+from data.rows import RESERVED, TAGS, answer_spec, check_file, normalize_row, parse_line
 from run import processes
 from run.errors import UserError
-from teachers.chat import NoAnswer
+from teachers.backends import ChatError
+from teachers.client import FrozenModel
+from teachers.leaks import hint_leak
+
+# ---- the flags of both commands ------------------------------------------------------------------
 
 
-def add_flags(parser, who):
-    """The flags of a command that asks a model about the rows of a file."""
+def add_flags(parser, role):
+    """role   "captioner" or "teacher": the name of the flag that says which model is asked"""
     flag = parser.add_argument
     flag("--data", required=True, help="JSONL of rows")
-    flag("--out", required=True, help="JSONL to write, in the folder of --data; one row a row")
-    flag(f"--{who}", required=True, help="URL of a chat server (http://host:8000/v1) or a folder")
-    flag(f"--{who}-model", help="the model's name on the server")
-    flag("--answers", help="folder of the answers kept (default: OUT.answers)")
-    flag("--concurrency", type=int, default=16, help="requests at one time")
+    flag("--out", required=True, help="JSONL to write, in the folder of --data")
+    flag(f"--{role}", required=True, help="URL of a chat server (http://host:8000/v1), or a folder")
+    flag(f"--{role}-model", help="the model's name on the server")
+    flag("--cache-dir", help="folder of the cached replies; OUT.answers if not given")
+    flag("--concurrency", type=int, default=16, help="requests at the same time")
     flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
     flag("--retries", type=int, default=4, help="attempts after the first")
-    flag("--frames-as", choices=["images", "video"], default="images", help="video: vLLM only")
+    formats = ["images", "video"]
+    help = "how frames are sent: one image each, or one video part for all (vLLM only)"
+    flag("--frame-format", choices=formats, default="images", help=help)
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for a folder's model")
     add_media_flags(parser, keeps_clips=False)
+    # old names
+    hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    flag("--answers", dest="cache_dir", **hidden)
+    flag("--frames-as", dest="frame_format", choices=formats, **hidden)
 
 
-def from_args(args, where, name):
-    """-> the Teacher of such a command."""
-    from teachers.client import Teacher  # slow to load: flags are parsed before it
-
+def open_model(args, where, model_name):
+    """-> the FrozenModel of such a command. Its flags are checked first."""
     check_file(args.data)
     if Path(args.out).resolve().parent != Path(args.data).resolve().parent:
         raise UserError("--out must lie beside --data: the rows' media paths are relative to it")
     if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:
         raise UserError("--concurrency and --timeout must be over 0, --retries at least 0")
-    device = processes.choose_device(args.device)
-    recipe, answers = media_config_from(args), args.answers or f"{args.out}.answers"
-    return Teacher(
+    return FrozenModel(
         where,
-        name,
-        Path(args.data).parent,
-        recipe,
-        answers,
-        args.concurrency,
-        args.timeout,
-        args.retries,
-        args.frames_as,
-        device,
+        model_name=model_name,
+        media_folder=Path(args.data).parent,
+        media_config=media_config_from(args),
+        cache_dir=args.cache_dir or f"{args.out}.answers",
+        timeout=args.timeout,
+        max_retries=args.retries,
+        frames_as=args.frame_format,
+        device=processes.choose_device(args.device),
     )
 
 
-def fill(teacher, source, out, field, find, keep, concurrency):
-    """
-    Copies a JSONL row by row and gives each row a field that it lacks.
+# ---- captions ------------------------------------------------------------------------------------
 
-    find     callable(row) -> text or None (the row needs none); raises NoAnswer, BadRow
-    keep     callable(row, text) -> None, or why the text that a row has is not to be kept
+CAPTION_PROMPT = (
+    "Describe what is heard in this recording in one or two short sentences: voices and what they "
+    "say, music, other sounds, in the order in which they come, and how often. Say only what is "
+    "heard. Reply with the description alone."
+)
+MAX_CAPTION_WORDS = 120
+
+
+def write_caption(model, row):
+    """The caption of a row's sound; None for a row without sound. Raises as FrozenModel.query."""
+    if not (row.get("audio") or row.get("use_audio")):
+        return None
+
+    def parse(reply):
+        words = one_line(reply).strip("\"' ").split()
+        if not has_words(words):
+            raise ValueError("no words")
+        return " ".join(words[:MAX_CAPTION_WORDS]).removesuffix(".")
+
+    return model.query(
+        row,
+        CAPTION_PROMPT,
+        modalities=("audio",),
+        max_tokens=2 * MAX_CAPTION_WORDS,
+        parse=parse,
+    )
+
+
+# ---- hints ---------------------------------------------------------------------------------------
+
+HINT_PROMPT = """\
+Above is a clip, if there is one. Below is a question about it, with its answer.
+
+{request}
+
+A student fails at this question. Write one short strategic hint: what to look at or listen to, \
+and in which order, such as "first locate the object making the sound, then count". One sentence, \
+at most {max_words} words. It must not give the answer away: no option or its letter, no part of \
+the answer in other words, no count, nothing that rules options out. Reply with the hint alone."""
+MAX_HINT_WORDS = 40
+HINT_LABEL = re.compile(r"(?i)^(?:strategic )?hint\s*[:\-]\s*")
+
+
+def write_hint(model, row, num_attempts):
+    """
+    A hint for a row. The teacher gets the question, options, answer, caption and frames.
+
+    num_attempts  int     replies asked for, until one does not leak the answer [U9]
+    returns       str     at most MAX_HINT_WORDS words on one line
+    raises        ChatError    also if every attempt was rejected; otherwise as FrozenModel.query
+    """
+    keys = ("question", "options", "answer", "audio_caption")
+    request = json.dumps({key: row[key] for key in keys if row.get(key)}, indent=1)
+    prompt = HINT_PROMPT.format(request=request, max_words=MAX_HINT_WORDS)
+    rejection = ""
+    for attempt in range(num_attempts):
+        reply = model.query(
+            row,
+            prompt + rejection,
+            modalities=("frames",),
+            max_tokens=3 * MAX_HINT_WORDS,
+            parse=one_line,
+            temperature=0.8 if attempt else 0.0,
+            seed=attempt,
+        )
+        hint = HINT_LABEL.sub("", reply.strip("\"' ")).strip("\"' ")
+        reason = hint_problem(hint, row)
+        if not reason:
+            return hint
+        rejection = f"\n\nThis hint was refused, since {reason}: {hint[:300]}\nWrite another."
+    # the rejected replies are cached: the same command would get the same ones
+    message = f"row {row['prompt_id']}: no hint in {num_attempts} attempts; the last: {reason}"
+    raise ChatError(f"{message}: raise --attempts")
+
+
+def hint_problem(hint, row):
+    """Why a hint cannot be used, or None."""
+    if not has_words(hint):
+        return "it has no words"
+    if len(hint.split()) > MAX_HINT_WORDS:
+        return f"it has over {MAX_HINT_WORDS} words"
+    return hint_leak(hint, *answer_spec(row))
+
+
+def has_words(texts):
+    return any(c.isalnum() for c in "".join(texts))
+
+
+def one_line(text):
+    """A reply on one line, without what a row's text may not hold."""
+    text = RESERVED.sub(" ", text)
+    text = TAGS.sub(" ", text)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split())
+
+
+# ---- every row of a file -------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What became of a row."""
+
+    number: int  # of its line, from 1
+    line: bytes  # to be written
+    kind: str  # "kept": it had the field; "new"; "needless": it needs none; "without"
+    error: Exception | None = None  # why it is without
+    note: str | None = None  # to be printed
+
+
+def annotate_rows(model, source, out, *, field, write, check, concurrency):
+    """
+    Copies a JSONL and gives each row a field that it lacks.
+
+    write    callable(row) -> text, or None: the row needs none; raises ChatError, BadRow
+    check    callable(row, text) -> None, or why the text that a row already has cannot stay
     returns  dict of counts: rows, kept (had it), new, needless, without
-    raises   UserError    after writing OUT: the model cannot be reached or refuses us
+    raises   UserError    after OUT is written: the model is unreachable or refuses us
 
-    One row in, one row out, in order. A row without an answer is named and stays as it is, but for
-    a text that is not to be kept. An OUT of before is not read: its rows, their clips or the model
-    may have changed since; the answers kept know, and give again what is still true.
+    A row without a reply is named and stays as it is, except for a text that cannot stay. An OUT
+    from before is not read: its rows, their clips or the model may have changed since. The cached
+    replies give again what still holds.
     """
-    lines, name = Path(source).read_bytes().splitlines(), Path(source).name
-    counts, waiting, dead = dict(rows=0, kept=0, new=0, needless=0, without=0), deque(), 0
-    part, late = Path(f"{out}.part"), []  # late: lines without an answer since the model's end
+    source = Path(source)
+    lines = [(i, line) for i, line in enumerate(source.read_bytes().splitlines(), 1)]
+    counts = dict(rows=0, kept=0, new=0, needless=0, without=0)
+    unasked = []  # numbers of the lines left without, after the model was given up
+    num_unreachable = 0  # failures in a row in which nobody answered
 
-    def look(line, where):
-        """-> the line to write, what became of the row, why it has no answer."""
-        try:
-            raw = parse_line(line, where)
-            row = normalize_row(raw)
-            text = raw.pop(field, None)
-            why = keep(row, text) if text else None
-            if text and not why:
-                return line, "kept", None
-            if why:
-                bar.write(f"row {row['prompt_id']}: its {field} is not kept: {why}")
-                line = json.dumps(raw).encode()
-            if text := find(row):
-                return json.dumps(raw | {field: text}).encode(), "new", None
-            return line, "needless", None
-        except (NoAnswer, BadRow, UserError) as problem:
-            if isinstance(problem, UserError):
-                teacher.end(str(problem))
-            return line, "without", problem
+    def annotate(item):
+        number, line = item
+        if not line.strip():
+            return None
+        where = f"{source.name}:{number}"
+        outcome = annotate_line(number, line, where, field=field, write=write, check=check)
+        if isinstance(outcome.error, UserError):
+            model.stop(str(outcome.error))
+        return outcome
 
-    def settle(number, asked):
-        nonlocal dead
-        line, kind, problem = asked.result()
-        dead = 0 if kind == "new" else dead + getattr(problem, "dead", False)
-        if teacher.ended and isinstance(problem, (NoAnswer, UserError)):
-            if not late:
-                bar.write(f"{teacher.ended}: for the rest only the answers kept are looked up")
-            late.append(number)
-        elif problem:
-            bar.write(f"{name}:{number}: {problem}")
-        if dead > 2 * concurrency and not teacher.ended:
-            teacher.end(f"{teacher.where} does not answer")
-        counts["rows"] += 1
-        counts[kind] += 1
-        file.write(line + b"\n")
-        bar.update()
+    part = Path(f"{out}.part")
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        with open(part, "wb") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
+            for outcome in map_in_order(pool, annotate, lines, max_ahead=4 * concurrency):
+                bar.update()
+                if outcome is None:  # an empty line
+                    continue
+                file.write(outcome.line + b"\n")
+                counts["rows"] += 1
+                counts[outcome.kind] += 1
+                if outcome.note:
+                    bar.write(outcome.note)
 
-    with open(part, "wb") as file, tqdm(total=len(lines), desc=field, disable=None) as bar:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                waiting.append((number, teacher.submit(look, line, f"{name}:{number}")))
-            if len(waiting) > 4 * concurrency:
-                settle(*waiting.popleft())
-        while waiting:
-            settle(*waiting.popleft())
-    os.replace(part, out)
-    if late:
-        print(f"{name}: no answer since then: lines {spans(late)}")
-    told = (
-        f"{out}: {counts['rows']} rows: {counts['new']} got their {field}, {counts['kept']} had it"
-    )
-    told += f", {counts['needless']} need none, {counts['without']} without"
-    print(told + (": named above; mend the cause and run again" if counts["without"] else ""))
-    if teacher.ended:
-        raise UserError(f"{teacher.ended}; the answers so far are kept: run again to go on")
+                if model.stop_reason and isinstance(outcome.error, (ChatError, UserError)):
+                    if not unasked:
+                        message = "for the rest only cached replies are looked up"
+                        bar.write(f"{model.stop_reason}: {message}")
+                    unasked.append(outcome.number)
+                elif outcome.error:
+                    bar.write(f"{source.name}:{outcome.number}: {outcome.error}")
+                if outcome.kind == "new":
+                    num_unreachable = 0
+                elif getattr(outcome.error, "unreachable", False):
+                    num_unreachable += 1
+                if num_unreachable > 2 * concurrency:
+                    model.stop(f"{model.where} does not answer")
+        os.replace(part, out)
+    finally:  # also after Ctrl-C: the program does not wait for requests
+        pool.shutdown(wait=False, cancel_futures=True)
+        why_stopped = model.stop_reason
+        model.stop("closed")
+
+    if unasked:
+        print(f"{source.name}: no reply since then: lines {line_ranges(unasked)}")
+    print(summary(out, field, counts))
+    if why_stopped:
+        raise UserError(f"{why_stopped}; the replies so far are cached: run again to continue")
     return counts
 
 
-def spans(numbers):
+def annotate_line(number, line, where, *, field, write, check):
+    """-> the Outcome of one line of the file."""
+    note = None
+    try:
+        raw = parse_line(line, where)
+        row = normalize_row(raw)
+        text = raw.pop(field, None)
+        if text:
+            problem = check(row, text)
+            if not problem:
+                return Outcome(number, line, "kept")
+            note = f"row {row['prompt_id']}: its {field} is not kept: {problem}"
+            line = json.dumps(raw).encode()
+        text = write(row)
+        if not text:
+            return Outcome(number, line, "needless", note=note)
+        return Outcome(number, json.dumps(raw | {field: text}).encode(), "new", note=note)
+    except (ChatError, BadRow, UserError) as error:
+        return Outcome(number, line, "without", error=error, note=note)
+
+
+def map_in_order(pool, function, items, max_ahead):
+    """-> function(item) of every item, in order; at most `max_ahead` are begun before their turn."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > max_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def summary(out, field, counts):
+    line = f"{out}: {counts['rows']} rows: {counts['new']} got their {field}"
+    line += f", {counts['kept']} had it, {counts['needless']} need none"
+    line += f", {counts['without']} without"
+    if counts["without"]:
+        line += ": named above; fix the cause and run again"
+    return line
+
+
+def line_ranges(numbers):
     """[1, 3, 4, 5] -> "1, 3-5"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda x: x[1] - x[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    ranges = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

@@ -1,12 +1,14 @@
 """
-The stepwise judge: what it is told, how strictly its reply is read, that no text talks it into a
-better score, and that the loop goes on while it thinks.
+The stepwise judge: what is in its request, how strictly its reply is read, that no text talks it into a
+better score, and how a step waits for it.
 
     python -m pytest tests/test_judge.py
 """
 
 import json
+import os
 import re
+import signal
 import time
 
 import pytest
@@ -17,21 +19,33 @@ from servers import ChatServer, steps_of, text_of, verdict, write_internvl
 import rewards
 from data.clips import BadRow
 from data.rows import Rows
-from teachers import chat, client, judge
-from teachers.judge import is_forged, judge_prompt, read_scores, score_steps
+from rewards import judge_reward
+from teachers import client, judge
+from teachers.backends import ChatError
+from teachers.judge import is_forged, judge_request, read_scores, score_steps
 
 STEPS = ["1: left red circle; high tone", "2: nothing; no tone", "so left: red circle"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-def teacher_of(toy_dir, tmp_path, where, **changes):
-    settings = dict(concurrency=4, timeout=5.0, retries=1) | changes
-    folder = toy_dir / "stage3"
-    return client.Teacher(str(where), "m", folder, RECIPE, tmp_path / "answers", **settings)
+def model_of(toy_dir, tmp_path, where, **changes):
+    settings = dict(timeout=5.0, max_retries=1) | changes
+    return client.FrozenModel(
+        str(where),
+        model_name="m",
+        media_folder=toy_dir / "stage3",
+        media_config=RECIPE,
+        cache_dir=tmp_path / "answers",
+        **settings,
+    )
+
+
+def judge_with(score, *, errors=(ChatError,), num_threads=4):
+    return judge.Judge("the tests'", score, errors=errors, num_threads=num_threads)
 
 
 def row_of(toy_dir, i=0):
@@ -100,17 +114,16 @@ def test_the_judge_is_blind_to_the_answer(toy_dir, tmp_path):
     row |= dict(events=["THE EVENTS"], audio_caption="a bell rings")
     text = f"<think>{STEPS[0]}\n{STEPS[1]}</think><answer>WHAT WAS ANSWERED</answer>"
     with ChatServer(lambda r, n: verdict(r)) as server:
-        teacher = teacher_of(toy_dir, tmp_path, server.url)
+        model = model_of(toy_dir, tmp_path, server.url)
+        asked = judge_with(
+            lambda row, steps: score_steps(model, row | dict(answer="THE TRUTH"), steps)
+        )
         scored = rewards.reward_completions(
             row | dict(answer="left: red circle", answer_type="location"),
             [text],
             [-1.0],
             {"judge": 1.0},
-            judge.Judge(
-                lambda row, steps: score_steps(teacher, row | dict(answer="THE TRUTH"), steps),
-                (),
-                1,
-            ),
+            asked.reward,
         )
         (request,) = server.requests
     assert scored[0][0] == 0.5
@@ -132,33 +145,32 @@ def test_no_text_leaves_its_place():
         "\\",
         "\u2028",
     ]
-    text, ticket, place = judge_prompt(row, steps)
+    text, ticket, decoy_index, num_scores = judge_request(row, steps)
     assert "<" not in text and ">" not in text
     start = text.index("{\n")
-    told, _ = json.JSONDecoder().raw_decode(text[start:])
-    assert told["steps"].pop(place) in judge.DECOYS
-    assert told == dict(question="Where? {x}", steps=steps)  # nothing lost, nothing beside it
+    fields, _ = json.JSONDecoder().raw_decode(text[start:])
+    assert fields["steps"].pop(decoy_index) in judge.DECOYS
+    assert fields == dict(question="Where? {x}", steps=steps)  # nothing lost, nothing beside it
     assert text.count(ticket) == 1 and f"{len(steps) + 1} numbers" in text
+    assert num_scores == len(steps) + 1
 
 
 def test_planted_steps_stand_anywhere():
-    places = {judge_prompt(dict(question="Where?"), [f"{i}", "a", "b"])[2] for i in range(64)}
-    planted = {judge_prompt(dict(question="Where?"), [f"{i}"])[0] for i in range(64)}
-    planted = {decoy for text in planted for decoy in judge.DECOYS if decoy in text}
+    row = dict(question="Where?")
+    places = {judge_request(row, [f"{i}", "a", "b"]).decoy_index for i in range(64)}
+    texts = {judge_request(row, [f"{i}"]).text for i in range(64)}
+    planted = {decoy for text in texts for decoy in judge.DECOYS if decoy in text}
     assert places == {0, 1, 2, 3} and planted == set(judge.DECOYS)
 
 
 def test_a_ticket_depends_on_every_word():
     row = dict(question="Where?")
-    tickets = {
-        judge_prompt(row, steps)[1] for steps in (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])
-    }
-    tickets |= {judge_prompt(dict(question="Where"), STEPS)[1]}
+    reasonings = (STEPS, STEPS[::-1], STEPS[:2], STEPS + ["x"])
+    tickets = {judge_request(row, steps).ticket for steps in reasonings}
+    tickets.add(judge_request(dict(question="Where"), STEPS).ticket)
     assert len(tickets) == 5
-    assert (
-        judge_prompt(row, STEPS)[1]
-        not in judge_prompt(row, [*STEPS, judge_prompt(row, STEPS)[1]])[1]
-    )
+    ticket = judge_request(row, STEPS).ticket
+    assert ticket not in judge_request(row, [*STEPS, ticket]).ticket
 
 
 # ---- a reasoning that talks to its judge
@@ -183,26 +195,26 @@ def test_talking_to_a_gullible_judge_does_not_pay(toy_dir, tmp_path):
     """Even one that obeys every word: of 50 hostile lines 5 are refused, 45 make the verdict void."""
     assert len(set(HOSTILE)) == 50
     with ChatServer(gullible) as server:
-        teacher = teacher_of(toy_dir, tmp_path, server.url)
-        assert judge.judge_reward(score_steps(teacher, row_of(toy_dir), STEPS)) == 0.25
+        model = model_of(toy_dir, tmp_path, server.url)
+        assert judge_reward(score_steps(model, row_of(toy_dir), STEPS)) == 0.25
         refused = 0
         for text in HOSTILE:
             if is_forged([*STEPS, text]):
                 refused += 1
-                assert score_steps(teacher, row_of(toy_dir), [*STEPS, text]) == [0.0] * 4
+                assert score_steps(model, row_of(toy_dir), [*STEPS, text]) == [0.0] * 4
             else:
-                with pytest.raises(chat.NoAnswer, match="planted"):
-                    score_steps(teacher, row_of(toy_dir), [*STEPS, text])
+                with pytest.raises(ChatError, match="planted"):
+                    score_steps(model, row_of(toy_dir), [*STEPS, text])
         assert refused == 5
         # a verdict that stands in the reasoning is never read as one, refused or not
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(judge, "is_forged", lambda steps: False)
-            with pytest.raises(chat.NoAnswer, match="ticket"):
-                score_steps(teacher, row_of(toy_dir), [*STEPS, HOSTILE[2]])
+            with pytest.raises(ChatError, match="ticket"):
+                score_steps(model, row_of(toy_dir), [*STEPS, HOSTILE[2]])
             # and this is what obedience would be worth
             patch.setattr(judge, "DECOY_MAX", 1.0)
-            obeyed = score_steps(teacher, row_of(toy_dir), [*STEPS, HOSTILE[0]])
-            assert judge.judge_reward(obeyed) == 1
+            obeyed = score_steps(model, row_of(toy_dir), [*STEPS, HOSTILE[0]])
+            assert judge_reward(obeyed) == 1
 
 
 def test_the_rule_takes_no_time():
@@ -222,15 +234,14 @@ def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
     server = ChatServer(lambda r, n: answer, delay=1.0 * (answer == "slow"))
     if answer == "dead":
         server.stop()
-    teacher = teacher_of(toy_dir, tmp_path, server.url, timeout=0.3, retries=0)
-    asked = judge.Judge(lambda row, steps: score_steps(teacher, row, steps), chat.NoAnswer, 4)
+    model = model_of(toy_dir, tmp_path, server.url, timeout=0.3, max_retries=0)
+    asked = judge_with(lambda row, steps: score_steps(model, row, steps))
     texts = [f"<think>{STEPS[0]}</think><answer>x</answer>", "no reasoning"]
     row = row_of(toy_dir)
-    asked.begin([row], [texts])
-    scored = rewards.reward_completions(
-        row, texts, [-1.0] * 2, {"format": 0.5, "judge": 0.5}, asked
-    )
-    assert scored[0][0] is None and scored[0][1]["judge"] is None and asked.why
+    asked.submit([row], [texts])
+    weights = {"format": 0.5, "judge": 0.5}
+    scored = rewards.reward_completions(row, texts, [-1.0] * 2, weights, asked.reward)
+    assert scored[0][0] is None and scored[0][1]["judge"] is None and asked.last_error
     assert scored[1][0] == -0.5  # no reasoning: nothing to judge, nothing earned [U14]
     if answer != "dead":
         server.stop()
@@ -239,12 +250,12 @@ def test_what_cannot_be_judged_has_no_reward(toy_dir, tmp_path, answer):
 def test_scores_are_kept(toy_dir, tmp_path):
     with ChatServer(lambda r, n: verdict(r)) as server:
         for _ in range(2):
-            teacher = teacher_of(toy_dir, tmp_path, server.url)
-            assert score_steps(teacher, row_of(toy_dir), STEPS) == [0.5] * 3
+            model = model_of(toy_dir, tmp_path, server.url)
+            assert score_steps(model, row_of(toy_dir), STEPS) == [0.5] * 3
         assert len(server.requests) == 1
 
 
-# ---- while the loop goes on
+# ---- how a step waits
 
 
 def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
@@ -254,14 +265,14 @@ def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
         time.sleep(0.2 if steps == ["fast"] else 0.6)
         return [1.0]
 
-    asked = judge.Judge(score, chat.NoAnswer, 4)
+    asked = judge_with(score)
     began = time.perf_counter()
     texts = [f"<think>{word}</think><answer>x</answer>" for word in ("fast", "slow", "fast")]
-    asked.begin([row], [texts])
+    asked.submit([row], [texts])
     assert time.perf_counter() - began < 0.1
-    assert asked(row, "fast") == 1.0 and 0.1 < time.perf_counter() - began < 0.5
+    assert asked.reward(row, "fast") == 1.0 and 0.1 < time.perf_counter() - began < 0.5
     time.sleep(0.6)  # work of the loop
-    assert asked(row, "slow") == 1.0
+    assert asked.reward(row, "slow") == 1.0
     took, waited = asked.times()
     assert 0.55 < took < 0.75 and 0.15 < waited < 0.35
     assert asked.times() == (0, 0)
@@ -277,9 +288,9 @@ def test_no_more_at_once_than_allowed():
         now.pop()
         return [1.0]
 
-    asked = judge.Judge(score, chat.NoAnswer, 3)
-    asked.begin([dict(prompt_id="q")], [[f"<think>{i}</think>" for i in range(12)]])
-    assert [asked(dict(prompt_id="q"), str(i)) for i in range(12)] == [1.0] * 12
+    asked = judge_with(score, num_threads=3)
+    asked.submit([dict(prompt_id="q")], [[f"<think>{i}</think>" for i in range(12)]])
+    assert [asked.reward(dict(prompt_id="q"), str(i)) for i in range(12)] == [1.0] * 12
     assert max(most) == 3
 
 
@@ -287,9 +298,9 @@ def test_a_users_mistake_in_a_judge_is_told():
     def score(row, steps):
         raise BadRow("no events")
 
-    asked = judge.Judge(score, chat.NoAnswer, 1)
+    asked = judge_with(score)
     with pytest.raises(BadRow):
-        asked(dict(prompt_id="q"), "x")
+        asked.reward(dict(prompt_id="q"), "x")
 
 
 # ---- in the loop
@@ -306,7 +317,7 @@ def by_length(request, _):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 1)
+    monkeypatch.setattr(judge, "MAX_RETRIES", 1)
     monkeypatch.setattr(judge, "TIMEOUT", 10.0)
 
 
@@ -328,7 +339,7 @@ def stage3(toy_dir, out, where, *more, code=0):
         "--steps",
         3,
         "--prompts-per-step",
-        8,
+        4,
         "--max-new-tokens",
         64,
         "--save-every",
@@ -352,38 +363,38 @@ def fast_run(toy_dir, tmp_path_factory):
     return out
 
 
-def test_a_slow_judge_is_hidden_and_changes_nothing(toy_dir, tmp_path, fast_run):
-    """The same steps as with a fast judge, to the last digit; half of its time goes unnoticed."""
+def test_a_slow_judge_changes_nothing(toy_dir, tmp_path, fast_run):
+    """The same steps as with a fast judge, to the last digit; its time is measured."""
     with ChatServer(by_length, 0.3) as server:
         stage3(toy_dir, tmp_path / "slow", server.url)
     fast, slow = read_metrics(fast_run), read_metrics(tmp_path / "slow")
     for a, b in zip(fast, slow, strict=True):
         assert same(a) == same(b)
         assert a["rewards/unjudged_frac"] == 0 and 0 < a["rewards/judge"] < 1
-    assert slow[0]["time/judge_wait_s"] > 0.2  # nothing is stored yet that could be replayed
-    judge_s, wait_s = (sum(m[f"time/judge{k}_s"] for m in slow[1:]) for k in ("", "_wait"))
-    assert judge_s > 2 * 0.3 and wait_s < 0.5 * judge_s
+        assert b["time/judge_s"] >= b["time/judge_wait_s"] > 0.2
 
 
 def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run, monkeypatch):
     """One line, the state before the step saved; with the judge back, the run goes on as ever."""
-    dies_at = 70  # in the second step: the first asks for at most 64
+    out = tmp_path / "run"
+    answered = []  # numbers of the requests of the second step
 
     def dying(request, number):
-        if number == dies_at:
+        if not (out / "metrics.jsonl").exists():  # the first step
+            return by_length(request, number)
+        answered.append(number)
+        if len(answered) == 3:
             server.stop()
-        return by_length(request, number) if number < dies_at else lambda handler: None
+        return by_length(request, number) if len(answered) < 3 else lambda handler: None
 
     monkeypatch.setattr(judge, "MAX_UNJUDGED_FRAC", 0)
-    out, strict = tmp_path / "run", ("--save-every", 100)
+    strict = ("--save-every", 100)
     server = ChatServer(dying)
     printed = stage3(toy_dir, out, server.url, *strict, code=1)
-    assert len(server.requests) >= dies_at
     last = printed.splitlines()[-1]
     assert "of the completions could not be judged: " in last and "does not answer" in last
     assert "--resume" in last and "Traceback" not in printed
-    done = len(read_metrics(out))
-    assert 1 <= done <= 2 and (out / f"checkpoints/step-{done:06d}").is_dir()
+    assert len(read_metrics(out)) == 1 and (out / "checkpoints/step-000001").is_dir()
     judged = len(list((out / "judged").rglob("*.json")))
     with ChatServer(by_length) as server:  # at another address
         stage3(toy_dir, out, server.url, *strict, "--resume")
@@ -396,8 +407,10 @@ def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run,
 
 
 def test_a_few_that_are_not_judged_leave_their_groups(toy_dir, tmp_path):
-    some = lambda r, n: "what?" if n % 8 == 0 else by_length(r, n)
-    with ChatServer(some) as server:
+    def sometimes(request, number):
+        return "what?" if number % 8 == 0 else by_length(request, number)
+
+    with ChatServer(sometimes) as server:
         stage3(toy_dir, tmp_path / "run", server.url, "--steps", 1)
     metrics = read_metrics(tmp_path / "run")
     assert 0 < metrics[0]["rewards/unjudged_frac"] <= 0.25
@@ -413,6 +426,41 @@ def test_a_judge_that_never_answers_stops_the_first_step(toy_dir, tmp_path, monk
     assert "Connection refused" in printed.splitlines()[-1]
 
 
+def test_a_wait_for_the_judge_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(judge, "NOTICE_AFTER", 0.1)
+    asked = judge_with(lambda row, steps: time.sleep(0.8) or [1.0])
+    assert asked.reward(dict(prompt_id="q"), "one step") == 1.0
+    assert asked.reward(dict(prompt_id="q"), "one step") == 1.0  # known: no second wait
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "waiting for the judge the tests'" in line and "1 of 1" in line
+
+
+def test_a_run_that_waits_for_its_judge_obeys_sigterm(
+    toy_dir, tmp_path, fast_run, monkeypatch, capsys
+):
+    """Within seconds; the step is taken again by --resume, and nothing is lost or counted twice."""
+    monkeypatch.setattr(judge, "GRACE", 0.5)
+    monkeypatch.setattr(judge, "NOTICE_AFTER", 0.1)
+    began = []
+
+    def never(request, number):
+        if not began:
+            began.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with ChatServer(never) as server:
+        printed = stage3(toy_dir, tmp_path / "run", server.url, code=143)
+        assert time.monotonic() - began[0] < 20  # seconds, on a busy machine
+    assert "waiting for the judge" in printed
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "saved step 0" in last and "--resume" in last
+    with ChatServer(by_length) as server:
+        stage3(toy_dir, tmp_path / "run", server.url, "--resume")
+    for a, b in zip(read_metrics(fast_run), read_metrics(tmp_path / "run"), strict=True):
+        assert same(a) == same(b)
+
+
 def test_a_local_folder_judges(toy_dir, tmp_path, monkeypatch):
     """InternVL's architecture with random weights, in this process: every reply is a verdict."""
     monkeypatch.setattr(judge, "DECOY_MAX", 1.0)  # such a judge cannot tell true from false
@@ -422,7 +470,7 @@ def test_a_local_folder_judges(toy_dir, tmp_path, monkeypatch):
         tmp_path / "run",
         tmp_path / "internvl",
         "--steps",
-        2,
+        1,
         "--prompts-per-step",
         2,
         "--max-new-tokens",
@@ -475,4 +523,4 @@ def test_reasoning_steps(think, steps):
     ],
 )
 def test_mean_of_the_steps(step_scores, reward):
-    assert judge.judge_reward(step_scores) == reward
+    assert judge_reward(step_scores) == reward

@@ -34,7 +34,6 @@ ALONE = [  # files that know nothing of ours: each can be copied as it is
     "data/clips.py",
     "data/toy_clips.py",
     "models/attention.py",
-    "teachers/chat.py",
     "teachers/leaks.py",
     "evaluation/scores.py",
 ]

@@ -1212,7 +1212,7 @@ def test_fuzz_answers_never_raise_and_rewards_stay_in_range(answer_type):
 # ---- a whole group
 
 
-toy_judge = judge.Judge(toy.judge, (), 1)
+toy_judge = judge.Judge("toy", toy.judge, errors=(), num_threads=1).reward
 
 
 def test_reward_completions_by_hand():

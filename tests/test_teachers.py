@@ -1,11 +1,12 @@
 """
-Asking frozen models: over HTTP with every fault a server can have, in process, and by the commands
-that write captions and hints.
+Frozen models: over HTTP with every fault a server can have, in this process, and as the commands that
+write captions and hints.
 
     python -m pytest tests/test_teachers.py
 """
 
 import base64
+import functools
 import importlib.util
 import io
 import json
@@ -29,14 +30,15 @@ from servers import ChatServer, text_of, transformers_serve, write_internvl, wri
 from data.clips import BadRow, decode_clip
 from data.rows import normalize_row
 from run.errors import UserError
-from teachers import annotate, chat, client, judge
+from teachers import annotate, backends, client, judge
+from teachers.backends import ChatError
 
 KEY = "sk-not-to-be-told"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -58,9 +60,20 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def teacher_of(folder, where, name="m", **changes):
-    settings = dict(concurrency=4, timeout=5.0, retries=2) | changes
-    return client.Teacher(str(where), name, folder, RECIPE, folder / "answers", **settings)
+def model_of(folder, where, model_name="m", **changes):
+    settings = dict(timeout=5.0, max_retries=2) | changes
+    return client.FrozenModel(
+        str(where),
+        model_name=model_name,
+        media_folder=folder,
+        media_config=RECIPE,
+        cache_dir=folder / "answers",
+        **settings,
+    )
+
+
+def query(model, row, text, modalities=(), parse=str, max_tokens=9, **more):
+    return model.query(row, text, modalities=modalities, max_tokens=max_tokens, parse=parse, **more)
 
 
 def row_of(folder, i=0):
@@ -70,42 +83,42 @@ def row_of(folder, i=0):
 # ---- a server and its faults
 
 
-def ask_once(url, **changes):
-    return chat.Server(url, **dict(key="", timeout=5.0, retries=2) | changes).chat(dict(model="m"))
+def chat_once(url, *, timeout=5.0, max_retries=2):
+    server = backends.ChatServer(
+        url, model_name="m", timeout=timeout, max_retries=max_retries, frames_as="images"
+    )
+    return server.chat([], "Well?", max_tokens=9, temperature=0.0, seed=0)
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
-def test_what_may_pass_is_asked_again(status):
+def test_a_passing_error_is_retried(status):
     with ChatServer(lambda r, n: "yes" if n == 3 else (status, {}, b"busy")) as server:
-        assert ask_once(server.url) == "yes" and len(server.requests) == 3
+        assert chat_once(server.url) == "yes" and len(server.requests) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 301])
-def test_a_refusal_is_not_asked_again(status):
+def test_a_refusal_is_not_retried(status):
     location = {"Location": "http://127.0.0.1:9/v1/chat/completions"}
     with ChatServer(lambda r, n: (status, location, b"no such thing")) as server:
-        with pytest.raises(chat.NoAnswer, match=f"status {status}: no such thing"):
-            ask_once(server.url)
+        with pytest.raises(ChatError, match=f"status {status}: no such thing"):
+            chat_once(server.url)
         assert len(server.requests) == 1
 
 
 def test_the_server_says_how_long_to_wait(monkeypatch):
     with ChatServer(lambda r, n: "yes" if n == 2 else (429, {"Retry-After": "0.4"}, b"")) as server:
         began = time.monotonic()
-        assert ask_once(server.url) == "yes" and time.monotonic() - began > 0.4
-    assert chat.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert chat.retry_after("1e9") == chat.MAX_WAIT and chat.retry_after("nan") == 0
-    assert chat.retry_after(None) == chat.retry_after("soon") == 0
+        assert chat_once(server.url) == "yes" and time.monotonic() - began > 0.4
 
 
 def test_back_off_grows():
     times = []
     with ChatServer(lambda r, n: times.append(time.monotonic()) or (500, {}, b"")) as server:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chat, "FIRST_WAIT", 0.1)
-            patch.setattr(chat.random, "random", lambda: 0.5)
-            with pytest.raises(chat.NoAnswer):
-                ask_once(server.url, retries=3)
+            patch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.1)
+            patch.setattr("openai._base_client.random", lambda: 0.0)  # no jitter
+            with pytest.raises(ChatError):
+                chat_once(server.url, max_retries=3)
     gaps = np.diff(times)
     assert len(gaps) == 3 and gaps[1] > 1.5 * gaps[0] and gaps[2] > 1.5 * gaps[1]
 
@@ -126,14 +139,14 @@ GARBAGE = [
 @pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_is_no_answer(content):
     with ChatServer(lambda r, n: (200, {}, content)) as server:
-        with pytest.raises(chat.NoAnswer, match="sent no text"):
-            ask_once(server.url)
+        with pytest.raises(ChatError, match="sent no text"):
+            chat_once(server.url)
 
 
 def test_half_characters_are_replaced():
     content = b'{"choices": [{"message": {"content": "a\\ud800b"}}]}'
     with ChatServer(lambda r, n: (200, {}, content)) as server:
-        assert ask_once(server.url) == "a?b"
+        assert chat_once(server.url) == "a?b"
 
 
 def drip(handler):
@@ -154,76 +167,89 @@ def cut(handler):
 
 @pytest.mark.parametrize("fault", ["silent", "drip", "cut", "nobody", "not http", "huge"])
 def test_dead_and_slow_servers_end_in_time(fault, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_REPLY", 10_000)
+    monkeypatch.setattr(backends, "MAX_REPLY_BYTES", 10_000)
     answer = {"silent": "x", "drip": drip, "cut": cut, "huge": (200, {}, b"x" * 20_000)}
     answer["not http"] = lambda handler: handler.wfile.write(b"\0\0garbage\n\n")
     server = ChatServer(lambda r, n: answer.get(fault, ""), delay=2.0 * (fault == "silent"))
     if fault == "nobody":
         server.stop()
     began = time.monotonic()
-    with pytest.raises(chat.NoAnswer, match="does not answer") as told:
-        ask_once(server.url, timeout=0.4, retries=1)
-    assert told.value.dead and time.monotonic() - began < 1.5
+    with pytest.raises(ChatError, match="does not answer") as error:
+        chat_once(server.url, timeout=0.4, max_retries=1)
+    assert error.value.unreachable and time.monotonic() - began < 1.5
     if fault != "nobody":
         server.stop()
 
 
-def test_closing_ends_what_is_under_way(rows):
+def test_stopping_ends_questions_under_way(rows):
     with ChatServer(lambda r, n: "late", delay=5.0) as server:
-        teacher = teacher_of(rows, server.url, timeout=30.0)
-        asked = teacher.submit(teacher.ask, row_of(rows), (), "text", 9, str)
-        while not server.requests:
-            time.sleep(0.01)
-        began = time.monotonic()
-        teacher.__exit__()
-        with pytest.raises(chat.NoAnswer):
-            asked.result()
-        assert time.monotonic() - began < 1
+        model = model_of(rows, server.url, timeout=30.0)
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(query, model, row_of(rows), "text")
+            while not server.requests:
+                time.sleep(0.01)
+            began = time.monotonic()
+            model.stop("enough")
+            with pytest.raises(ChatError):
+                reply.result()
+            assert time.monotonic() - began < 1
+        with pytest.raises(ChatError, match="enough"):
+            query(model, row_of(rows), "another")
+        assert len(server.requests) == 1
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(rows, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    reply = lambda r, n: f"you sent {KEY}" if n == 1 else (401, {}, f"wrong key {KEY}".encode())
+
+    def reply(request, number):
+        return f"you sent {KEY}" if number == 1 else (401, {}, f"wrong key {KEY}".encode())
+
     with ChatServer(reply) as server:
-        teacher = teacher_of(rows, server.url)
-        said = teacher.ask(row_of(rows), (), "one", 9, str)
-        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-        assert KEY not in said and said == "you sent ***"
-        with pytest.raises(UserError, match="OPENAI_API_KEY") as told:
-            teacher.ask(row_of(rows), (), "two", 9, str)
-        assert KEY not in str(told.value)
-    kept = list((rows / "answers").rglob("*.json"))
-    assert len(kept) == 1 and KEY not in kept[0].read_text()
+        model = model_of(rows, server.url)
+        assert query(model, row_of(rows), "one") == "you sent ***"
+        assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+        with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+            query(model, row_of(rows), "two")
+        assert KEY not in str(error.value)
+    cached = list((rows / "answers").rglob("*.json"))
+    assert len(cached) == 1 and KEY not in cached[0].read_text()
     assert KEY not in json.dumps(server.requests)
 
 
-def test_no_error_tells_the_key(monkeypatch):
-    """A server that echoes it where no status line is, or half of it where a message is cut."""
-    for reply in (
+@pytest.mark.parametrize(
+    "reply",
+    [
         lambda handler: handler.wfile.write(f"{KEY} nonsense\n\n".encode()),
         (400, {}, b"x" * 190 + KEY.encode()),
         (400, {}, b" " * 290 + KEY.encode()),
-    ):
-        with ChatServer(lambda r, n: reply) as server, pytest.raises(chat.NoAnswer) as told:
-            ask_once(server.url, key=KEY, retries=0)
-        assert KEY[:6] not in str(told.value) and "***" in str(told.value)
+        (400, {"Content-Type": "application/json"}, json.dumps({"error": KEY}).encode()),
+        (302, {"Location": f"http://127.0.0.1:9/{KEY}"}, KEY.encode()),
+    ],
+    ids=["status line", "cut at 200", "after spaces", "json", "redirect"],
+)
+def test_no_error_shows_the_key(reply, monkeypatch, caplog):
+    """A server that sends it back where no status line is, or where a message is cut."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with ChatServer(lambda r, n: reply) as server, pytest.raises(ChatError) as error:
+        chat_once(server.url, max_retries=0)
+    assert KEY[:6] not in f"{error.value!r} {error.value.__cause__!r}" + caplog.text
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     "where", ["http://host:80x/v1", "http:///v1", "http://[x/v1", "http://host:0/v1"]
 )
 def test_an_address_that_is_none_is_one_line(rows, where):
-    with pytest.raises(UserError, match="is no address .* give one like") as told:
-        teacher_of(rows, where)
-    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match="is no address .* give one like") as error:
+        model_of(rows, where)
+    assert "\n" not in str(error.value)
     assert f"prepare.py: {where} is no address" in caption(rows, where, code=1)
 
 
 def test_no_more_requests_at_once_than_allowed(rows):
-    with ChatServer(lambda r, n: "x", delay=0.05) as server:
-        teacher = teacher_of(rows, server.url, concurrency=3)
-        asked = [teacher.submit(teacher.ask, row_of(rows), (), str(i), 9, str) for i in range(12)]
-        assert [a.result() for a in asked] == ["x"] * 12 and server.most_at_once == 3
+    with ChatServer(lambda r, n: "a tone", delay=0.1) as server:
+        caption(rows, server.url, "--concurrency", 3)
+        assert server.most_at_once == 3
 
 
 # ---- what is asked, and what is kept
@@ -232,11 +258,9 @@ def test_no_more_requests_at_once_than_allowed(rows):
 def test_frames_and_sound_arrive_as_decoded(rows):
     clip = decode_clip(row_of(rows), rows, RECIPE)
     with ChatServer(lambda r, n: "ok") as server:
-        teacher_of(rows, server.url).ask(row_of(rows), ("frames", "audio"), "What?", 9, str)
-        teacher_of(rows, server.url, frames_as="video").ask(
-            row_of(rows), ("frames",), "What?", 9, str
-        )
-        teacher_of(rows, server.url).ask(row_of(rows), ("audio",), "What?", 9, str)
+        query(model_of(rows, server.url), row_of(rows), "What?", ("frames", "audio"))
+        query(model_of(rows, server.url, frames_as="video"), row_of(rows), "What?", ("frames",))
+        query(model_of(rows, server.url), row_of(rows), "What?", ("audio",))
     images, video, sound = (r["messages"][0]["content"] for r in server.requests)
     assert [part["type"] for part in images] == ["image_url"] * len(clip.frames) + [
         "input_audio",
@@ -263,36 +287,38 @@ def test_frames_and_sound_arrive_as_decoded(rows):
 
 def test_nothing_is_asked_twice(rows):
     with ChatServer(lambda r, n: f"answer {n}") as server:
-        first = teacher_of(rows, server.url).ask(row_of(rows), ("frames",), "What?", 9, str)
-        again = teacher_of(rows, server.url).ask(row_of(rows), ("frames",), "What?", 9, str)
+        first = query(model_of(rows, server.url), row_of(rows), "What?", ("frames",))
+        again = query(model_of(rows, server.url), row_of(rows), "What?", ("frames",))
         assert first == again == "answer 1" and len(server.requests) == 1
         # another question, model, draw, clip or span is another question
-        teacher_of(rows, server.url).ask(row_of(rows), ("frames",), "Why?", 9, str)
-        teacher_of(rows, server.url, "other").ask(row_of(rows), ("frames",), "What?", 9, str)
-        teacher_of(rows, server.url).ask(row_of(rows), ("frames",), "What?", 9, str, 1.0, seed=1)
-        teacher_of(rows, server.url).ask(row_of(rows) | dict(end=1.0), ("frames",), "What?", 9, str)
+        query(model_of(rows, server.url), row_of(rows), "Why?", ("frames",))
+        query(model_of(rows, server.url, "other"), row_of(rows), "What?", ("frames",))
+        query(
+            model_of(rows, server.url), row_of(rows), "What?", ("frames",), temperature=1.0, seed=1
+        )
+        query(model_of(rows, server.url), row_of(rows) | dict(end=1.0), "What?", ("frames",))
         shutil.copy(rows / row_of(rows, 1)["video"], rows / row_of(rows)["video"])
-        teacher_of(rows, server.url).ask(row_of(rows), ("frames",), "What?", 9, str)
+        query(model_of(rows, server.url), row_of(rows), "What?", ("frames",))
         assert len(server.requests) == 6
 
 
 def test_a_damaged_answer_is_asked_for_again(rows):
     with ChatServer(lambda r, n: "answer") as server:
-        teacher = teacher_of(rows, server.url)
-        teacher.ask(row_of(rows), (), "What?", 9, str)
+        model = model_of(rows, server.url)
+        query(model, row_of(rows), "What?")
         (kept,) = (rows / "answers").rglob("*.json")
         for damage in ("", kept.read_text()[:20], "[]", '{"reply"'):
             kept.write_text(damage)
-            assert teacher.ask(row_of(rows), (), "What?", 9, str.strip) == "answer"
+            assert query(model, row_of(rows), "What?", parse=str.strip) == "answer"
         assert len(server.requests) == 5
 
 
 def test_a_reply_of_no_use_is_not_kept(rows):
     with ChatServer(lambda r, n: "0.5" if n > 1 else "half") as server:
-        teacher = teacher_of(rows, server.url)
-        with pytest.raises(chat.NoAnswer, match="'half'"):
-            teacher.ask(row_of(rows), (), "How many?", 9, float)
-        assert teacher.ask(row_of(rows), (), "How many?", 9, float) == 0.5
+        model = model_of(rows, server.url)
+        with pytest.raises(ChatError, match="'half'"):
+            query(model, row_of(rows), "How many?", parse=float)
+        assert query(model, row_of(rows), "How many?", parse=float) == 0.5
 
 
 def test_a_clip_is_decoded_once_for_many_questions(rows, monkeypatch):
@@ -300,21 +326,21 @@ def test_a_clip_is_decoded_once_for_many_questions(rows, monkeypatch):
     decode = client.decode_clip
     monkeypatch.setattr("teachers.client.decode_clip", lambda *a: decoded.append(1) or decode(*a))
     with ChatServer(lambda r, n: "x") as server:
-        teacher = teacher_of(rows, server.url, concurrency=8)
-        asked = [
-            teacher.submit(teacher.ask, row_of(rows), ("frames",), str(i), 9, str) for i in range(8)
-        ]
-        assert [a.result() for a in asked] == ["x"] * 8 and len(decoded) == 1
+        model = model_of(rows, server.url)
+        ask = lambda i: query(model, row_of(rows), str(i), ("frames",))  # noqa: E731
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, range(8))) == ["x"] * 8
+    assert len(decoded) == 1
 
 
 def test_a_users_mistakes_are_one_line(rows):
     with pytest.raises(UserError, match="which model"):
-        teacher_of(rows, "http://127.0.0.1:9/v1", None)
+        model_of(rows, "http://127.0.0.1:9/v1", None)
     with pytest.raises(UserError, match="no model folder"):
-        teacher_of(rows, rows / "nothing")
+        model_of(rows, rows / "nothing")
     row = row_of(rows) | dict(video="../../etc/passwd")
     with pytest.raises(BadRow, match="not in the JSONL's folder"):
-        teacher_of(rows, "http://127.0.0.1:9/v1").ask(row, ("frames",), "What?", 9, str)
+        query(model_of(rows, "http://127.0.0.1:9/v1"), row, "What?", ("frames",))
 
 
 # ---- captions
@@ -373,8 +399,11 @@ def test_nothing_is_lost_and_a_second_run_goes_on(rows):
     lines[1:1] = ["{not json \u00e9", json.dumps(broken)]
     (rows / "in.jsonl").write_bytes("\n".join(lines).encode("latin-1") + b"\n")
     third = row_of_text(lines[-1])
-    down = lambda r, n: (503, {}, b"") if same_clip(r, rows, third) else "a tone"
-    with ChatServer(down) as server:
+
+    def down_for_the_third(request, _):
+        return (503, {}, b"") if same_clip(request, rows, third) else "a tone"
+
+    with ChatServer(down_for_the_third) as server:
         printed = caption(rows, server.url, code=1)
         assert "in.jsonl:2: " in printed and "row gone" in printed and "status 503" in printed
         assert "6 rows: 3 got their audio_caption, 0 had it, 0 need none, 3 without" in printed
@@ -395,7 +424,7 @@ def row_of_text(line):
 def same_clip(request, folder, row):
     sound = next(p for p in request["messages"][0]["content"] if p["type"] == "input_audio")
     clip = decode_clip(row, folder, RECIPE)
-    return base64.b64decode(sound["input_audio"]["data"]) == client.wav_bytes(clip.audio)
+    return base64.b64decode(sound["input_audio"]["data"]) == backends.wav_bytes(clip.audio)
 
 
 def test_a_killed_run_pays_for_nothing_twice(rows):
@@ -450,10 +479,10 @@ def test_a_command_that_ends_early_loses_no_answer(rows):
         (rows / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
         server.reply = lambda r, n: (401, {}, b"who are you?")
         printed = caption(rows, server.url, code=1)
-    assert "in.jsonl: no answer since then: lines 2\n" in printed
+    assert "in.jsonl: no reply since then: lines 2\n" in printed
     assert "3 got their audio_caption, 0 had it, 0 need none, 1 without" in printed
     assert read(rows / "out.jsonl") == [before[0], changed[1], *before[2:]]
-    assert annotate.spans([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+    assert annotate.line_ranges([1, 3, 4, 5, 9]) == "1, 3-5, 9"
 
 
 def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
@@ -475,7 +504,7 @@ def test_an_answer_to_another_clip_is_not_taken_from_out(rows):
 def test_a_row_with_several_sounds_is_asked_about(rows):
     for name, rate in (("one.wav", 400), ("two.wav", 800)):
         tone = np.sin(np.arange(16000) * rate / 16000 * 2 * np.pi).astype(np.float32)
-        (rows / name).write_bytes(client.wav_bytes(tone))
+        (rows / name).write_bytes(backends.wav_bytes(tone))
     row = dict(
         prompt_id="both",
         question="Which?",
@@ -530,7 +559,7 @@ def write_hints(rows, where, *more, code=0):
 
 
 def answer_in(text):
-    """The answer that a teacher is told: it sees the full context."""
+    """The answer in a request for a hint: the teacher gets the full context."""
     return json.loads(re.search(r'"answer": (".*?")', text)[1])
 
 
@@ -555,8 +584,7 @@ def test_hints_that_leak_are_refused_and_asked_for_again(rows):
 
 
 def test_a_teacher_that_always_leaks_writes_no_hint(rows):
-    leak = lambda r, n: f"it is {answer_in(text_of(r))}"
-    with ChatServer(leak) as server:
+    with ChatServer(lambda r, n: f"it is {answer_in(text_of(r))}") as server:
         (rows / "in.jsonl").write_text((rows / "in.jsonl").read_text().splitlines()[0] + "\n")
         printed = write_hints(rows, server.url, code=1)
         assert len(server.requests) == 3 and "no hint in 3 attempts" in printed
@@ -611,23 +639,25 @@ STEPS = ["1: left red circle; high tone", "so red"]
 @pytest.mark.parametrize("name", ["internvl", "qwen", "omni"])
 def test_a_folder_is_asked_in_process(rows, tiny, name, monkeypatch):
     monkeypatch.setattr(judge, "DECOY_MAX", 1.0)  # random weights cannot tell true from false
-    teacher = teacher_of(rows, tiny / name, None)
+    model = model_of(rows, tiny / name, None)
     random_state = torch.get_rng_state()
-    greedy = teacher.ask(row_of(rows), ("frames",), "What is seen?", 12, str)
-    one, two, same = (
-        teacher.ask(row_of(rows), ("frames",), "What is seen?", 12 + i // 2, str, 1.0, seed=i % 2)
-        for i in range(3)
-    )
+    ask = functools.partial(query, model, row_of(rows), "What is seen?", ("frames",))
+    greedy = ask(max_tokens=12)
+    one = ask(max_tokens=12, temperature=1.0, seed=0)
+    two = ask(max_tokens=12, temperature=1.0, seed=1)
+    same = ask(max_tokens=13, temperature=1.0, seed=0)
     assert greedy and one != two and same.startswith(one[:3])
     assert torch.equal(random_state, torch.get_rng_state())  # training's draws are not disturbed
-    scores = judge.score_steps(teacher, row_of(rows), STEPS)  # random weights, and yet a verdict
+    scores = judge.score_steps(model, row_of(rows), STEPS)  # random weights, and yet a verdict
     assert len(scores) == 2 and all(f"{s:.1f}" in judge.TENTHS for s in scores)
 
 
 def test_the_frames_reach_a_local_model(rows, tiny):
     """Other frames, another reply: what is shown is really read."""
-    teacher = teacher_of(rows, tiny / "qwen", None)
-    replies = {teacher.ask(row_of(rows, i), ("frames",), "Describe.", 24, str) for i in range(4)}
+    model = model_of(rows, tiny / "qwen", None)
+    replies = {
+        query(model, row_of(rows, i), "Describe.", ("frames",), max_tokens=24) for i in range(4)
+    }
     assert len(replies) > 1
 
 
@@ -650,29 +680,27 @@ def test_every_command_against_a_real_server(rows, tiny):
         where = (url, "--captioner-model", tiny / "omni", "--timeout", 60)
         printed = caption(rows, *where, out="heard.jsonl")
         assert "2 rows: 2 got their audio_caption" in printed
-        teacher = teacher_of(rows, url, str(tiny / "omni"), timeout=60.0)
-        local = teacher_of(rows, tiny / "omni", None)
-        asked = [
-            t.ask(row_of(rows), ("frames", "audio"), "What?", 16, str) for t in (teacher, local)
-        ]
-        assert asked[0] == asked[1]  # the same clip arrives, over HTTP and in process
+        model = model_of(rows, url, str(tiny / "omni"), timeout=60.0)
+        local = model_of(rows, tiny / "omni", None)
+        over_http, in_process = (
+            query(m, row_of(rows), "What?", ("frames", "audio"), max_tokens=16)
+            for m in (model, local)
+        )
+        assert over_http == in_process  # the same clip arrives, over HTTP and in process
         # random weights: whatever they write is a hint, if it is short and no leak
         where = (url, "--teacher-model", tiny / "qwen", "--timeout", 60)
         write_hints(rows, *where, code=os.EX_OK if hints_come(rows, url, tiny) else 1)
-        with pytest.raises(chat.NoAnswer, match="of no use"):  # a random model writes no verdict
+        with pytest.raises(ChatError, match="unusable"):  # a random model writes no verdict
             judge.score_steps(
-                teacher_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS
+                model_of(rows, url, str(tiny / "internvl"), timeout=60.0), row_of(rows), STEPS
             )
 
 
 def hints_come(rows, url, tiny):
     """Whether this random teacher has a hint for every row: asked as the command asks."""
-    from teachers.hint_writer import ask_hint
-
-    teacher = teacher_of(rows, url, str(tiny / "qwen"), timeout=60.0)
-    teacher.answers = rows / "out.jsonl.answers"
-    with ThreadPoolExecutor(1):
-        try:
-            return all(ask_hint(teacher, row_of(rows, i), 3) for i in range(2))
-        except chat.NoAnswer:
-            return False
+    model = model_of(rows, url, str(tiny / "qwen"), timeout=60.0)
+    model.cache_dir = rows / "out.jsonl.answers"
+    try:
+        return all(annotate.write_hint(model, row_of(rows, i), 3) for i in range(2))
+    except ChatError:
+        return False
