@@ -29,9 +29,10 @@ def test_stage_defaults_and_precedence():
     assert args.num_on == 4 and args.num_off == 4 and args.off_policy_coef == 0.6
     args, _, _ = train_rl.parse_args(["--stage", "2", "--algo", "grpo", "--model", "some/7B"])
     assert (args.num_on, args.num_off, args.tas_shape, args.hints) == (8, 0, "uniform", False)
-    assert (
-        args.buffer_size == 10000 and args.lora_rank == 16 and args.lr == 5e-7
-    )  # the paper's, not the toy's
+    assert args.buffer_size == 10000 and args.lora_rank == 16  # the paper's, not the toy's
+    assert args.lr == 1e-5
+    args, _, _ = train_rl.parse_args(["--model", "some/7B", "--lora-rank", "0"])
+    assert args.lr == 5e-7  # the authors', for full weights
     args, source, _ = train_rl.parse_args(["--algo", "avatar-gspo"])
     assert (args.clip_eps, source["clip_eps"], args.num_off) == (0.005, "avatar-gspo", 4)
     args, _, _ = train_rl.parse_args(
