@@ -159,6 +159,7 @@ from rl import guards, metrics
 from rl.held_out import HeldOut
 from rl.hint_visits import HintVisits
 from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
+from rl.page import RunPage
 from rl.samples import SampleLog
 from run import checkpoint, logs, optim, processes
 from run.errors import out_of_memory_advice
@@ -291,7 +292,14 @@ def add_gradient(
 def main():
     args, source, reward_weights = parse_args()
     device = processes.init(args.device)
-    out = open_run_dir(args, source)
+    out = open_run_dir(
+        args.out,
+        arguments=vars(args),
+        source=source,
+        resume=args.resume,
+        trackers=args.log,
+    )
+    processes.check_dtype(device, args.dtype)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
     toy_model, toy_train, toy_test = toy.write_defaults(args.stage, args.model, args.data)
     tas = dict(
@@ -375,11 +383,25 @@ def main():
 
     def save(step, state):
         state = state | checkpoint.states(buffer=buffer)
-        checkpoint.save(out, step, policy, optimizer, state, args.keep)
+        checkpoint.save(
+            out,
+            step,
+            policy=policy,
+            optimizer=optimizer,
+            state=state,
+            keep_checkpoints=args.keep_checkpoints,
+        )
 
     hint_visits = HintVisits(hint_schedule, buffer, clip_cache, policy, dummy, args.temperature)
     num_steps = args.steps or -(-len(rows) // args.prompts_per_step)
-    log = logs.begin(out, args, start_step)
+    log = logs.RunLog(
+        out,
+        arguments=vars(args),
+        step=start_step,
+        num_steps=num_steps,
+        trackers=args.log,
+    )
+    run_page = RunPage(out)
     sample_log = SampleLog(out, rows, build, num_steps)
     processes.print0(
         f"  {len(rows)} rows, {num_steps} steps of {args.prompts_per_step} prompts, from step {start_step}"
@@ -536,7 +558,9 @@ def main():
             report["eval/acc"] = accuracy
             if progress["before"] is not None:
                 report["eval/before"] = progress["before"]
-        log(report, show=is_eval_step)
+        log.write(report)
+        if is_eval_step:
+            run_page.update()
         steps.tell(metrics.step_line(report))
         guard.stop_if_collapsed(report)
         guard.warn_if_idle(report, steps.tell)

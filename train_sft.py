@@ -56,6 +56,7 @@ from models.loading import open_policies, write_merged
 from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
 from rl import guards, metrics
+from rl.page import RunPage
 from run import checkpoint, logs, optim, processes
 from run.launch import run_main
 from run.run_dir import open_run_dir
@@ -89,7 +90,14 @@ def gradient(policy, prompts, completions, micro_tokens):
 def main():
     args, source = parse_args()
     device = processes.init(args.device)
-    out = open_run_dir(args, source)
+    out = open_run_dir(
+        args.out,
+        arguments=vars(args),
+        source=source,
+        resume=args.resume,
+        trackers=args.log,
+    )
+    processes.check_dtype(device, args.dtype)
     processes.check_multiple("--batch-size", args.batch_size)
     toy_model, toy_train, _ = toy.write_defaults(0, args.model, args.data)
 
@@ -123,10 +131,18 @@ def main():
     processes.print0(f"  {len(rows)} rows, {count} steps of {args.batch_size}, from step {start}")
 
     def save(step, state):
-        checkpoint.save(out, step, policy, optimizer, state, args.keep)
+        checkpoint.save(
+            out,
+            step,
+            policy=policy,
+            optimizer=optimizer,
+            state=state,
+            keep_checkpoints=args.keep_checkpoints,
+        )
 
     stream.prefetch_next()
-    log = logs.begin(out, args, start)
+    log = logs.RunLog(out, arguments=vars(args), step=start, num_steps=count, trackers=args.log)
+    RunPage(out)  # written at the end of the run
     watch_signals()
     steps = processes.Steps(start, count, "stage 0")
     for step in steps:
@@ -154,7 +170,7 @@ def main():
             "time/data_s": clock.seconds["data"],
             "time/step_s": step_s,
         }
-        log(report)
+        log.write(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
         small_state = functools.partial(checkpoint.states, health=watch, rows=stream)
         save_and_maybe_stop(step, count, args.save_every, lambda: save(step, small_state()))

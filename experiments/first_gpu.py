@@ -234,7 +234,8 @@ def whole_step(at):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "checkpoints").mkdir()
-        save = partial(checkpoint.save, out, 1, at.policy, optimizer, {}, keep=1)
+        parts = dict(policy=at.policy, optimizer=optimizer, state={}, keep_checkpoints=1)
+        save = partial(checkpoint.save, out, 1, **parts)
         result["save_s"] = timed(at, save, 1, 0) / 1e3
         for parameter in trained:
             parameter.data.zero_()

@@ -10,7 +10,8 @@ from pathlib import Path
 from run import processes
 from run.arguments import check_model
 from run.errors import UserError
-from run.io import temp_dir
+from run.io import default_file_modes, temp_dir
+from run.run_dir import has_checkpoint
 
 
 def run_final(folder):
@@ -91,7 +92,7 @@ def resolve_start_model(folder, lora_rank, out, write_merged):
     if not lora_rank or not is_adapter(folder):
         return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
     base = Path(out).resolve() / "base"
-    if processes.rank() == 0 and not (Path(out) / "run.json").exists():
+    if processes.rank() == 0 and not has_checkpoint(Path(out)):
         shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
     if processes.rank() == 0 and not base.exists():
         part = temp_dir(base)
@@ -114,5 +115,7 @@ def save_model(policy, folder, processor):
         part = temp_dir(folder)
         policy.model.save_pretrained(part, state_dict=state)
         processor.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with a path of here
+        default_file_modes(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from run import processes
-from run.errors import UserError
 
 
 def load_sharded(load, device, dtype, frozen=False):
@@ -65,9 +64,7 @@ def no_weights():
 def to_device(policy, device, dtype):
     """Moves a whole policy to its device; sharded when there is a GPU or more than one process."""
     if not dist.is_initialized():
-        if dtype == "bfloat16":
-            told = "--dtype bfloat16 needs a GPU or several processes: FSDP computes in it"
-            raise UserError(told)
+        processes.check_dtype(device, dtype)
         return policy.to(device)
     param_dtype = cast_frozen(policy, device, dtype)
     return shard(policy.to(device), device, param_dtype)

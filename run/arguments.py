@@ -1,5 +1,5 @@
 """
-The arguments that every trainer takes, where each value comes from, and which numbers are allowed.
+The flags that every trainer takes, where each value comes from, and which numbers are allowed.
 """
 
 import argparse
@@ -13,83 +13,128 @@ from run.io import safe_streams
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it is written, and every default."""
+    """The docstring as it is written; after each help text the default, if that says something."""
+
+    def _get_help_string(self, action):
+        default = action.default  # 0 is a default to show, False is not
+        is_silent = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if is_silent or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 PARSER = dict(formatter_class=Formatter, allow_abbrev=False)
 
-# what may change when a run is resumed: where and how fast it computes, and what it tolerates
-MAY_CHANGE = """
-    out resume log save_every keep eval_every eval_samples eval_data cache_gb device micro_tokens allow_outside
-    on_bad_step max_seq_ratio attn
-""".split()
-
 TRACKERS = ("tensorboard", "wandb")  # packages that --log may name: run/logs.py
+
+# ---- the flags ---------------------------------------------------------------------------------
 
 
 def add_flags(parser):
-    parser.epilog = """
-Defaults are those for the --model, --data, --stage and --algo on the line; without --model they are
-the toy's. Tags in [] are explained in README.md and docs/method.md.
-"""
+    """
+    Adds the flags of a training command.
+
+    returns   add_argument of the last group, "model and data"
+    """
     parser.usage = "%(prog)s [--flag value ...]"
-    flag = parser.add_argument_group("run").add_argument
-    flag("--out", help="folder of the run; must be new, or --resume")
-    flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
-    flag("--seed", type=int, default=0, help="of the data order and every draw")
-    flag("--resume", action="store_true", help="continue --out where it stopped")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    parser.epilog = """
+The defaults shown are those for the other flags on this command line. Without --model they are the
+toy's. Tags in [] are explained in README.md and docs/method.md.
+"""
     dtypes = ["auto", "float32", "bfloat16"]
-    flag("--dtype", default="auto", choices=dtypes, help="to compute in; auto: bfloat16 on a GPU")
     kernels = ["auto", "flash", "fa3", "fa4", "sdpa"]
-    flag(
-        "--attn",
-        default="auto",
-        choices=kernels,
-        help="kernel of attention; auto: flash, if it can",
-    )
+    hidden = argparse.SUPPRESS
+    # fmt: off
+
+    flag = parser.add_argument_group("run").add_argument
+    flag("--out", help="folder of the run; it must be new, except with --resume")
+    flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
+    flag("--seed", type=int, default=0, help="random seed")
+    flag("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
+    flag("--dtype", default="auto", choices=dtypes, help="of the computation; auto: bfloat16 on a GPU, else float32")
+    flag("--attn", default="auto", choices=kernels, help="attention kernel; auto: flash where it works")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
-    flag(
-        "--keep",
-        type=int,
-        default=2,
-        help="checkpoints kept; one may be cut off by a dying machine",
-    )
-    choices = ["stop", "skip"]
-    flag("--on-bad-step", choices=choices, default="stop", help="a gradient that must not be used")
-    told = f"metrics also to {' or '.join(TRACKERS)}; may be given twice"
-    flag("--log", action="append", choices=TRACKERS, default=[], help=told)
+    flag("--keep-checkpoints", type=int, default=2, metavar="N", help="keep the newest N; a dying machine may cut off the last one")
+    flag("--keep", type=int, dest="keep_checkpoints", default=hidden, help=hidden)
+    flag("--on-bad-step", choices=["stop", "skip"], default="stop", help="what to do if a step's loss or gradient is not finite, or a ratio too large")
+    flag("--log", action="append", choices=TRACKERS, default=[], help=f"also log to {' or '.join(TRACKERS)}; may be given twice")
+
     flag = parser.add_argument_group("model and data").add_argument
-    flag("--model", help="folder or hub id (default: the toy, written to toy/model)")
-    flag("--data", help="JSONL of rows (default: the toy's for this stage)")
+    flag("--model", help="folder of a model or a run, or hub id (default: the toy, written to toy/model)")
+    flag("--data", help="JSONL of rows (default: the toy's rows for this stage)")
+
+    # fmt: on
     return flag
+
+
+# ---- where each value comes from ---------------------------------------------------------------
 
 
 def parse(parser, argv, overrides):
     """
-    Parses twice, so that defaults which depend on other flags still lose to a typed one. With
-    --resume, what the run began with stands for what is not typed again.
+    Parses twice, so that defaults which depend on other flags still lose to a typed flag. With
+    --resume, the arguments that the run began with are the defaults.
 
-    overrides   callable(args of the first pass) -> pairs of (name, {flag: value}), later ones win
-    returns     args, {flag: where its value comes from: "typed", the name of an override, or None}
+    overrides   callable(args of the first pass) -> pairs (name, {flag: value}); later ones win
+    returns     args, {flag: where its value comes from: "typed", the name of an override, "run.json"
+                or None for the parser's own default}
     """
-    source = {}
     words = sys.argv[1:] if argv is None else argv
-    first = [word for word in words if word not in ("-h", "--help")]  # help: the final defaults
-    first = parser.parse_known_args(first)[0]
+    without_help = [word for word in words if word not in ("-h", "--help")]
+    first, _ = parser.parse_known_args(without_help)
+    source = dict.fromkeys(vars(first))
     for name, values in [*overrides(first), ("run.json", resumed_arguments(first))]:
         parser.set_defaults(**values)
-        source |= {key: name for key in values}
+        source |= dict.fromkeys(values, name)
     args = parser.parse_args(argv)
+    source |= dict.fromkeys(typed_flags(parser, words, vars(args)), "typed")
+
     if not (args.out or "").strip():
         raise UserError("--out is empty: give a folder")
-    if broken := [k for k, v in vars(args).items() if isinstance(v, str) and not encodable(v)]:
-        told = f"--{broken[0].replace('_', '-')} has letters that this terminal's encoding lacks"
-        raise UserError(f"{told}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
-    return args, {
-        key: source.get(key) if value == parser.get_default(key) else "typed"
-        for key, value in vars(args).items()
-    }
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not is_encodable(value):
+            raise UserError(
+                f"{as_flag(name)} has letters that this terminal's encoding lacks: set "
+                "LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+            )
+    return args, source
+
+
+def typed_flags(parser, words, names):
+    """-> the names of the flags on the command line, also of those typed with their default value."""
+    untyped = []  # argparse fills in only what is absent; a list, as --log appends to a copy of it
+    namespace = argparse.Namespace(**dict.fromkeys(names, untyped))
+    parser.parse_known_args(words, namespace)
+    return [name for name, value in vars(namespace).items() if value is not untyped]
+
+
+def resumed_arguments(args):
+    """-> {flag: value} of the run in --out that --resume continues; {} without --resume."""
+    about = read_run_json(args.out or "") if args.resume else {}
+    if about.get("script") != Path(sys.argv[0]).name:
+        return {}
+    names = vars(args).keys() - {"out", "resume", "device"}
+    return {name: value for name, value in about["arguments"].items() if name in names}
+
+
+def read_run_json(out):
+    """What OUT/run.json holds; {} before there is one."""
+    path = Path(out) / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def as_flag(name):
+    """max_frames -> --max-frames"""
+    return "--" + name.replace("_", "-")
+
+
+def is_encodable(text):
+    """False for text with halves of letters, which an ASCII terminal gives to Python."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
 
 
 def answer_early(parse_args):
@@ -103,6 +148,7 @@ def answer_early(parse_args):
             parsed = parse_args()
             args = parsed[0] if isinstance(parsed, tuple) else parsed
             check_inputs(getattr(args, "model", None), getattr(args, "data", None))
+            return parsed
     except (UserError, FileNotFoundError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
@@ -133,29 +179,11 @@ def check_model(name):
         raise FileNotFoundError(f"no model at {name}: {reason}")
 
 
-def encodable(text):
-    """Whether a text is whole: what an ASCII terminal could not tell Python comes as half letters."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def resumed_arguments(args):
-    """-> {flag: value} of the run in --out that is to be resumed, if one is."""
-    about = read_run_json(args.out or "") if args.resume else {}
-    kept = about["arguments"] if about.get("script") == Path(sys.argv[0]).name else {}
-    return {k: v for k, v in kept.items() if k in vars(args).keys() - {"out", "resume", "device"}}
-
-
-def read_run_json(out):
-    """What OUT/run.json holds; {} before there is one."""
-    path = Path(out) / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-# of the numbers that both trainers take: the least; or the least and the most
+# bounds of the numbers that both trainers take: the least, or (least, most)
 BOUNDS = dict(
     seed=0,
     steps=0,
-    keep=1,
+    keep_checkpoints=1,
     save_every=0,
     cache_gb=0,
     lr=0,
@@ -165,16 +193,18 @@ BOUNDS = dict(
 
 
 def check_bounds(args, **bounds):
+    """raises   UserError   a number of `args` that is out of its bounds; None is allowed"""
     for name, bound in bounds.items():
         least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
         value = getattr(args, name)
-        if value is not None and not (least <= value <= most and value < math.inf):
-            told = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: {told} is needed")
+        if value is None or (least <= value <= most and value < math.inf):
+            continue
+        wanted = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+        raise UserError(f"{as_flag(name)} {value}: give {wanted}")
 
 
 def parse_weights(flag, text, names):
-    """'format=.5,acc=.5' -> {part: weight}, of the parts called `names`."""
+    """'format=.5,acc=.5' -> {part: weight}; `names` are the parts there are."""
     weights = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
@@ -183,6 +213,8 @@ def parse_weights(flag, text, names):
         except ValueError:
             weights[name] = math.nan
         if name not in names or not math.isfinite(weights[name]):
-            told = f"{part!r} is no part of the reward ({', '.join(names)}) with its weight"
-            raise UserError(f"{flag}: {told}: write it as format=.5,acc=.5")
+            raise UserError(
+                f"{flag}: {part!r} is not a part of the reward ({', '.join(names)}) with its weight: "
+                "write it as format=.5,acc=.5"
+            )
     return weights

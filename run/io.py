@@ -1,4 +1,4 @@
-"""Small writes to disk that are whole or not there at all."""
+"""Small writes to disk that are whole or absent, and streams that may go away."""
 
 import contextlib
 import fcntl
@@ -11,12 +11,27 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# ---- files -------------------------------------------------------------------------------------
+
 
 def write_text(path, text):
     """Writes the whole text or nothing."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def append_json(path, item):
+    """Appends one line of JSON. JSON has no NaN and no infinity: these are written as null."""
+    finite = {}
+    for key, value in item.items():
+        is_broken = isinstance(value, float) and not math.isfinite(value)
+        finite[key] = None if is_broken else value
+    with open(path, "a") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+# ---- folders -----------------------------------------------------------------------------------
 
 
 def temp_dir(folder):
@@ -27,12 +42,15 @@ def temp_dir(folder):
     return part
 
 
-def append_json(path, item):
-    """Appends one line of JSON. JSON has no NaN and no infinity: these are written as null."""
-    is_finite = lambda value: not isinstance(value, float) or math.isfinite(value)  # noqa: E731
-    finite = {key: value if is_finite(value) else None for key, value in item.items()}
-    with open(path, "a") as file:
-        file.write(json.dumps(finite) + "\n")
+def default_file_modes(folder):
+    """
+    Gives the files of a new folder the mode that the user's umask asks for. safetensors writes files
+    that only their owner can read, so that nobody else could load the weights.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -45,10 +63,13 @@ def file_lock(folder):
         yield
 
 
+# ---- the screen --------------------------------------------------------------------------------
+
+
 class SafeStream:
     """
-    stdout or stderr that may go away (`| head`): the run continues without it. A character that
-    the terminal's encoding lacks is written as its code.
+    stdout or stderr that may go away (`| head`): the run continues without it. A letter that the
+    terminal's encoding lacks is written as its code.
     """
 
     def __init__(self, stream):

@@ -25,6 +25,8 @@ PEER_GONE = "Connection closed by peer|Connection reset by peer|Broken pipe|remo
 def user_message(error, user_errors):
     """The one line for an error that the user can fix, or None for all others."""
     missing_paths = (FileNotFoundError, FileExistsError, NotADirectoryError)
+    # some by name: this file does not load torch and safetensors
+    kind = type(error).__name__
     if isinstance(error, (UserError, *user_errors, *missing_paths)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("av", "torchaudio"):
@@ -33,17 +35,24 @@ def user_message(error, user_errors):
         is_denied = error.errno in (errno.EACCES, errno.EROFS)
         remedy = "give another path, or the right to use it" if is_denied else "make room"
         place = error.filename or "disk"
-        return f"{place}: {error.strerror}: {remedy}, then continue with --resume"
-    # by name: this file does not load torch and safetensors
-    if type(error).__name__ == "SafetensorError":
-        return f"a weights file cannot be read or written ({error}): is the disk full, or the file cut off?"
-    if type(error).__name__ == "OutOfMemoryError":
-        always = "what every step needs: more GPUs, or --lora-rank 16"
+        return f"{place}: {error.strerror}: {remedy}, then {how_to_continue()}"
+    if kind == "SafetensorError":
+        return (
+            f"cannot read or write a weights file ({error}): is the disk full, or the file cut off?"
+        )
+    if kind == "OutOfMemoryError":
+        always = "what every step needs: use more GPUs, or start a new --out with --lora-rank 16"
         return f"out of GPU memory in {getattr(error, 'advice', always)}"
     if isinstance(error, RuntimeError) and world_size() > 1 and re.search(PEER_GONE, str(error)):
         line = "another process of the run has ended, see above"
         return f"rank {rank()}: {line}; continue with: {resume_command()}"
     return None
+
+
+def how_to_continue():
+    """The end of a remedy; only some commands have --resume."""
+    has_resume = Path(sys.argv[0]).stem in ("train_rl", "train_sft", "eval")
+    return "continue with --resume" if has_resume else "run the command again"
 
 
 def run_main(main, *user_errors):

@@ -1,93 +1,98 @@
 """
 Where the numbers of a step go: metrics.jsonl, and with --log TensorBoard and Weights & Biases too.
 
-Both get every finite number of metrics.jsonl under the same name, and on resuming go on in the same curves.
+Both get every finite number of metrics.jsonl under the same name, and continue the same curves when a
+run is resumed.
 """
 
-import contextlib
 import json
 import math
-import time
 import uuid
 
-from run import page, processes
+from run import processes
 from run.errors import UserError
 from run.io import append_json
 from run.run_dir import begin_run_dir, exit_stack
 
-PAGE_FRAC = (
-    0.01  # of a run's time that its page may take: that of a very long run is written less often
-)
 
-
-def begin(out, args, step):
+class RunLog:
     """
-    Begins the logs of a run, or goes on after `step`; its page is written at its end.
+    Opens the logs of a run that starts, or continues after `step`.
 
-    returns  callable(dict of a step's metrics, show=False): logs them; with `show` the page is written too
+    out         folder of the run
+    arguments   {flag: value}, vars(args)
+    step        0, or the step of the checkpoint that the run continues from
+    num_steps   of the whole run
+    trackers    some of arguments.TRACKERS
     """
-    begin_run_dir(out, args, step)
-    if processes.rank():
-        return lambda report, show=False: None
-    exit_stack.callback(last_page, out)
-    openers = dict(tensorboard=open_tensorboard, wandb=open_wandb)
-    trackers = [openers[name](out, args, step) for name in dict.fromkeys(args.log)]
 
-    due = 0.0
+    def __init__(self, out, *, arguments, step, num_steps, trackers):
+        self.path = out / "metrics.jsonl"
+        self.trackers = []
+        begin_run_dir(out, arguments=arguments, step=step, num_steps=num_steps)
+        if processes.rank() == 0:
+            if "tensorboard" in trackers:
+                self.trackers.append(TensorBoard(out, step))
+            if "wandb" in trackers:
+                self.trackers.append(WandB(out, arguments))
 
-    def log(report, show=False):
-        nonlocal due
-        append_json(out / "metrics.jsonl", report)
-        numbers = {k: v for k, v in report.items() if isinstance(v, (int, float)) and k != "step"}
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        for tracker in trackers:
-            tracker(finite, report["step"])
-        if show and (began := time.monotonic()) >= due:
-            page.write(out)
-            due = time.monotonic() + (time.monotonic() - began) / PAGE_FRAC
-
-    return log
-
-
-def last_page(out):
-    with contextlib.suppress(
-        OSError
-    ):  # what ended the run has been told: its page is no second reason
-        page.write(out)
+    def write(self, report):
+        """Logs the metrics of a step, {name: value}, `step` among them. Only rank 0 writes."""
+        if processes.rank():
+            return
+        append_json(self.path, report)
+        scalars = {}
+        for name, value in report.items():
+            is_number = isinstance(value, (int, float))
+            if is_number and math.isfinite(value) and name != "step":
+                scalars[name] = value
+        for tracker in self.trackers:
+            tracker.write(scalars, report["step"])
 
 
-def open_tensorboard(out, args, step):
-    from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+class TensorBoard:
+    def __init__(self, out, step):
+        from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
-    writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # readers drop what runs again
-    exit_stack.callback(writer.close)
+        # readers drop what was logged from purge_step on: those steps run again
+        self.writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+        exit_stack.callback(self.writer.close)
 
-    def log(scalars, step):
+    def write(self, scalars, step):
         for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()  # a killed run goes on from its checkpoint: all before that has to be there
+            self.writer.add_scalar(name, value, step)
+        # a killed run continues from a checkpoint: all that was logged before it has to be on disk
+        self.writer.flush()
 
-    return log
 
+class WandB:
+    """OUT/wandb.json holds the run's id and the last step sent: a step that runs again is not resent."""
 
-def open_wandb(out, args, step):
-    """OUT/wandb.json holds the run's id there and the last step sent: what runs again is not sent again."""
-    import wandb
+    def __init__(self, out, arguments):
+        import wandb
 
-    path = out / "wandb.json"
-    sent = json.loads(path.read_text()) if path.exists() else dict(id=uuid.uuid4().hex[:12], step=0)
-    place = dict(project="avatar", name=out.name, id=sent["id"], dir=out, resume="allow")
-    try:
-        run = wandb.init(config=vars(args), **place)
-    except wandb.errors.Error as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--log wandb: {why}; without its server: WANDB_MODE=offline") from None
-    exit_stack.callback(run.finish)
+        self.path = out / "wandb.json"
+        self.sent = dict(id=uuid.uuid4().hex[:12], step=0)
+        if self.path.exists():
+            self.sent = json.loads(self.path.read_text())
+        try:
+            self.run = wandb.init(
+                project="avatar",
+                name=out.name,
+                id=self.sent["id"],
+                dir=out,
+                resume="allow",
+                config=arguments,
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"--log wandb: {reason}; without its server: WANDB_MODE=offline"
+            ) from None
+        exit_stack.callback(self.run.finish)
 
-    def log(scalars, step):
-        if step > sent["step"]:
-            run.log(scalars, step=step)
-            sent["step"] = step
-            path.write_text(json.dumps(sent))
-
-    return log
+    def write(self, scalars, step):
+        if step > self.sent["step"]:
+            self.run.log(scalars, step=step)
+            self.sent["step"] = step
+            self.path.write_text(json.dumps(self.sent))

@@ -1,5 +1,5 @@
 """
-The loop around the gradient: packs that fit in memory, the learning rate, clipping. Copy it freely.
+Around the gradient: micro-batches that fit in memory, the learning rate, clipping. Copy it freely.
 """
 
 import math
@@ -12,14 +12,21 @@ WARMUP_FRAC = 0.05  # share of the steps in which the learning rate rises (autho
 
 
 def micro_batches(sizes, max_tokens):
-    """Indices of items, in order, in packs of at most max_tokens (an item over it gets its own)."""
-    packs, room = [], -1
+    """
+    Splits items into packs of consecutive ones with at most max_tokens in all; a larger item gets a
+    pack of its own.
+
+    sizes     list of int, tokens of each item
+    returns   list of lists of indices
+    """
+    packs = []
+    free_tokens = -1
     for i, size in enumerate(sizes):
-        if size > room:
+        if size > free_tokens:
             packs.append([])
-            room = max_tokens
+            free_tokens = max_tokens
         packs[-1].append(i)
-        room -= size
+        free_tokens -= size
     return packs
 
 
@@ -27,20 +34,23 @@ def lr_scale(step, steps, warmup, cosine):
     """Factor of `step` (from 1): linear warm-up, then constant, or a cosine down to 10 %."""
     if step <= warmup:
         return step / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 0.55 + 0.45 * math.cos(math.pi * done) if cosine else 1.0
+    if not cosine:
+        return 1.0
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
 def adamw(policy, lr):
     trained = [p for p in policy.parameters() if p.requires_grad]
-    # on a GPU one kernel: the default there makes copies as large as what it is given
-    fused = trained[0].device.type == "cuda" or None
+    # on a GPU the fused kernel: the default one makes temporary copies as large as the parameters
+    fused = True if trained[0].device.type == "cuda" else None
     return torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY, fused=fused)
 
 
 def step(optimizer, lr, step, steps, cosine):
-    """A step with the gradient that was added up, which is then gone, at the rate of `step`."""
-    scale = lr_scale(step, steps, max(1, round(WARMUP_FRAC * steps)), cosine)
+    """Takes step `step` of `steps` with the accumulated gradient, and clears the gradient."""
+    warmup = max(1, round(WARMUP_FRAC * steps))
+    scale = lr_scale(step, steps, warmup, cosine)
     for group in optimizer.param_groups:
         group["lr"] = lr * scale
     optimizer.step()
@@ -48,7 +58,9 @@ def step(optimizer, lr, step, steps, cosine):
 
 
 def clip_grad_norm(policy):
-    """Clips in place -> the gradient's norm over all ranks and parameters before clipping, float."""
+    """Clips in place -> norm before clipping, over all parameters and ranks (float)."""
     params = [p for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if hasattr(norm, "full_tensor"):  # under FSDP each rank holds a part of it
+        norm = norm.full_tensor()
+    return float(norm)

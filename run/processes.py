@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from run.errors import UserError
 
-# rank 0 may work for long while the others wait for it in `gather`; a dead one ends torchrun anyway
+# rank 0 may work for long while the others wait for it; if it dies, torchrun ends them all
 LONG_TIMEOUT = timedelta(hours=6)
-# the group that objects go through where tensors have NCCL: no GPU is waited for, or for LONG_TIMEOUT
+ESTIMATE_AFTER = 5  # steps, before the time of the remaining ones is estimated
+# The group for Python objects where tensors go through NCCL: such a wait occupies no GPU and may last
+# for LONG_TIMEOUT.
 _objects = []
-ESTIMATE_AFTER = 5  # steps after which the time of the others is estimated
+
+# ---- ranks -------------------------------------------------------------------------------------
 
 
 def rank():
@@ -27,6 +30,14 @@ def rank():
 
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+# ---- devices -----------------------------------------------------------------------------------
 
 
 def choose_device(device):
@@ -49,7 +60,7 @@ def init(device):
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(gpu)
-    # the same bits twice, with any number of threads; a GPU's kernels are not all so
+    # on a CPU two equal runs give the same bits; not all kernels of a GPU can
     torch.use_deterministic_algorithms(device == "cpu")
     if world_size() > 1 and device == "cpu":
         dist.init_process_group("gloo", timeout=LONG_TIMEOUT)
@@ -62,11 +73,21 @@ def init(device):
 
 
 def compute_dtype(device, dtype):
+    """--dtype -> torch.dtype"""
     import torch
 
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, dtype)
+
+
+def check_dtype(device, dtype):
+    """raises   UserError   --dtype cannot be trained in here, because FSDP does the casting"""
+    if dtype == "bfloat16" and device.type == "cpu" and world_size() == 1:
+        raise UserError("--dtype bfloat16 needs a GPU or several processes: leave it out")
+
+
+# ---- what all ranks know -----------------------------------------------------------------------
 
 
 def all_gather_object(item):
@@ -97,17 +118,20 @@ def broadcast_object(item):
     return items[0]
 
 
-def even_rounds(items, filler):
+# ---- who does what -----------------------------------------------------------------------------
+
+
+def even_rounds(items, dummy):
     """
-    As many rounds on every rank, as a forward under FSDP needs: a rank that has fewer items than
-    another goes on with fillers. -> pairs of (item, whether it is one of the items)
+    Yields (item, True) for each item, then (dummy, False) until every rank has had as many rounds: in
+    each round all ranks must make the same forward passes, or FSDP would hang.
     """
     for k in range(max(all_gather_object(len(items)))):
-        yield (items[k], True) if k < len(items) else (filler, False)
+        yield (items[k], True) if k < len(items) else (dummy, False)
 
 
 def local_slice(count):
-    """The slice of `count` things that is this rank's."""
+    """The slice of `count` things that belongs to this rank."""
     return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
@@ -121,36 +145,44 @@ def check_multiple(flag, value):
         raise UserError(f"{flag} {value} must be a multiple of the {world_size()} processes")
 
 
-def print0(*words):
-    if rank() == 0:
-        print(*words, flush=True)
+# ---- the steps ---------------------------------------------------------------------------------
 
 
 class Steps:
     """
-    The steps of a run, from the one after `start`, with a bar on rank 0; without a terminal only what
-    is told through it appears.
+    The numbers of a run's steps, from the one after `start` to `count`, with a bar on rank 0. The bar
+    appears only on a terminal; what is printed through `tell` appears anywhere.
     """
 
     def __init__(self, start, count, title):
-        self.step, self.count = start, count
+        self.step = start
+        self.count = count
         self.bar = tqdm(
-            total=count, initial=start, desc=title, dynamic_ncols=True, disable=bool(rank()) or None
+            total=count,
+            initial=start,
+            desc=title,
+            dynamic_ncols=True,
+            disable=True if rank() else None,  # None: only on a terminal
         )
 
     def __iter__(self):
-        began, start = time.monotonic(), self.step
+        start = self.step
+        start_time = time.monotonic()
         while self.step < self.count:
             self.step += 1
             yield self.step
             self.bar.update()
-            left = self.count - self.step
-            if self.step == start + ESTIMATE_AFTER and left > ESTIMATE_AFTER:
-                minutes = (time.monotonic() - began) / ESTIMATE_AFTER * left / 60
-                self.tell(f"about {minutes:.1f} minutes for the other {left} steps")
+            remaining = self.count - self.step
+            if self.step == start + ESTIMATE_AFTER and remaining > ESTIMATE_AFTER:
+                step_s = (time.monotonic() - start_time) / ESTIMATE_AFTER
+                minutes = step_s * remaining / 60
+                self.tell(f"about {minutes:.1f} minutes for the remaining {remaining} steps")
         self.bar.close()
 
     def tell(self, text):
-        """A line about the present step."""
+        """Prints a line about the present step."""
         line = f"step {self.step:4d}/{self.count}  {text}"
-        print0(line) if self.bar.disable else self.bar.write(line)
+        if self.bar.disable:
+            print0(line)
+        else:
+            self.bar.write(line)

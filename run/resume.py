@@ -1,4 +1,4 @@
-"""The command that continues the present run, as it is printed in messages."""
+"""The command that continues the present run, as messages print it."""
 
 import os
 import re

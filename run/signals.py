@@ -29,7 +29,7 @@ def watch_signals():
 
 
 def restore_signals():
-    """Python's own handlers again, and no memory of what was received."""
+    """Python's own handlers again; forgets what was received."""
     _received.clear()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,7 +54,7 @@ def save_and_maybe_stop(step, num_steps, save_every, save):
     signal asked the run to stop.
 
     save     callable()     writes the checkpoint of this step
-    raises   run.errors.Stopped     after saving, if a signal asked for it
+    raises   Stopped        after saving, if a signal asked for it
     """
     signal_number = stop_requested()
     is_due = save_every and (step % save_every == 0 or step == num_steps)

@@ -76,7 +76,9 @@ def check_resuming(policy, plain, load_sharded, out):
     optimizer = optim.adamw(policy, 1e-2)
     fake_step(policy, optimizer)
     fake_step(plain, optim.adamw(plain, 1e-2))
-    checkpoint.save(out, 1, policy, optimizer, dict(number=7), keep=1)
+    checkpoint.save(
+        out, 1, policy=policy, optimizer=optimizer, state=dict(number=7), keep_checkpoints=1
+    )
     again, _ = load_sharded()
     other = optim.adamw(again, 1e-2)
     here = out / "not on this node" if processes.rank() else out

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run.before_torch  # noqa: F401  must come before torch
 
 import train_rl
-from rl import samples
-from run import logs, page, processes
+from rl import page, samples
+from run import logs, processes
 from run.launch import run_main
 
 spent = Counter()

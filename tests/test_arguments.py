@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = ["toy", "train_sft", "eval", "prepare"]
+COMMANDS = ["toy", "train_sft", "train_rl", "eval", "prepare"]
 FLAGS = {"prepare": ["check", "rows.jsonl"]}
 
 
@@ -46,7 +46,7 @@ def test_a_mistyped_flag_ends_with_a_line(command):
     assert done.returncode == 2 and "--sead" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["train_sft", "eval"])
+@pytest.mark.parametrize("command", ["train_sft", "train_rl", "eval"])
 @pytest.mark.parametrize("flag", ["--data", "--model"])
 def test_a_missing_file_ends_with_a_line(command, flag, tmp_path):
     words = [sys.executable, f"{command}.py", flag, str(tmp_path / "none" / "x" / "y")]

@@ -197,14 +197,15 @@ def test_a_checkpoint_before_the_first_step_is_the_start(toy_dir, tmp_path):
     policy = load_policy(toy_dir / "model", 0, False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
-    checkpoint.save(tmp_path, 0, policy, optimizer, dict(number=7), keep=1)
+    parts = dict(policy=policy, optimizer=optimizer, keep_checkpoints=1)
+    checkpoint.save(tmp_path, 0, state=dict(number=7), **parts)
     assert not optimizer.state
     assert checkpoint.load(tmp_path, policy, optimizer)["number"] == 7 and not optimizer.state
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    checkpoint.save(tmp_path, 1, policy, optimizer, {}, keep=1)
+    checkpoint.save(tmp_path, 1, state={}, **parts)
     again = torch.optim.AdamW(trained, lr=0.1)
     assert checkpoint.load(tmp_path, policy, again)["step"] == 1
     assert equal(list(again.state.values()), list(optimizer.state.values()))

@@ -4,9 +4,10 @@ A run to look at: its page, in a real browser where there is one; what --log giv
     python -m pytest tests/test_page.py
 """
 
+import base64
 import json
 import math
-import os
+import re
 import shutil
 import struct
 from importlib.util import find_spec
@@ -15,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import in_browser, launch, needs_browser
-from test_run import same_weights, sft_flags, stopped_copy, without_times
+from test_run import same_weights, stopped_copy, without_times
 from test_train_rl import read_metrics, rl_flags
 
 import tas
 from grpo import group_advantages
-from rl import metrics, samples
-from run import page
+from rl import metrics, page, samples
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 HINTS = (
@@ -46,14 +46,22 @@ def write(path, items):
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
-def told(folder):
-    """What the page says is missing."""
-    return " | ".join(data_of(page.write(folder))["told"])
+def notes_of(path):
+    """What a page says is missing."""
+    return re.search(r'<ul id="notes">(.*?)</ul>', path.read_text(encoding="ascii"), re.S)[1]
 
 
 def data_of(path):
+    """The samples in a page."""
     text = path.read_text(encoding="ascii")
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+def pictures_of(path):
+    """-> {title of a chart: its SVG}, of those that are drawn."""
+    pattern = r"<img alt='(.*?)' src='data:image/svg\+xml;base64,(.*?)'>"
+    found = re.findall(pattern, path.read_text(encoding="ascii"))
+    return {title: base64.b64decode(picture).decode() for title, picture in found}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,7 @@ def a_run(toy_dir, tmp_path_factory):
     """A short run with replay and hints, of which every second step is sampled."""
     out = tmp_path_factory.mktemp("page") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "EVERY", 2)
+        patch.setattr(samples, "MIN_INTERVAL", 2)
         launch(*rl_flags(toy_dir, 2, out, *HINTS))
     return out
 
@@ -70,12 +78,14 @@ def a_run(toy_dir, tmp_path_factory):
 
 
 def test_held_out_accuracy_begins_before_the_first_step(a_run):
-    steps, (run,) = read_metrics(a_run), data_of(page.write(a_run))["runs"]
-    at, values, *_ = run["series"]["eval/acc"]
-    assert run["axes"]["completions"][at[0]] == run["axes"]["seconds"][at[0]] == 0
-    assert values == pytest.approx(
-        [steps[1]["eval/before"], steps[1]["eval/acc"], steps[3]["eval/acc"]], abs=1e-3
-    )
+    steps, run = read_metrics(a_run), page.read_run(a_run, [])
+    at = np.flatnonzero(np.isfinite(run.metrics["eval/acc"]))
+    assert run.x["completions"][at[0]] == run.x["seconds"][at[0]] == 0
+    assert run.metrics["eval/acc"][at].tolist() == [
+        steps[1]["eval/before"],
+        steps[1]["eval/acc"],
+        steps[3]["eval/acc"],
+    ]
     assert "eval/before" not in steps[0]
 
 
@@ -124,7 +134,7 @@ def test_a_letter_of_several_tokens_is_whole(toy_dir):
 
 
 def test_a_page_changes_no_bit_and_goes_on_when_resumed(toy_dir, a_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "EVERY", 2)
+    monkeypatch.setattr(samples, "MIN_INTERVAL", 2)
     resumed, bare = tmp_path / "resumed", tmp_path / "bare"
     flags = (*HINTS, "--save-every", 2)
     launch(*rl_flags(toy_dir, 2, tmp_path / "whole", *flags))
@@ -132,7 +142,7 @@ def test_a_page_changes_no_bit_and_goes_on_when_resumed(toy_dir, a_run, tmp_path
     launch("train_rl.py", "--out", resumed, "--resume", "--steps", 4)
     for name in ("samples.jsonl", "clips.jsonl"):
         assert (resumed / name).read_text() == (a_run / name).read_text()
-    monkeypatch.setattr(samples.Samples, "write", lambda *_: None)
+    monkeypatch.setattr(samples.SampleLog, "write", lambda *_: None)
     monkeypatch.setattr(page, "write", lambda *_: None)
     launch(*rl_flags(toy_dir, 2, bare, *HINTS))
     assert same_weights(a_run, bare) and not (bare / "index.html").exists()
@@ -142,12 +152,32 @@ def test_a_page_changes_no_bit_and_goes_on_when_resumed(toy_dir, a_run, tmp_path
 def test_the_page_is_one_file_and_tells_no_place(a_run, toy_dir):
     text = (a_run / "index.html").read_text(encoding="ascii")
     assert len(text) < page.LIMIT and "default-src 'none'" in text
+    pictures = pictures_of(a_run / "index.html")
+    text += "".join(pictures.values())
     assert str(a_run.parent) not in text and str(toy_dir) not in text
-    assert "http:" not in text.replace("http://www.w3.org/2000/svg", "") and "https:" not in text
+    # the only addresses are the names of SVG's own vocabularies
+    hosts = set(re.findall(r"https?://([\w.]+)", text))
+    assert hosts <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
+    assert not re.search(r"(src|href)=['\"]?https?:", text)
     data = data_of(a_run / "index.html")
-    assert [step for step, _ in data["samples"]][0] == 1 and data["told"] == []
-    names = {name for panel in data["panels"] for name in panel["names"]}
-    assert names <= metrics.METRICS.keys() and data["runs"][0]["last"] == 4
+    assert [step for step, _ in data["samples"]][0] == 1 and not notes_of(a_run / "index.html")
+    names = {name for panel in page.RL_PANELS for name in panel.lines}
+    assert names <= metrics.METRICS.keys() and len(pictures) > 10
+
+
+def test_the_curves_of_another_run_and_a_reward_part_of_ones_own(a_run, tmp_path):
+    for name in ("mine", "other"):
+        shutil.copytree(a_run, tmp_path / name)
+    steps = [step | {"rewards/brief": 0.25 * step["step"]} for step in read_metrics(a_run)]
+    write(tmp_path / "mine" / "metrics.jsonl", steps)
+    launch("rl/page.py", tmp_path / "mine", "--against", tmp_path / "other")  # the old spelling
+    both = pictures_of(tmp_path / "mine" / "index.html")
+    launch("rl/page.py", tmp_path / "mine", "--compare", tmp_path / "other")
+    assert both == pictures_of(tmp_path / "mine" / "index.html")
+    assert "stroke-dasharray" in both["entropy, nats per token"]
+    assert "brief" in both["reward"] and "format" in both["reward"]
+    alone = pictures_of(page.write(tmp_path / "other"))
+    assert "stroke-dasharray" not in alone["entropy, nats per token"]
 
 
 # ---- what may be wrong with a folder
@@ -160,57 +190,63 @@ def test_a_cut_off_an_old_and_an_empty_run_say_what_is_missing(a_run, tmp_path):
         (cut / name).write_text((a_run / name).read_text()[:-40])
     (cut / "run.json").write_text('{"arg')
     (cut / "clips.jsonl").write_text("5\nnull\n")
-    said = told(cut)
-    assert "run.json is missing or damaged" in said and "metrics.jsonl: 1 damaged lines" in said
-    assert "samples.jsonl: 1 damaged lines" in said and "clips.jsonl: 2 damaged lines" in said
+    notes = notes_of(page.write(cut))
+    assert "run.json is missing or damaged" in notes and "metrics.jsonl: 1 damaged" in notes
+    assert "samples.jsonl: 1 damaged" in notes and "clips.jsonl: 2 damaged" in notes
     old = tmp_path / "old"
     old.mkdir()
     write(
         old / "metrics.jsonl",
         [dict(step=s, reward=math.nan, kl=None, grad_norm="x") for s in (1, 2)],
     )
-    write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", reward=1.0)])
-    assert "of an older version" in told(old) and "clips.jsonl is missing" in told(old)
     write(old / "samples.jsonl", [dict(step=1, prompt_id="q", completion="c", hinted=True)])
-    assert samples.Samples(old, None, None, 5).every == 10  # it can be gone on with
+    assert "clips.jsonl is missing" in notes_of(page.write(old))
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "run.json").write_text("{}")
-    assert "metrics.jsonl is missing" in told(empty) and "samples.jsonl is missing" in told(empty)
+    notes = notes_of(page.write(empty))
+    assert "metrics.jsonl is missing" in notes and "samples.jsonl is missing" in notes
     (empty / "metrics.jsonl").write_text("")
-    assert "no step is logged yet" in told(empty)
-    said = launch("run/page.py", tmp_path, code=1)
-    assert "is no folder of a run" in said and said.count("\n") == 1
+    assert "no step is logged yet" in notes_of(page.write(empty))
+    printed = launch("rl/page.py", tmp_path, code=1)
+    assert "is not the folder of a run" in printed and printed.count("\n") == 1
 
 
-def test_stage_0_has_a_page_too(toy_dir, tmp_path):
-    launch(*sft_flags(toy_dir, tmp_path / "sft"))
-    data = data_of(tmp_path / "sft" / "index.html")
-    assert [p["title"] for p in data["panels"]][0] == "loss, nats a token"
-    assert len(data["runs"][0]["series"]["loss"][1]) == 4 and not data["samples"]
+def test_stage_0_has_a_page_too(tmp_path):
+    write(tmp_path / "metrics.jsonl", [dict(step=s, loss=1 / s, lr=1e-4) for s in range(1, 9)])
+    (tmp_path / "run.json").write_text('{"arguments": {"seed": 0}}')
+    pictures = pictures_of(page.write(tmp_path))
+    assert list(pictures) == ["loss, nats per token", "learning rate"]
+    assert not data_of(tmp_path / "index.html")["samples"]
+    assert not notes_of(tmp_path / "index.html")  # that there are no samples is no fault
 
 
-def test_a_spike_is_not_thinned_out_and_the_page_stays_small(tmp_path):
+def test_a_long_curve_keeps_its_spike_and_the_page_stays_small(tmp_path):
     long_run(tmp_path, 10_000)
-    data = data_of(page.write(tmp_path))
-    at, values, middle, means = data["runs"][0]["series"]["grad_norm"]
-    assert max(values) == 77 and len(values) <= page.POINTS + 2 and len(means) <= 6 * page.SMOOTH
-    axes = data["runs"][0]["axes"]
-    assert axes["step"][at[values.index(77)]] == 5000 and axes["completions"][-1] == 320_000
-    assert axes["seconds"][-1] == pytest.approx(10_000 * 2.5, rel=0.01)
-    assert (tmp_path / "index.html").stat().st_size < page.LIMIT
-    steps = [step for step, _ in data["samples"]]
-    assert (
-        steps[-1] == 9901
-        and 5 < len(steps) < 100
-        and any("is shown" in line for line in data["told"])
-    )
+    run = page.read_run(tmp_path, [])
+    y = run.metrics["grad_norm"]
+    kept = page.thinned(y)
+    assert len(kept) <= 2 * page.NUM_STRETCHES + 2 and y[kept].max() == 77
+    assert kept[y[kept].argmax()] == 4999 and {0, 9999} <= set(kept.tolist())
+    assert run.x["completions"][-1] == 320_000
+    assert run.x["seconds"][-1] == pytest.approx(10_000 * 2.5, rel=0.01)
+    path = page.write(tmp_path)
+    assert path.stat().st_size < page.LIMIT
+    steps = [step for step, _ in data_of(path)["samples"]]
+    assert steps[-1] == 9901 and 5 < len(steps) < 100 and "are shown" in notes_of(path)
+
+
+def test_running_mean_by_hand():
+    y = np.array([0.0, 1.0] * 100)  # 200 points: windows of 2 * 4 + 1
+    mean = page.running_mean(y)
+    assert mean[0] == pytest.approx(2 / 5) and mean[10] == pytest.approx(4 / 9)
+    assert page.running_mean(y[:90]) is None and page.running_mean(np.arange(200.0)) is None
 
 
 def long_run(folder, count):
     """A run folder as long runs leave it, of made-up numbers."""
     rng = np.random.default_rng(0)
-    names = sorted({name for _, names, _, _ in page.RL for name in names} - {"eval/acc"})
+    names = sorted({name for panel in page.RL_PANELS for name in panel.lines} - {"eval/acc"})
     noise = rng.random((count, len(names)))
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, count + 1):
@@ -261,30 +297,20 @@ def long_run(folder, count):
 
 
 @needs_browser
-def test_the_page_of_a_run_in_a_browser(a_run, tmp_path):
-    """It is drawn, its filter works, keys move the cursor, and the console has no error."""
-    other = tmp_path / "other"
-    shutil.copytree(a_run, other)
-    launch("run/page.py", a_run, "--against", other)
+def test_the_samples_of_a_run_in_a_browser(a_run):
+    """They are drawn, the filter works, and the console has no error."""
     seen = in_browser(
         a_run / "index.html",
         """(() => {
-        const key = (node, name) => node.dispatchEvent(new KeyboardEvent('keydown', {key: name, bubbles: true}));
-        const all = (what, node = document) => [...node.querySelectorAll(what)];
+        const all = what => [...document.querySelectorAll(what)];
         const found = {
-            panels: all('figure').length, empty: all('.empty').map(e => e.textContent),
-            paths: all('svg path').map(p => p.getAttribute('d').split('L').length), dashed: all('svg path.other').length,
+            charts: all('figure img').map(i => i.naturalWidth),
             pictures: all('.clip img').map(i => i.naturalWidth), seconds: all('audio').map(a => a.duration),
             hints: all('.hint').length, articles: all('article').map(a => a.className),
             shades: new Set(all('.tokens span').map(s => getComputedStyle(s).backgroundColor)).size,
             wide: document.documentElement.scrollWidth <= innerWidth,
+            readout: document.querySelector('.tokens span').title,
         };
-        const chart = document.querySelector('svg');
-        key(chart, 'Home'); key(chart, 'ArrowRight');
-        found.values = all('.legend b').map(b => b.textContent);
-        const tokens = document.querySelector('.tokens');
-        key(tokens, 'ArrowRight');
-        found.readout = tokens.nextSibling.textContent;
         const choose = (id, value) => {
             const input = document.getElementById(id);
             input.type === 'checkbox' ? input.checked = value : input.value = value;
@@ -298,52 +324,31 @@ def test_the_page_of_a_run_in_a_browser(a_run, tmp_path):
         choose('step', '');
         found.hinted = [choose('hinted', true).length, all('.hint').length];
         choose('hinted', false); choose('shade', 'ratio');
-        document.querySelector('input[value=seconds]').click();
-        found.again = all('svg path').length;
+        found.ratio_shades = new Set(all('.tokens span').map(s => getComputedStyle(s).backgroundColor)).size;
         return found;
     })()""",
     )
-    assert seen["panels"] == len(page.RL) and seen["wide"]
-    assert (
-        len(seen["paths"]) > 20
-        and seen["paths"].count(4) > 20
-        and seen["dashed"] == len(seen["paths"]) / 2
-    )
-    assert set(seen["empty"]) <= {why for *_, why in page.RL} | {"always 0"}
-    assert (
-        len(seen["pictures"]) >= 6 and all(seen["pictures"]) and all(s > 1 for s in seen["seconds"])
-    )
-    assert (
-        {"fresh", "replayed"} == set(seen["articles"]) and seen["hints"] > 0 and seen["shades"] > 4
-    )
-    assert sum(" / " in value for value in seen["values"]) > 15  # of both runs
-    assert seen["readout"].startswith("token 0 ") and "weight 1.3" in seen["readout"]
+    assert len(seen["charts"]) > 10 and all(seen["charts"]) and seen["wide"]
+    assert len(seen["pictures"]) >= 6 and all(seen["pictures"])
+    assert all(s > 1 for s in seen["seconds"])
+    assert {"fresh", "replayed"} == set(seen["articles"]) and seen["hints"] > 0
+    assert seen["shades"] > 4 and seen["ratio_shades"] > 1
+    assert seen["readout"].startswith("token 0: ") and "weight 1.3" in seen["readout"]
     assert seen["replayed"] and set(seen["replayed"]) == {"replayed"} and seen["none"] == []
     assert set(seen["step"]) == {"fresh"} and seen["hinted"][0] == seen["hinted"][1] > 0
-    assert seen["again"] == len(seen["paths"])
 
 
 @needs_browser
 def test_texts_of_a_run_are_texts_in_a_browser(a_run, tmp_path):
     folder = tmp_path / HOSTILE.replace("/", "|")
     shutil.copytree(a_run, folder)
-    spoilt = [
-        s
-        | dict(
-            prompt=HOSTILE,
-            completion=HOSTILE,
-            tokens=[HOSTILE] * len(s["tokens"]),
-            hint=HOSTILE,
-            truth=HOSTILE,
-            tier=HOSTILE,
-            prompt_id=HOSTILE,
-        )
-        for s in read(a_run / "samples.jsonl")
-    ]
-    write(folder / "samples.jsonl", spoilt)
-    write(
-        folder / "clips.jsonl", [c | dict(prompt_id=HOSTILE) for c in read(a_run / "clips.jsonl")]
-    )
+    keys = ("prompt", "completion", "hint", "truth", "tier", "prompt_id")
+    hostile = dict.fromkeys(keys, HOSTILE)
+    samples_ = read(a_run / "samples.jsonl")
+    samples_ = [s | hostile | dict(tokens=[HOSTILE] * len(s["tokens"])) for s in samples_]
+    write(folder / "samples.jsonl", samples_)
+    clips = [clip | dict(prompt_id=HOSTILE) for clip in read(a_run / "clips.jsonl")]
+    write(folder / "clips.jsonl", clips)
     about = dict(commit=HOSTILE, arguments=dict(stage=HOSTILE, seed="\u65e5 half: \ud83d"))
     (folder / "run.json").write_text(json.dumps(about))
     seen = in_browser(
@@ -354,46 +359,21 @@ def test_texts_of_a_run_are_texts_in_a_browser(a_run, tmp_path):
         tokens: [...document.querySelectorAll('.tokens')].map(t => t.textContent.includes('</script><script>')),
     })""",
     )
-    assert (
-        seen["title"] == seen["name"] == folder.name
-        and seen["scripts"] == 2
-        and not seen["strange"]
-    )
+    assert seen["title"] == seen["name"] == folder.name
+    assert seen["scripts"] == 2 and not seen["strange"]
     assert HOSTILE in seen["about"] and seen["tokens"] and all(seen["tokens"])
 
 
 @needs_browser
-@pytest.mark.parametrize("kind", ["empty", "old", "sft"])
-def test_pages_with_little_in_them_in_a_browser(kind, tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    if kind == "old":
-        write(tmp_path / "metrics.jsonl", [dict(step=1, reward=1.0)])
-        write(tmp_path / "samples.jsonl", [dict(step=1, prompt_id="q", completion="what was said")])
-    if kind == "sft":
-        write(tmp_path / "metrics.jsonl", [dict(step=s, loss=1 / s, lr=0.0) for s in range(1, 9)])
+def test_a_page_with_little_in_it_in_a_browser(tmp_path):
+    write(tmp_path / "metrics.jsonl", [dict(step=1, reward=1.0)])
+    write(tmp_path / "samples.jsonl", [dict(step=1, prompt_id="q", completion="an old sample")])
     seen = in_browser(
         page.write(tmp_path),
-        """({
-        told: document.getElementById('told').children.length, paths: document.querySelectorAll('svg path').length,
-        said: document.getElementById('steps').textContent, empty: document.querySelectorAll('.empty').length,
-    })""",
+        """({notes: document.getElementById('notes').children.length,
+        text: document.getElementById('steps').textContent, empty: document.querySelectorAll('.empty').length})""",
     )
-    assert seen["told"] and seen["empty"] and seen["paths"] == dict(empty=0, old=1, sft=1)[kind]
-    assert ("what was said" in seen["said"]) == (kind == "old")
-
-
-@needs_browser
-def test_a_long_run_opens_soon(tmp_path):
-    long_run(tmp_path, 10_000)
-    path, loaded = (
-        page.write(tmp_path),
-        "performance.getEntriesByType('navigation')[0].loadEventEnd",
-    )
-    expression = f"[{loaded}, document.querySelectorAll('svg path').length]"
-    times, paths = zip(*(in_browser(path, expression) for _ in range(3)))
-    if min(times) >= 2000 and os.getloadavg()[0] > 2 * os.cpu_count():
-        pytest.skip("the machine is busy with other work: seconds tell nothing")
-    assert min(times) < 2000 and min(paths) > 40  # ms; with all curves and the first samples drawn
+    assert seen["notes"] and seen["empty"] and "an old sample" in seen["text"]
 
 
 # ---- other trackers

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -192,7 +191,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(toy_dir, tmp_path):
     flags = ("--lr", 1e30, "--save-every", 0)
     line = mistake(*sft_flags(toy_dir, tmp_path / "x", *flags))
     assert "step 2: loss nan, gradient norm nan; its prompts: toy-0-train-" in line
-    assert "the state before it is saved: start a new --out with a lower --lr, or leave" in line
+    assert "--lr" in line and "--resume --on-bad-step skip" in line
     skip = (*flags, "--resume", "--on-bad-step", "skip", "--steps", 4)
     printed = launch(*sft_flags(toy_dir, tmp_path / "x", *skip))
     assert printed.count("  skipped: loss nan") == 3
@@ -219,14 +218,13 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     assert "the judge part of the reward needs --judge" in mistake(
         "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
     )
-    assert "no reasoning: stage 0 learns from it" in mistake(
-        "train_sft.py", *model, "--data", rows, *out
-    )
+    assert "no reasoning" in mistake("train_sft.py", *model, "--data", rows, *out)
     assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
     told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
     assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "run.json").write_text('{"arguments": {}}')
+    (tmp_path / "held" / "metrics.jsonl").write_text("")
     assert "already holds a run" in mistake(
         "train_rl.py", *model, "--data", rows, "--out", tmp_path / "held"
     )
@@ -296,7 +294,7 @@ def test_a_run_is_lengthened(toy_dir, tmp_path):
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir())[-1] == "step-000004"
     longer = [*flags, "--steps", 6, "--resume"]
     printed = launch(*longer)
-    assert "goes on to step 6, not 4" in printed and "from step 4" in printed
+    assert "to step 6" in printed and "from step 4" in printed
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()
@@ -402,5 +400,5 @@ def test_lr_scale():
 def test_resuming_cuts_the_logs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     (tmp_path / "run.json").write_text('{"arguments": {"steps": 4}}')
-    begin_run_dir(tmp_path, Namespace(resume=True, steps=4), step=2)
+    begin_run_dir(tmp_path, arguments=dict(steps=4), step=2, num_steps=4)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
