@@ -188,7 +188,7 @@ def draw_replayed(buffer, args, step, update=0):
     return groups + [[]] * (args.prompts_per_step - len(groups))
 
 
-def score(step, rows, completions, texts, reward_weights, judge, hinted):
+def score(rows, completions, texts, *, step, hinted, reward_weights, judge):
     """
     The fresh completions of all ranks with their rewards.                              [R.stage]
 
@@ -392,7 +392,14 @@ def main():
             keep_checkpoints=args.keep_checkpoints,
         )
 
-    hint_visits = HintVisits(hint_schedule, buffer, clip_cache, policy, dummy, args.temperature)
+    hint_visits = HintVisits(
+        schedule=hint_schedule,
+        buffer=buffer,
+        clip_cache=clip_cache,
+        policy=policy,
+        dummy=dummy,
+        temperature=args.temperature,
+    )
     num_steps = args.steps or -(-len(rows) // args.prompts_per_step)
     log = logs.RunLog(
         out,
@@ -450,7 +457,15 @@ def main():
 
         # ---- rewards; from here on every rank has the fresh completions of all ranks
         texts = [build.texts(group) for group in completions]
-        fresh = score(step, step_rows[local], completions, texts, reward_weights, judge, hinted)
+        fresh = score(  # [R.stage]
+            step_rows[local],
+            completions,
+            texts,
+            step=step,
+            hinted=hinted,
+            reward_weights=reward_weights,
+            judge=judge,
+        )
         unjudged_frac = 1 - len(flatten(fresh)) / sum(num_fresh)
         judges.stop_if_unjudged(step, unjudged_frac, judge, save_before)
         clock.lap("reward")

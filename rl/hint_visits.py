@@ -26,7 +26,7 @@ class HintVisits:
     temperature  float         of the log-probs
     """
 
-    def __init__(self, schedule, buffer, clip_cache, policy, dummy, temperature):
+    def __init__(self, *, schedule, buffer, clip_cache, policy, dummy, temperature):
         self.schedule = schedule
         self.buffer = buffer
         self.clip_cache = clip_cache

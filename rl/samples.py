@@ -71,16 +71,14 @@ class SampleLog:
                     chosen_fresh.append(i)
                     break
 
+        shared = dict(step=step, buffer=buffer, info=update.info)
         for i in dict.fromkeys(chosen_fresh):
-            self._write_group(
-                step, buffer, update.info, "fresh", update.fresh[i], update.advantages[i]
-            )
+            self._write_group("fresh", update.fresh[i], update.advantages[i], **shared)
         for i in chosen_replayed:
-            self._write_group(
-                step, buffer, update.info, "replayed", update.replayed[i], update.off_advantages[i]
-            )
+            self._write_group("replayed", update.replayed[i], update.off_advantages[i], **shared)
 
-    def _write_group(self, step, buffer, info, kind, group, advantages):
+    def _write_group(self, kind, group, advantages, *, step, buffer, info):
+        """kind: "fresh" or "replayed"; group: list of G Entry; advantages (G,)"""
         prompt_id = group[0].prompt_id
         row = self.rows[self.rows.index(prompt_id)]
         if group[0].hinted and kind == "fresh":
