@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import launch
 
+import tas
 import toy
 import train_rl
 from data import toy_clips, toy_rows
@@ -39,6 +40,17 @@ def test_stage_defaults_and_precedence():
         ["--algo", "grpo", "--num-on", "6", "--lr", "0.1", "--buffer-size", "7"]
     )
     assert (args.num_on, args.lr, args.buffer_size) == (6, 0.1, 7)  # a typed flag wins
+
+
+def test_the_shapes_of_the_flag_are_those_of_tas():
+    assert train_rl.TAS_SHAPES == tas.SHAPES  # written twice: the flags are parsed before torch
+
+
+def test_renamed_flags_keep_their_old_spelling():
+    args, _, _ = train_rl.parse_args(["--max-ratio", "3", "--hint-kl", "0.5"])
+    assert (args.max_seq_ratio, args.hint_kl_threshold) == (3.0, 0.5)
+    args, _, _ = train_rl.parse_args([])
+    assert (args.max_seq_ratio, args.hint_kl_threshold) == (10.0, 0.02)
 
 
 def test_unknown_flag_is_an_error(capsys):
