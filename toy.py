@@ -11,6 +11,7 @@ one at 2.1 M parameters and is loaded by the same `from_pretrained` (models/toy_
     python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
     python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see docs/results.md
     python toy.py --backbone ola --out DIR         # a tiny Ola, with random weights: stage 0 first
+    python toy.py --backbone qwen3 --out DIR       # a tiny Qwen3-Omni, likewise
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -135,7 +136,12 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="random seed of the clips and questions")
     flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
     flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
-    flag("--backbone", choices=["qwen", "ola"], default="qwen", help="architecture of the model")
+    flag(
+        "--backbone",
+        choices=["qwen", "qwen3", "ola"],
+        default="qwen",
+        help="architecture of the model: Qwen2.5-Omni, Qwen3-Omni or Ola",
+    )
     flag("--random-init", action="store_true", help="random weights instead of the shipped ones")
     flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
     args = parser.parse_args(argv)

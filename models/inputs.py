@@ -1,7 +1,7 @@
 """
 A row as a prompt of P tokens, by the backbone that a folder holds; which prompts share a clip.
 
-To add a backbone, write one module beside qwen.py and ola.py and name it in BACKBONES below. The rest
+To add a backbone, write one module beside qwen.py, qwen3.py and ola.py and name it in BACKBONES below. The rest
 of the code asks it for nothing but this (P prompt tokens, n features of one medium, D text width):
 
     MODEL_TYPES     tuple of str    `config.model_type` of its folders: whole checkpoint, thinker alone
@@ -46,11 +46,11 @@ from transformers import AutoConfig
 from data.clips import BadRow, decode_clip
 from data.rows import SYSTEM_PROMPT, question_text
 from hints import place_hint
-from models import ola, qwen
+from models import ola, qwen, qwen3
 from models.paths import from_pretrained
 from run.errors import UserError
 
-BACKBONES = {kind: backbone for backbone in (qwen, ola) for kind in backbone.MODEL_TYPES}
+BACKBONES = {kind: backbone for backbone in (qwen, qwen3, ola) for kind in backbone.MODEL_TYPES}
 
 
 def config_of(folder):

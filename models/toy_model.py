@@ -1,5 +1,5 @@
 """
-The toy's model: a tiny Qwen2.5-Omni or Ola with the architecture, the tokenizer class, the chat
+The toy's model: a tiny Qwen2.5-Omni, Qwen3-Omni or Ola with the architecture, the tokenizer class, the chat
 format and the processors of the 7B one, written as a standard Hugging Face folder.
 """
 
@@ -14,6 +14,7 @@ from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3OmniMoeThinkerConfig,
     WhisperFeatureExtractor,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -22,7 +23,7 @@ from data.rows import SYSTEM_PROMPT, completion_text, question_text
 from data.toy_clips import SIZE
 from data.toy_rows import make_row
 from hints import place_hint
-from models import ola, qwen
+from models import ola, qwen, qwen3
 from run.io import temp_dir
 
 CHAT_TEMPLATE = (
@@ -43,6 +44,22 @@ SPECIAL_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
+# the names that Qwen3-Omni has for the same tokens
+QWEN3_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "audio_token": "<|audio_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "audio_bos_token": "<|audio_start|>",
+    "audio_eos_token": "<|audio_end|>",
+}
+
+
+def with_qwen3_tokens(text):
+    for name, token in SPECIAL_TOKENS.items():
+        text = text.replace(token, QWEN3_TOKENS[name])
+    return text
 
 
 def make_tokenizer_json(corpus, vocab_size):
@@ -183,22 +200,108 @@ def build_ola(tokenizer):
     return ola.OlaProcessor(extractor, tokenizer, chat_template=ola.chat_template(tokens)), config
 
 
+def build_qwen3(tokenizer):
+    """
+    -> processor and configuration of a tiny Qwen3-Omni: 8 experts of which 2 are taken, heads wider
+    than the model divided by their number, and two middle layers of the vision tower.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    config = Qwen3OmniMoeThinkerConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            max_position_embeddings=32768,
+            initializer_range=0.08,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=10000.0,
+                mrope_section=[12, 10, 10],
+                mrope_interleaved=True,
+            ),
+        ),
+        vision_config=dict(
+            depth=3,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=128,
+            num_position_embeddings=16,  # 4 x 4 patches: a frame of 64 pixels
+            deepstack_visual_indexes=[0, 1],
+            initializer_range=0.08,
+        ),
+        audio_config=dict(
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            output_dim=128,
+            downsample_hidden_size=16,
+            initializer_range=0.08,
+        ),
+        position_id_per_seconds=13,  # as published; the class falls back to 25
+        audio_token_id=token_id(QWEN3_TOKENS["audio_token"]),
+        image_token_id=token_id(QWEN3_TOKENS["image_token"]),
+        video_token_id=token_id(QWEN3_TOKENS["video_token"]),
+        audio_start_token_id=token_id(QWEN3_TOKENS["audio_bos_token"]),
+        audio_end_token_id=token_id(QWEN3_TOKENS["audio_eos_token"]),
+        vision_start_token_id=token_id(QWEN3_TOKENS["vision_bos_token"]),
+        vision_end_token_id=token_id(QWEN3_TOKENS["vision_eos_token"]),
+        initializer_range=0.08,
+        avatar_toy=True,
+    )
+    sizes = dict(
+        size={"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE},
+        patch_size=16,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    processor = qwen3.Processor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        video_processor=Qwen2VLVideoProcessor(**sizes, cap_pixels_per_frame=False),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, return_attention_mask=True),
+        tokenizer=tokenizer,
+        chat_template=with_qwen3_tokens(CHAT_TEMPLATE),
+    )
+    return processor, config
+
+
 def write_model(folder, weights, backbone="qwen"):
-    """Writes a standard Hugging Face folder; `weights`: a safetensors file of a Qwen, None for random."""
+    """
+    Writes a standard Hugging Face folder.
+
+    weights   a safetensors file of a Qwen2.5-Omni: its weights for that backbone, its tokenizer for
+              all; None for random weights and a tokenizer made anew
+    backbone  "qwen", "qwen3" or "ola"
+    """
     disable_progress_bar()
     if weights:
         with safe_open(weights, "pt") as file:
             tokenizer_json = file.metadata()["tokenizer"]
     else:
         tokenizer_json = make_tokenizer_json(toy_corpus(seed=0), vocab_size=640)
+    special_tokens = SPECIAL_TOKENS
+    if backbone == "qwen3":
+        tokenizer_json, special_tokens = with_qwen3_tokens(tokenizer_json), QWEN3_TOKENS
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL_TOKENS,
+        extra_special_tokens=special_tokens,
     )
     torch.manual_seed(0)
-    if backbone == "ola":
+    if backbone == "qwen3":
+        processor, config = build_qwen3(tokenizer)
+        thinker = qwen3.Thinker(config)
+    elif backbone == "ola":
         processor, config = build_ola(tokenizer)
         thinker = ola.Thinker(config)
     else:

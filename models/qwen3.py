@@ -1,0 +1,173 @@
+"""
+Qwen3-Omni: a row as what its thinker takes, what its towers make of a clip, and which of its layers
+train and are sharded. Only this file knows the backbone by name; the network is transformers' own.
+
+What differs from Qwen2.5-Omni (docs/qwen3.md): a mixture of experts behind every attention, frames and
+sound interleaved token by token in time, and features of three middle layers of the vision tower
+(deepstack), which the text model adds after its first three layers.
+
+P prompt tokens, D width of the text model, K middle layers of the vision tower.
+"""
+
+import torch
+import torch.distributed as dist
+from transformers import Qwen3OmniMoeProcessor as Processor
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
+from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
+
+from data.clips import BadRow
+from run.errors import UserError
+
+MODEL_TYPES = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
+# linear layers that get a LoRA adapter: of the text model, of the towers. The router never does.
+TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj"
+TOWER_LAYERS = (
+    r"visual\.(.*\.)?(qkv|proj|linear_fc[12]|mlp\.[02])"
+    r"|audio_tower\.(.*\.)?([qkv]_proj|out_proj|fc[12]|conv_out|proj[12])"
+)
+# parameters of three dimensions, one matrix an expert: they get one with --lora-experts
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+TEXT_UNITS = (qwen3_omni.Qwen3OmniMoeThinkerTextDecoderLayer,)  # what FSDP gathers at one time
+TOWER_UNITS = (qwen3_omni.Qwen3OmniMoeVisionBlock, qwen3_omni.Qwen3OmniMoeAudioEncoderLayer)
+FROZEN = ()  # parts of the towers that never train
+SIDE = 32  # pixels; of a frame both sides are multiples: patches of 16, merged 2 x 2
+
+
+# ---- a row as a prompt -------------------------------------------------------------------------
+
+
+def check(config, processor, folder):
+    """
+    Stops where configuration and processor would place the same tokens at different times.
+
+    The processor decides which frame a sound token stands behind, the configuration which position both
+    get. The published files have 13 position ids a second; the configuration class falls back to 25.
+    """
+    pairs = {
+        "position_id_per_seconds": (
+            config.position_id_per_seconds,
+            processor.position_id_per_seconds,
+        ),
+        "audio_config.n_window": (config.audio_config.n_window, processor.n_window),
+        "vision_config.patch_size": (
+            config.vision_config.patch_size,
+            processor.video_processor.patch_size,
+        ),
+    }
+    for name, (of_config, of_processor) in pairs.items():
+        if of_config != of_processor:
+            raise UserError(
+                f"{folder}: {name} is {of_config} in config.json and {of_processor} in the "
+                f"processor: take both as published with Qwen3-Omni"
+            )
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    if side != SIDE:
+        raise UserError(f"{folder}: frames in multiples of {side} pixels, Qwen3-Omni's are {SIDE}")
+
+
+def media_ends(tokenizer, config):
+    """The tokens that media end with in a prompt, a sound's last."""
+    return [tokenizer.vision_eos_token, tokenizer.audio_eos_token]
+
+
+def inputs(processor, config, text, clip, name):
+    """
+    A prompt's text, a placeholder for each medium -> input_ids (P,), position_ids (3, P) float32, media.
+
+    Positions are fractions where a pair of frames does not begin at a whole one.
+    """
+    for pixels in [*clip.images, *([] if clip.frames is None else [clip.frames])]:
+        height, width = pixels.shape[-2:]
+        if height % SIDE or width % SIDE:
+            size = f"{width} x {height} pixels"
+            raise BadRow(f"{name}: a frame of {size}: Qwen3-Omni takes multiples of {SIDE}")
+    batch = processor(
+        text=text,
+        images=clip.images or None,
+        audio=clip.sounds or None,
+        videos=None if clip.frames is None else [clip.frames],
+        return_tensors="pt",
+        load_audio_from_video=clip.use_audio,
+        audio_from_video_indices=[0] if clip.use_audio else [],
+        images_kwargs=dict(do_resize=False),
+        videos_kwargs=dict(
+            do_resize=False,
+            do_sample_frames=False,
+            cap_pixels_per_frame=False,
+            fps=clip.fps,  # of the frames really taken; without it the processor takes one a second
+        ),
+    )
+    media, mel_lengths, seconds = {}, None, None
+    if "pixel_values" in batch:
+        media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
+    if "pixel_values_videos" in batch:
+        media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
+        seconds = torch.as_tensor(batch["video_second_per_grid"])
+        pair = processor.video_processor.temporal_patch_size / clip.fps
+        assert torch.equal(seconds, torch.tensor([pair])), f"{name}: {seconds} s a pair, not {pair}"
+    if "input_features" in batch:
+        mel_lengths = batch["feature_attention_mask"].sum(1)
+        mels = [mel[:, :n] for mel, n in zip(batch["input_features"], mel_lengths)]  # no padding
+        media["audio"] = dict(mel=torch.cat(mels, dim=1), lengths=mel_lengths)
+    input_ids = batch["input_ids"]
+    index = Thinker.__new__(Thinker)  # the model's own positions without the model
+    index.config, index.spatial_merge_size = config, config.vision_config.spatial_merge_size
+    position_ids, _ = index.get_rope_index(
+        input_ids,
+        image_grid_thw=batch.get("image_grid_thw"),
+        video_grid_thw=batch.get("video_grid_thw"),
+        attention_mask=torch.ones_like(input_ids),
+        audio_seqlens=mel_lengths,
+        second_per_grids=seconds,
+        use_audio_in_video=clip.use_audio,
+    )
+    return input_ids[0], position_ids[:, 0].clone(), media
+
+
+# ---- towers ------------------------------------------------------------------------------------
+
+
+def encode(core, prompts, device, train_towers):
+    """
+    The towers' outputs; each tower is run once for all prompts.
+
+    returns  list, a prompt each, of modality -> (n, D), of pictures and frames (n, (1 + K) D): the
+             tower's last layer and the middle ones side by side. What was encoded before passes through
+    """
+    if device.type == "cuda" and core.dtype != torch.float32:  # else a call for every window
+        for tower in (core.visual, core.audio_tower):
+            tower.config._attn_implementation_internal = "flash_windows"
+    outputs = [dict(prompt.media) for prompt in prompts]
+    if train_towers and dist.is_initialized():
+        # sharded towers: a rank that skips one leaves the others waiting in its collectives
+        outputs.append(smallest_media(core.config))
+    seen = [(o, m) for o in outputs for m in ("image", "video") if isinstance(o.get(m), dict)]
+    heard = [o for o in outputs if isinstance(o.get("audio"), dict)]
+    if seen:
+        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in seen])
+        grid = torch.cat([o[m]["grid"].to(device) for o, m in seen])
+        output = core.get_video_features(pixels, grid, return_dict=True)
+        layers = zip(output.pooler_output, *output.deepstack_features)
+        pieces = [torch.cat(of_one, dim=1) for of_one in layers]
+        for o, m in seen:
+            o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
+    if heard:
+        lengths = torch.cat([o["audio"]["lengths"] for o in heard])
+        mels = torch.cat([o["audio"]["mel"] for o in heard], dim=1).to(device)
+        sound = core.audio_tower(mels, feature_lens=lengths.to(device)).last_hidden_state
+        window = core.audio_tower.n_window
+        sizes = qwen3_omni._get_feat_extract_output_lengths(lengths, window).tolist()
+        pieces = list(sound.split(sizes))
+        for o in heard:
+            o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
+    return outputs
+
+
+def smallest_media(config):
+    """A pair of frames and some sound, for towers that every rank has to run."""
+    vision = config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    size = vision.spatial_merge_size
+    frames = dict(pixels=torch.zeros(size**2, patch), grid=torch.tensor([[1, size, size]]))
+    mel = torch.zeros(config.audio_config.num_mel_bins, 200)
+    return dict(video=frames, audio=dict(mel=mel, lengths=torch.tensor([200])))
