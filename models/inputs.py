@@ -1,8 +1,9 @@
 """
 A row as a prompt of P tokens, by the backbone that a folder holds; which prompts share a clip.
 
-To add a backbone, write one module beside qwen.py, qwen3.py and ola.py and name it in BACKBONES below. The rest
-of the code asks it for nothing but this (P prompt tokens, n features of one medium, D text width):
+To add a backbone, write one module beside qwen.py, qwen3.py and ola.py and name it in BACKBONES below.
+The rest of the code asks it for nothing but this (P prompt tokens, n features of one medium, D text
+width):
 
     MODEL_TYPES     tuple of str    `config.model_type` of its folders: whole checkpoint, thinker alone
     Thinker         class           a transformers PreTrainedModel, see below
@@ -14,6 +15,10 @@ of the code asks it for nothing but this (P prompt tokens, n features of one med
     TOWER_UNITS     tuple           the same for towers; used when towers train
     FROZEN          tuple of str    parts that never train, as names below `thinker.model`
     SIDE            int             pixels; both sides of every frame are multiples of it
+
+    check(config, processor, folder)
+        Raises UserError if the folder's configuration and processor do not belong together, or if it
+        holds another model of the same kind.
 
     media_ends(tokenizer, config) -> list of str
         The tokens that media end with in a prompt, a sound's last. What follows the last of them is
@@ -27,6 +32,9 @@ of the code asks it for nothing but this (P prompt tokens, n features of one med
 
     encode(core, prompts, device, train_towers) -> list, a prompt each, of {modality: (n, D)}
         The towers' outputs. core: `thinker.model`. A medium that is a tensor already passes through.
+        Columns beyond D, K D of them, are features of K middle layers of the tower (deepstack):
+        `Policy` adds them after each of the first K text layers, where the medium stands, if the text
+        model takes `visual_pos_masks` and `deepstack_visual_embeds` as transformers' Qwen3 models do.
         If towers train and there are several processes, every rank must call every tower, else FSDP
         waits for ever: encode appends dummy media, whose outputs `Policy.embed` adds with weight 0.
 
@@ -58,8 +66,8 @@ def config_of(folder):
     config = from_pretrained(AutoConfig, folder)
     config = getattr(config, "thinker_config", config)
     if config.model_type not in BACKBONES:
-        told = "give Qwen2.5-Omni, or Ola as `python -m models.ola convert` writes it"
-        raise UserError(f"{folder} is of the kind {config.model_type}: {told}")
+        remedy = "give Qwen2.5-Omni, Qwen3-Omni, or Ola as `python -m models.ola convert` writes it"
+        raise UserError(f"{folder} is of the kind {config.model_type}: {remedy}")
     return config
 
 
@@ -101,6 +109,7 @@ class InputBuilder:
         self.config = config_of(folder)
         self.backbone = BACKBONES[self.config.model_type]
         self.processor = from_pretrained(self.backbone.Processor, folder)
+        self.backbone.check(self.config, self.processor, folder)
         # a fast tokenizer must not be called by two threads at once: a processor a thread
         self.in_thread = threading.local()
         self.recipe = recipe and recipe._replace(side=self.backbone.SIDE)

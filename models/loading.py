@@ -66,13 +66,28 @@ def load_policy(folder, lora_rank, train_towers, empty=False):
     """
     disable_progress_bar()  # transformers' own, one for each shard
     backbone = BACKBONES[config_of(folder).model_type]
-    thinker = from_pretrained(backbone.Thinker, folder, empty, dtype=torch.float32)
+    if empty:
+        thinker = from_pretrained(backbone.Thinker, folder, empty=True)
+    else:
+        thinker = read_thinker(backbone, folder)
     if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new
         from peft import PeftModel
 
         thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
         thinker.requires_grad_(True)  # PEFT had frozen them
     return wrap_policy(thinker, lora_rank, train_towers)
+
+
+def read_thinker(backbone, folder):
+    """transformers would fill what a folder lacks, such as all of a talker's, with random numbers."""
+    thinker, report = from_pretrained(
+        backbone.Thinker, folder, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        problem = f"{folder} lacks {len(missing)} weights of the thinker, such as {missing[0]}"
+        raise UserError(f"{problem}: give a whole checkpoint, or a thinker")
+    return thinker
 
 
 def wrap_policy(thinker, lora_rank, train_towers):

@@ -79,6 +79,10 @@ def chat_template(tokens):
     )
 
 
+def check(config, processor, folder):
+    """Nothing to compare: `convert` wrote configuration and processor together."""
+
+
 def media_ends(tokenizer, config):
     """The tokens that media end with in a prompt, a sound's last."""
     ids = config.image_token_id, config.video_token_id, config.audio_token_id

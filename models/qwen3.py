@@ -9,9 +9,11 @@ sound interleaved token by token in time, and features of three middle layers of
 P prompt tokens, D width of the text model, K middle layers of the vision tower.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from transformers import Qwen3OmniMoeProcessor as Processor
+from transformers import Qwen3OmniMoeProcessor as Processor  # noqa: F401
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
 
@@ -43,26 +45,29 @@ def check(config, processor, folder):
     The processor decides which frame a sound token stands behind, the configuration which position both
     get. The published files have 13 position ids a second; the configuration class falls back to 25.
     """
-    pairs = {
-        "position_id_per_seconds": (
-            config.position_id_per_seconds,
-            processor.position_id_per_seconds,
-        ),
-        "audio_config.n_window": (config.audio_config.n_window, processor.n_window),
-        "vision_config.patch_size": (
-            config.vision_config.patch_size,
-            processor.video_processor.patch_size,
-        ),
-    }
-    for name, (of_config, of_processor) in pairs.items():
-        if of_config != of_processor:
-            raise UserError(
-                f"{folder}: {name} is {of_config} in config.json and {of_processor} in the "
-                f"processor: take both as published with Qwen3-Omni"
-            )
-    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    if side != SIDE:
-        raise UserError(f"{folder}: frames in multiples of {side} pixels, Qwen3-Omni's are {SIDE}")
+    if "captioner" in Path(folder).name.lower():
+        raise UserError(f"{folder}: a Captioner takes no question: give Instruct or Thinking")
+    video_processor = processor.video_processor
+    compare(
+        folder,
+        "position_id_per_seconds",
+        config.position_id_per_seconds,
+        processor.position_id_per_seconds,
+    )
+    compare(folder, "n_window", config.audio_config.n_window, processor.n_window)
+    compare(folder, "patch_size", config.vision_config.patch_size, video_processor.patch_size)
+    compare(
+        folder, "merge_size", config.vision_config.spatial_merge_size, video_processor.merge_size
+    )
+    compare(folder, "a token's side", video_processor.patch_size * video_processor.merge_size, SIDE)
+
+
+def compare(folder, name, of_config, of_processor):
+    if of_config != of_processor:
+        raise UserError(
+            f"{folder}: {name} is {of_config} in config.json, where the processor has "
+            f"{of_processor}: take both files as Qwen3-Omni was published with them"
+        )
 
 
 def media_ends(tokenizer, config):

@@ -573,9 +573,7 @@ def test_bad_encoders_are_one_line(published, tmp_path):
 def test_folders_of_other_models_are_one_line(published, tiny, tmp_path):
     rows = "--data", tiny / "stage2" / "train.jsonl", "--out", tmp_path / "x"
     line = mistake("train_rl.py", "--model", published / "ola", *rows)
-    assert (
-        "of the kind ola_qwen: give Qwen2.5-Omni, or Ola as `python -m models.ola convert`" in line
-    )
+    assert "of the kind ola_qwen" in line and "python -m models.ola convert" in line
     other = tmp_path / "llama"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(dict(model_type="llama")))

@@ -106,5 +106,5 @@ def test_a_prompt_is_transformers_own_whole_forward(random_model, case):
         else:
             assert not head.visual.any() and head.deepstack.shape == (0, 0)
         tail = prompt.input_ids[-4:], prompt.position_ids[:, -4:]
-        hidden, _ = policy.read([head.first(-4)], [[tail]])
+        hidden, _ = policy.packed_forward([head.first(-4)], [[tail]])
         assert_same_values(policy.thinker.lm_head(hidden), logits[-5:])
