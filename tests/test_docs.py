@@ -8,6 +8,7 @@ above it names the test that runs it: <!-- tested: tests/test_x.py -->
 """
 
 import functools
+import importlib
 import re
 import shlex
 import shutil
@@ -19,7 +20,8 @@ from conftest import ROOT, launch
 
 import toy
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]
+DONE = "method troubleshooting hyper-parameters glossary".split()
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DONE)]
 
 # appended to a command of the docs, so that it takes a second: the last of two equal flags counts
 TEST_SUITE = "-m pytest"  # the README's second command is what CI runs
@@ -70,7 +72,8 @@ def workplace(toy_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # a link for the paths of commands; relative media of its rows stay inside it
     (tmp_path / "toy").symlink_to(toy_dir)
-    monkeypatch.setattr(toy, "defaults", functools.partial(toy.defaults, root=toy_dir))
+    write_defaults = functools.partial(toy.write_defaults, root=toy_dir)
+    monkeypatch.setattr(toy, "write_defaults", write_defaults)
     return tmp_path
 
 
@@ -134,6 +137,54 @@ def test_copied_files_work_as_the_readme_shows(tmp_path, monkeypatch):
     exec(example, names)
     names["loss"].backward()
     assert names["logprobs"].grad.abs().sum() > 0
+
+
+# ---- tables
+
+
+def rows_of(text, columns):
+    """-> cells of each row of a text's tables that have so many columns, headings left out."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and len(cells) == columns and not cells[0].startswith("---"):
+            yield cells
+
+
+def as_written(value):
+    """A flag's value in the words of the table."""
+    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+
+
+def same_value(cell, value):
+    value = as_written(value)
+    return float(cell) == value if isinstance(value, (int, float)) else cell == value
+
+
+@pytest.mark.parametrize("script", ["train_rl", "train_sft"])
+def test_hyper_parameters_are_the_parsers_defaults(script):
+    parse_args = importlib.import_module(script).parse_args
+    full = parse_args(["--model", "some/7B", "--out", "x"])[0]
+    small = parse_args(["--out", "x"])[0]
+    page = (ROOT / "docs" / "hyper-parameters.md").read_text()
+    section = re.search(rf"^## [^\n]*{script}\.py\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
+    checked = set()
+    for flag, _, _, ours, toys, _ in rows_of(section, 6):
+        if flag.startswith("`--"):
+            name = flag.strip("`-").replace("-", "_")
+            assert same_value(ours, getattr(full, name)), (flag, ours, getattr(full, name))
+            assert same_value(toys, getattr(small, name)), (flag, toys, getattr(small, name))
+            checked.add(name)
+    overridden = set(toy.OVERRIDES["rl" if script == "train_rl" else "sft"]) - {"eval_every"}
+    assert checked >= overridden | {"lr", "lora_rank"}
+
+
+def test_hyper_parameters_that_are_constants():
+    page = (ROOT / "docs" / "hyper-parameters.md").read_text()
+    for name, _, _, ours, where in rows_of(page, 5):
+        place = re.fullmatch(r"`([\w/]+)\.py:([A-Z_]+)`", where)
+        if place and name != "tiers Hard/Medium/Easy, percent":
+            module = importlib.import_module(place[1].replace("/", "."))
+            assert float(ours) == getattr(module, place[2]), name
 
 
 # ---- words
