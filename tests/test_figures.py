@@ -352,7 +352,8 @@ def test_a_judge_of_form_likes_false_steps():
 
 def test_what_is_replayed_in_other_ways():
     items = [
-        buffer.StoredEntry(i, i, an_entry("q", reward, i)) for i, reward in enumerate([1, 0.2, 1, 0, 0])
+        buffer.StoredEntry(i, i, an_entry("q", reward, i))
+        for i, reward in enumerate([1, 0.2, 1, 0, 0])
     ]
     newest = variants.newest(items, 0.5, 3)
     assert [entry.reward for entry in newest] == [0, 0, 1]
