@@ -1,7 +1,7 @@
 """
-Stage 0, cold-start SFT: teach the format and the habit of reasoning before RL, on rows with a
-`reasoning`. The loss is on completion tokens only; every token of the step weighs the same. The towers
-train along by default: this is the stage in which the model may still learn to see.
+Stage 0, cold-start SFT: teaches the format and the habit of reasoning before RL, on rows with a
+`reasoning`. The loss is the mean over the completion tokens of a step. The towers train along by
+default: in the RL stages they are frozen.
 
     python train_sft.py                                                             # the toy, CPU
     torchrun train_sft.py --model Qwen/Qwen2.5-Omni-7B --data cot.jsonl --out runs/sft     # 1 GPU
@@ -20,17 +20,22 @@ from run import arguments
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     boolean = argparse.BooleanOptionalAction
+    # fmt: off
+
     flag = arguments.add_flags(parser)
-    flag("--lora-rank", type=int, default=16, help="0 = full fine-tuning (paper: 16)")
-    flag("--train-towers", action=boolean, default=True, help="train vision and audio towers too")
+    flag("--lora-rank", type=int, default=16, help="rank of the adapter (paper: 16); 0 = train all weights of the text model")
+    flag("--train-towers", action=boolean, default=True, help="train the vision and audio towers too")
     add_media_flags(parser)
+
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--batch-size", type=int, default=64, help="rows a step, over all ranks [U18]")
-    flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine [U18]")
-    flag("--micro-tokens", type=int, default=8192, help="tokens read at once; less = less memory")
+    flag("--batch-size", type=int, default=64, help="rows per step, over all ranks [U18]")
+    flag("--lr", type=float, default=1e-5, help="peak learning rate, then a cosine down to a tenth of it [U18]")
+    flag("--micro-tokens", type=int, default=8192, help="tokens per forward pass; lower it to save memory")
+
+    # fmt: on
 
     def overrides(first):
-        yield "stage 0", dict(out="runs/sft", steps=0)
+        yield "stage 0", dict(out="runs/sft", steps=0)  # one epoch
         if toy.is_toy(first.model):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
@@ -40,7 +45,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_args)
+    arguments.answer_early(parse_args)  # --help and mistakes answer before torch is loaded
 
 import functools
 
@@ -58,33 +63,52 @@ from models.policy import completion_logprobs
 from rl import guards, metrics
 from rl.page import RunPage
 from run import checkpoint, logs, optim, processes
+from run.errors import out_of_memory_advice
 from run.launch import run_main
 from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 
 
-def gradient(policy, prompts, completions, micro_tokens):
+def encode_completion(tokenizer, row):
+    """The reasoning and the answer as tokens (T,), with the end token that a rollout stops at."""
+    return torch.tensor([*tokenizer(completion_text(row)).input_ids, tokenizer.eos_token_id])
+
+
+@out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
+def add_gradient(policy, prompts, completions, micro_tokens):
     """
-    Adds the gradient of the mean negative log-likelihood over the completion tokens of the step.
+    loss = - sum_t log pi(o_t | q, o_<t) / N,  N completion tokens of the whole step
+    Adds its gradient to the policy's parameters.
 
     prompts      list of Prompt, this rank's
-    completions  list of (T,) int64, one a prompt
-    returns      loss (), num_valid_tokens, both of all ranks
+    completions  list of (T,) int64, one per prompt
+    returns      loss, N, both over all ranks
     """
+    num_local_tokens = sum(len(completion) for completion in completions)
+    # of all ranks: neither the split into micro-batches nor the number of ranks changes the gradient
+    num_tokens = sum(processes.all_gather_object(num_local_tokens))
     sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
     packs = optim.micro_batches(sizes, micro_tokens)
-    # of the whole step on all ranks, so that no split of it changes the gradient
-    num_valid_tokens = sum(processes.all_gather_object(sum(map(len, completions))))
+
     loss_sum = torch.zeros((), device=policy.device)
-    for pack, counts in processes.even_rounds(packs, packs[-1]):
-        taken = [prompts[i] for i in pack], [[completions[i]] for i in pack]
-        logprobs, _, _ = completion_logprobs(policy, *taken, temperature=1.0)
-        loss = -float(counts) * logprobs.sum() / num_valid_tokens
+    for pack, is_real in processes.even_rounds(packs, packs[-1]):
+        logprobs, _, _ = completion_logprobs(  # (N, T), 0 off the mask
+            policy,
+            [prompts[i] for i in pack],
+            [[completions[i]] for i in pack],
+            temperature=1.0,
+        )
+        # a repeated pack counts 0: it is there because all ranks must make as many forward passes
+        weight = 1.0 if is_real else 0.0
+        loss = -weight * logprobs.sum() / num_tokens
         (loss * processes.world_size()).backward()  # FSDP takes the mean over ranks
         loss_sum += loss.detach()
     if processes.world_size() > 1:
         dist.all_reduce(loss_sum)
-    return loss_sum.item(), num_valid_tokens
+    return loss_sum.item(), num_tokens
+
+
+# ---- the run -----------------------------------------------------------------------------------
 
 
 def main():
@@ -101,9 +125,11 @@ def main():
     processes.check_multiple("--batch-size", args.batch_size)
     toy_model, toy_train, _ = toy.write_defaults(0, args.model, args.data)
 
+    # ---- rows and the policy
     rows = Rows(args.data or toy_train)
     folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
-    build = InputBuilder(folder, media_config_from(args), rows.path.parent, False)
+    media_config = media_config_from(args)
+    build = InputBuilder(folder, media_config, rows.path.parent, audio_captions=False)
     policy, _ = open_policies(
         folder,
         device=device,
@@ -114,21 +140,26 @@ def main():
         with_reference=False,
     )
     optimizer = optim.adamw(policy, args.lr)
-    clip_cache = ClipCache(build, int(args.cache_gb * 1e9))
-    stream = RowStream(
+    row_stream = RowStream(
         rows,
-        clip_cache,
+        ClipCache(build, int(args.cache_gb * 1e9)),
         rows_per_step=args.batch_size,
         seed=args.seed,
         required_field="reasoning",
         with_hints=True,
     )
-    watch, start = guards.StepGuard(max_ratio=0), 0
-    if args.resume and (found := checkpoint.load(out, policy, optimizer)):
-        start = found["step"]
-        checkpoint.restore(found, health=watch, rows=stream)
-    count = args.steps or -(-len(rows) // args.batch_size)
-    processes.print0(f"  {len(rows)} rows, {count} steps of {args.batch_size}, from step {start}")
+
+    # ---- what a checkpoint holds beside the weights
+    guard = guards.StepGuard(max_ratio=0)
+    start_step = 0
+    if args.resume:
+        state = checkpoint.load(out, policy, optimizer)
+        if state:
+            start_step = state["step"]
+            checkpoint.restore(state, rows=row_stream, health=guard)
+
+    def small_state():
+        return checkpoint.states(rows=row_stream, health=guard)
 
     def save(step, state):
         checkpoint.save(
@@ -140,47 +171,62 @@ def main():
             keep_checkpoints=args.keep_checkpoints,
         )
 
-    stream.prefetch_next()
-    log = logs.RunLog(out, arguments=vars(args), step=start, num_steps=count, trackers=args.log)
+    num_steps = args.steps or -(-len(rows) // args.batch_size)  # 0: one epoch, the last step full
+    log = logs.RunLog(
+        out,
+        arguments=vars(args),
+        step=start_step,
+        num_steps=num_steps,
+        trackers=args.log,
+    )
     RunPage(out)  # written at the end of the run
+    processes.print0(
+        f"  {len(rows)} rows, {num_steps} steps of {args.batch_size}, from step {start_step}"
+    )
+    local = processes.local_slice(args.batch_size)
+    row_stream.prefetch_next()
     watch_signals()
-    steps = processes.Steps(start, count, "stage 0")
+    steps = processes.Steps(start_step, num_steps, "stage 0")
     for step in steps:
-        clock, before_step = metrics.Clock(), checkpoint.states(health=watch, rows=stream)
-        step_rows, prompts = stream.next_rows(steps)
-        local_rows = step_rows[processes.local_slice(args.batch_size)]
-        completions = [encode_completion(build.tokenizer, row) for row in local_rows]
-        stream.prefetch_next()
+        clock = metrics.Clock()
+        save_before = functools.partial(save, step - 1, small_state())
+
+        # ---- the rows of the step
+        step_rows, prompts = row_stream.next_rows(steps)
+        completions = [encode_completion(build.tokenizer, row) for row in step_rows[local]]
+        row_stream.prefetch_next()
         clock.lap("data")
 
-        loss, num_valid_tokens = gradient(policy, prompts, completions, args.micro_tokens)
+        # ---- the gradient, and the optimizer step unless its numbers are bad
+        loss, num_valid_tokens = add_gradient(policy, prompts, completions, args.micro_tokens)
         grad_norm = optim.clip_grad_norm(policy)
-        problem, ids = watch.bad_step(loss, grad_norm), {row["prompt_id"] for row in step_rows}
-        save_before = functools.partial(save, step - 1, before_step)
-        if watch.refuses(problem, ids, steps, args.on_bad_step, save_before):
+        problem = guard.bad_step(loss, grad_norm)
+        prompt_ids = {row["prompt_id"] for row in step_rows}
+        if guard.handle_bad_step(problem, prompt_ids, steps, args.on_bad_step, save_before):
             optimizer.zero_grad()
         else:
-            optim.step(optimizer, args.lr, step, count, cosine=True)
+            optim.step(optimizer, args.lr, step, num_steps, cosine=True)
 
-        step_s, lr = clock.total(), optimizer.param_groups[0]["lr"]
-        report = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr) | watch.report()
-        report |= {
-            "data/bad_rows": len(stream.bad_rows),
+        # ---- report, and save when it is time to
+        step_s = clock.total()
+        report = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": optimizer.param_groups[0]["lr"],
+            **guard.report(),
+            "data/bad_rows": len(row_stream.bad_rows),
             "tokens_per_s": num_valid_tokens / step_s,
             "time/data_s": clock.seconds["data"],
             "time/step_s": step_s,
         }
         log.write(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
-        small_state = functools.partial(checkpoint.states, health=watch, rows=stream)
-        save_and_maybe_stop(step, count, args.save_every, lambda: save(step, small_state()))
+        save_and_maybe_stop(step, num_steps, args.save_every, lambda: save(step, small_state()))  # noqa: B023
+
+    # ---- the end
     save_model(policy, out / "final", build.processor)
     processes.print0(f"saved {out / 'final'}")
-
-
-def encode_completion(tokenizer, row):
-    """The reasoning and the answer as tokens, with the end token that a rollout stops at."""
-    return torch.tensor([*tokenizer(completion_text(row)).input_ids, tokenizer.eos_token_id])
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def in_the_update(monkeypatch):
 
 def in_stage_0(monkeypatch):
     monkeypatch.setattr(optim, "micro_batches", out_of_memory)
-    train_sft.gradient(None, [], [], 1)
+    train_sft.add_gradient(None, [], [], 1)
 
 
 def in_the_rollout(monkeypatch):
