@@ -63,8 +63,8 @@ class Rows:
     raises   BadRow    unreadable JSON, a duplicate id, or (on access) a row that breaks the format
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, needs_answer=True):
+        self.path, self.needs_answer = Path(path), needs_answer
         check_file(path)
         offsets, hashes, offset = array("q"), array("q"), 0
         with open(self.path, "rb") as file:
@@ -88,7 +88,7 @@ class Rows:
         return len(self.offsets)
 
     def __getitem__(self, i):
-        return normalize_row(self._parse(i))
+        return normalize_row(self._parse(i), self.needs_answer)
 
     def _parse(self, i):
         with open(self.path, "rb") as file:
@@ -128,11 +128,13 @@ def row_id(row, where):
     return str(prompt_id)
 
 
-def normalize_row(row):
+def normalize_row(row, needs_answer=True):
     """
     A row of ours or of Video-R1's schema -> a row of ours, checked without opening its media.
 
     `answer` becomes text, `options` a list or dict of text or None, `images` a list.
+
+    needs_answer   False: the row is only asked, so that its answer may be missing
     """
     row = dict(row, prompt_id=row_id(row, "row"))
     name = f"row {row['prompt_id']}"
@@ -146,7 +148,8 @@ def normalize_row(row):
     if (kind := str(row.get("answer_type"))) not in INSTRUCTIONS:
         raise BadRow(f"{name}: answer_type {kind:.40}: one of {', '.join(INSTRUCTIONS)}")
     row["options"] = _read_options(row.get("options"), name)
-    row["answer"] = _read_answer(row.get("answer"), kind, row["options"], name)
+    if needs_answer or row.get("answer") is not None:
+        row["answer"] = _read_answer(row.get("answer"), kind, row["options"], name)
     keys = ("question", "hint", "audio_caption", "reasoning", "answer")
     texts = {key: row.get(key) or "" for key in keys}
     texts |= {f"option {letter}": text for letter, text in option_table(row["options"]).items()}
