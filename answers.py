@@ -53,6 +53,7 @@ def parse_answer(text):
 _LATEX_TEXT = re.compile(r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|rm))\s*\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
 _LATEX_MATH = re.compile(r"\$([^$]*)\$|\\\(([^\\]*)\\\)")
+MAX_COMBINING = 30  # marks on one letter; composing many more takes quadratic time
 _EDGES = ".,;:!?\"'()[]{}*_`“”‘’。、"  # not + - # %: "-5" is not "5" and "C#" is not "C"
 
 
@@ -64,10 +65,19 @@ def _plain_character(char):
     return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in char)
 
 
+def _composed(text):
+    """Letters and their accents as one character each: "e\u0301", as some systems write it, is "é"."""
+    longest = run = 0
+    for char in text:
+        run = run + 1 if unicodedata.combining(char) else 0
+        longest = max(longest, run)
+    return unicodedata.normalize("NFC", text) if longest <= MAX_COMBINING else text
+
+
 def _plain_text(text):
     r"""Removes LaTeX and full-width forms: \boxed{\text{B}}, $B$ and a full-width B become B."""
     if not text.isascii():
-        text = "".join(_plain_character(char) for char in text)
+        text = "".join(_plain_character(char) for char in _composed(text))
     for _ in range(3):  # nested commands, from the inside out
         text = _LATEX_FRACTION.sub(r"\1/\2", text)
         text = _LATEX_TEXT.sub(r"\1", text)
@@ -93,6 +103,9 @@ _LETTER_END = re.compile(  # separates a letter from the words after it; a space
 )
 _LATER_LETTER = re.compile(  # a or i before a word is an article or a pronoun
     r"(?i)(?<!\w)(?<!\w['’.])(?:[b-hj]|[ai](?!\s+\w\w))(?!\w|['’.]\w)"
+)
+_SAYS_CORRECT = re.compile(  # "A is correct", "(A) is the right answer"
+    r"(?i)[*\"'`)\]}]*\s+is\s+(?:the\s+)?(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one))?|answer)(?!\w)"
 )
 # between the answers of a multi answer; tried in this order, because an option may hold commas
 _SEPARATORS = (r"[;|\n]", r"[,、]", r"[&+/]|\b(?i:and)\b")
@@ -133,6 +146,8 @@ def _read_letter(text, table, strict):
     if letter not in table:
         return None
     rest = text[lead.end() :]
+    if phrase := _SAYS_CORRECT.match(rest):
+        rest = rest[phrase.end() :]
     end = _LETTER_END.match(rest)
     if end:
         rest = rest[end.end() :]
@@ -188,8 +203,11 @@ _CHANGING = "no not none minus negative thousand million billion dozen half thir
 _NUMBER_WORDS = {*_CHANGING.split(), *" ".join(_SPELLED).split()}
 _ANY_NUMBER = rf"(?:\S*\d|(?:{'|'.join(_ONES + _TEENS + _TENS)})\b)"
 _UNCERTAIN = re.compile(  # "> 5", "at least 5", "5 or more", "5+", "+-5", "- 5", "5k", "5M"
-    r"[<>≤≥±]|\+\s*[-−]|[-−–]\s+\d|\d\+|\d\s?[kKMB]\b|(?i:\bor\s+(?:more|less|fewer)\b)"
+    r"[<>≤≥±]|\+\s*[-−]|[-−–]\s+[$€£¥]?\d|\d\+|\d\s?[kKMB]\b|(?i:\bor\s+(?:more|less|fewer)\b)"
     rf"|(?i:\b(?:than|least|most|over|under|above|below|up\s+to)\s+{_ANY_NUMBER})"
+)
+_UNIT_POWER = re.compile(  # "5 km²" "5 m2" "9.8 m/s^2": the power belongs to the unit
+    r"(\d\s?(?:[^\W\d_]{1,3}/)?(?:[µnmcdk]?m|in|ft|yd|mi|s))(?:\^?[23]|[²³])(?!\w)"
 )
 _NUMERAL = re.compile(  # "$1,234.5" "-3" "(5)" ".5" "1/2", any unit after it: "50%" "5km"
     r"[^\w.+-]*([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"
@@ -201,9 +219,11 @@ def _read_number(text):
     """The only number of the text as a finite float, or None."""
     if _words(text) in (["no"], ["none"]):  # as the whole answer; inside a sentence it is no count
         return 0.0
+    text = _UNIT_POWER.sub(r"\1", text)
     if _UNCERTAIN.search(text) or any(c.isnumeric() and not c.isascii() for c in text):
         return None
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-").casefold()
+    text = re.sub(r"([+-])([$€£¥])", r"\2\1", text)  # "-$5" is "$-5"
     numerals = [word for word in text.split() if re.search("[0-9]", word)]
     words = re.findall(r"[a-z]+|[^a-z\s-]", text)  # a hyphen joins words, other punctuation parts
     places = [i for i, word in enumerate(words) if word in _NUMBER_WORDS]
@@ -227,12 +247,25 @@ def _read_number(text):
 
 _POLARITY = {word: "yes" for word in ("yes", "true", "y", "是")}
 _POLARITY |= {word: "no" for word in ("no", "false", "n", "否")}
+_NO_NOUN = {*_POLARITY, "and", "or", "but", "wait", "actually", "not", "i", "it", "that"}
 
 
 def _read_yesno(text):
-    words = _words(text)
-    polarities = {_POLARITY[word] for word in words if word in _POLARITY}
-    return _POLARITY.get(words[0]) if len(polarities) == 1 else None
+    """
+    "yes" or "no" by the leading word, None if the other word follows. The "no" of "Yes, there is no
+    sound" says what is absent and takes nothing back: as "No, there is no sound", it is read.
+    """
+    words = [(word.strip(_EDGES), word) for word in text.casefold().split()]
+    words = [(bare, word) for bare, word in words if bare]
+    leading = _POLARITY.get(words[0][0]) if words else None
+    begins_sentence = leading and re.search(r"[,.;:!]\W*$", words[0][1])  # "Yes," or "Yes."
+    for i, (bare, word) in enumerate(words):
+        if _POLARITY.get(bare, leading) == leading:
+            continue
+        is_determiner = word == "no" and i + 1 < len(words) and words[i + 1][0] not in _NO_NOUN
+        if not (begins_sentence and is_determiner):
+            return None
+    return leading
 
 
 def _read_text(text):
@@ -274,15 +307,17 @@ def normalize_answer(answer, answer_type, options=None):
     options      list, dict    "choice" and "multi" only: ["red"], ["A. red"] or {"A": "red"};
                  or None       at most 10; None: letters A..J only
     returns      hashable, or None when the answer cannot be read for certain
-      choice     letter: "B" "(b)" "B) any words" "the answer is B" "选项B", or an option's text,
-                 which goes first if it is itself a letter; None: a second letter or another
+      choice     letter: "B" "(b)" "B) any words" "the answer is B" "B is correct" "选项B", or an
+                 option's text, which goes first if it is itself a letter; None: a second letter or another
                  option's text after the letter, other words after a space alone ("A dog")
       multi      frozenset of letters: "A, C" "AC" "A and C", or texts with , ; | between them
-      yesno      "yes" or "no" by the leading word; both in one answer is None
-      number     float, the only number there: "-1,234.5" "1/2" "twenty-one" (to 999); a unit
-                 or % is dropped, not converted; "5 of 10", "3-4", "5 million", "5k", "> 5", "at
+      yesno      "yes" or "no" by the leading word; None if both are there, except for a "no" before
+                 what is absent: "Yes, there is no sound" is yes
+      number     float, the only number there: "-1,234.5" "-$5" "1/2" "twenty-one" (to 999); a
+                 unit ("km²") or % is dropped, not converted; "5 of 10", "3-4", "5 million", "5k", "> 5", "at
                  least 5" and infinity are None; "no" and "none" are 0 as the whole answer
-      text       casefolded str without articles and without punctuation at the edges of words
+      text       casefolded str without articles and without punctuation at the edges of words;
+                 accents as one character or two are the same
       location   frozenset of (place, object): "left: cat | right: dog", separated by | ;
                  newline, or a comma that a "place:" follows; no list of places is assumed
       ocr, free-form   tuple of casefolded words without punctuation at their edges

@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import re
+import unicodedata
 
 import pytest
 
@@ -190,6 +191,12 @@ def test_format_rejects(text):
         "B. A.M., e.g. at dawn",
         "B, as in B",
         "B. I'd say so",
+        "B is correct",
+        "B is correct.",
+        "Option B is correct",
+        "**B** is the correct answer.",
+        "(B) is the right option, as it is blue",
+        "B is the answer",
     ],
 )
 def test_choice_reads_b(answer):
@@ -259,7 +266,10 @@ def test_choice_reads_b(answer):
         "B or something",
         "either B",
         "not B",
-        "B is correct",
+        "B is correct but not blue",
+        "B is correct, or C",
+        "B is not correct",
+        "B is right of it",
         "it is B",
         "none",
         "all of the above",
@@ -486,7 +496,19 @@ def test_multi_truth_forms_and_option_texts_with_commas():
         ("yes/no", None),
         ("yes or no", None),
         ("true or false", None),
-        ("Yes, no doubt", None),
+        # what is absent takes nothing back, on neither side
+        ("Yes, there is no sound", "yes"),
+        ("No, there is no sound", "no"),
+        ("**Yes.** No dog barks.", "yes"),
+        ("Yes, no doubt", "yes"),
+        ("Yes, or no", None),
+        ("Yes, no.", None),
+        ("Yes. No, it is silent", None),
+        ("Yes, no yes", None),
+        ("Yes, no and yes", None),
+        ("Yes no sound", None),
+        ("True, there is no sound", "yes"),
+        ("True, false", None),
         ("I say yes", None),
         ("not true", None),
         ("no-one", None),
@@ -544,6 +566,15 @@ def test_yesno(answer, form):
         ("50 %", 50),
         ("50 percent", 50),
         ("5km", 5),
+        ("5 km²", 5),
+        ("5km²", 5),
+        ("5 m2", 5),
+        ("9.8 m/s^2", 9.8),
+        ("9.8 m/s²", 9.8),
+        ("an area of 2.5 ft2", 2.5),
+        ("-$5", -5),
+        ("\u2212€5.50", -5.5),
+        ("$-5", -5),
         ("5 km/h", 5),
         ("3D", 3),
         ("There are 5 dogs.", 5),
@@ -702,6 +733,10 @@ def test_number_reads(answer, value):
         "+ -5",
         "\u00b15",
         "- 5",
+        "- $5",
+        "5 x²",
+        "5 CO2",
+        "5²",
         "5k",
         "5 k",
         "5M",
@@ -1106,6 +1141,18 @@ def test_other_types_as_models_write_them():
     assert normalize_answer(r"\frac{1}{2}", "choice", options) == "A"
 
 
+def test_accents_in_one_character_or_two_are_the_same():
+    for word in ("naïve", "Điện thoại", "한국어", "ガラス"):
+        composed, decomposed = (unicodedata.normalize(form, word) for form in ("NFC", "NFD"))
+        assert composed != decomposed
+        for answer_type in ("text", "ocr", "free-form", "location"):
+            place = "left: " if answer_type == "location" else ""
+            answer, truth = place + decomposed, place + composed
+            assert accuracy_reward(answer, truth, answer_type) == 1.0
+            assert accuracy_reward(truth, answer, answer_type) == 1.0
+        assert normalize_answer(decomposed, "choice", [composed, "other"]) == "A"
+
+
 # ------------------------------------------------------------------------------------------
 # hostile text
 
@@ -1143,6 +1190,10 @@ def test_a_megabyte_of_tags_completes(unit):
         ("choice", r"\frac{1}"),
         ("number", "$"),
         ("number", "than "),
+        ("text", "e\u0301\u0315"),
+        ("text", "\u0315\u0301"),
+        ("yesno", "yes, no "),
+        ("number", "5 m"),
     ],
 )
 def test_a_megabyte_of_answer_completes(answer_type, unit):
