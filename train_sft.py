@@ -24,6 +24,7 @@ def parse_args(argv=None):
 
     flag = arguments.add_flags(parser)
     flag("--lora-rank", type=int, default=16, help="rank of the adapter (paper: 16); 0 = train all weights of the text model")
+    flag("--lora-experts", action=boolean, default=False, help="adapter on the experts too, not on attention alone (Qwen3-Omni)")
     flag("--train-towers", action=boolean, default=True, help="train the vision and audio towers too")
     add_media_flags(parser)
 
@@ -136,6 +137,7 @@ def main():
         dtype=args.dtype,
         attn=args.attn,
         lora_rank=args.lora_rank,
+        lora_experts=args.lora_experts,
         train_towers=args.train_towers,
         with_reference=False,
     )

@@ -11,6 +11,8 @@ width):
     TEXT_LAYERS     regex           last part of the names of linear layers of the text model that
                                     get a LoRA adapter: "q_proj|k_proj|..."
     TOWER_LAYERS    regex           the same for towers, matched against the end of the whole name
+    EXPERTS         tuple of str    last parts of the names of parameters that hold a matrix for each
+                                    expert: they get an adapter with --lora-experts; () without any
     TEXT_UNITS      tuple           classes of the layers that FSDP gathers one at a time
     TOWER_UNITS     tuple           the same for towers; used when towers train
     FROZEN          tuple of str    parts that never train, as names below `thinker.model`

@@ -2,6 +2,7 @@
 Loads a policy: a folder or hub id becomes a Policy on its device, with a new adapter or without.
 """
 
+import re
 from functools import partial
 from types import MethodType
 
@@ -19,7 +20,17 @@ from run.errors import UserError
 CHECKPOINT_ABOVE_PARAMS = 10**8  # above it activations are computed again: less memory, more time
 
 
-def open_policies(folder, *, device, dtype, attn, lora_rank, train_towers, with_reference):
+def open_policies(
+    folder,
+    *,
+    device,
+    dtype,
+    attn,
+    lora_rank,
+    train_towers,
+    with_reference,
+    lora_experts=False,
+):
     """
     The policy to train and the frozen reference policy that the KL is measured against     [U15]
 
@@ -27,15 +38,19 @@ def open_policies(folder, *, device, dtype, attn, lora_rank, train_towers, with_
     dtype           "auto", "float32" or "bfloat16"
     attn            attention kernel: a choice of --attn
     with_reference  whether the loss has a KL term
+    lora_experts    whether the experts get an adapter too
     returns         policy, reference; the reference is None if no separate one is needed: with LoRA
                     it is the policy without its adapter (`Policy.reference`)
     """
     choose_attention(attn, device, processes.compute_dtype(device, dtype))
+    if lora_experts and not lora_rank:
+        raise UserError("--lora-experts: there is no adapter with --lora-rank 0: all experts train")
     reference = None
     if with_reference and not lora_rank:
         load_reference = partial(load_policy, folder, 0, train_towers)
         reference = load_sharded(load_reference, device, dtype, frozen=True)
-    policy = load_sharded(partial(load_policy, folder, lora_rank, train_towers), device, dtype)
+    load = partial(load_policy, folder, lora_rank, train_towers, lora_experts=lora_experts)
+    policy = load_sharded(load, device, dtype)
     if reference and not train_towers:
         # frozen towers are equal, and whole on every rank: hold them once
         reference.thinker.model.visual = policy.thinker.model.visual
@@ -55,13 +70,14 @@ def choose_attention(attn, device, dtype):
         )
 
 
-def load_policy(folder, lora_rank, train_towers, empty=False):
+def load_policy(folder, lora_rank, train_towers, empty=False, lora_experts=False):
     """
     A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
 
     lora_rank     int     0 = every weight of the text model trains
     train_towers  bool    whether the vision and audio towers train too
     empty         bool    built alone, without reading weights
+    lora_experts  bool    whether the experts get an adapter too; the router gets none
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
     disable_progress_bar()  # transformers' own, one for each shard
@@ -75,7 +91,7 @@ def load_policy(folder, lora_rank, train_towers, empty=False):
 
         thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
         thinker.requires_grad_(True)  # PEFT had frozen them
-    return wrap_policy(thinker, lora_rank, train_towers)
+    return wrap_policy(thinker, lora_rank, train_towers, lora_experts)
 
 
 def read_thinker(backbone, folder):
@@ -90,29 +106,52 @@ def read_thinker(backbone, folder):
     return thinker
 
 
-def wrap_policy(thinker, lora_rank, train_towers):
+def wrap_policy(thinker, lora_rank, train_towers, lora_experts=False):
     """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
     policy = Policy(thinker, train_towers)
     for module in policy.frozen:
         module.requires_grad_(False)
     if lora_rank:
-        from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import Linear
-
-        target = rf".*language_model\.layers\.\d+\..*\.({policy.backbone.TEXT_LAYERS})"
-        target += rf"|.*({policy.backbone.TOWER_LAYERS})" * train_towers
-        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target)  # [D2]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same new adapter on every rank, and after every restart
-            policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
-        for module in policy.modules():
-            if isinstance(module, Linear):
-                module.forward = MethodType(fused_lora_forward, module)
+        add_adapter(policy, lora_rank, lora_experts)
     if sum(p.numel() for p in thinker.parameters()) > CHECKPOINT_ABOVE_PARAMS:
         thinker.activation_checkpointing_enable(
             dict(use_reentrant=False, preserve_rng_state=False)
         )  # no dropout
     return policy.train()
+
+
+def add_adapter(policy, lora_rank, lora_experts):
+    """Gives a policy a new LoRA adapter, the same on every rank and after every restart."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+
+    thinker, backbone = policy.thinker, policy.backbone
+    target = rf".*language_model\.layers\.\d+\..*\.({backbone.TEXT_LAYERS})"
+    if policy.train_towers:
+        target += rf"|.*({backbone.TOWER_LAYERS})"
+    experts = None
+    if lora_experts:
+        experts = [n for n, _ in thinker.named_parameters() if n.endswith(backbone.EXPERTS)]
+        if not experts:
+            raise UserError(f"--lora-experts: {thinker.config.model_type} has no experts")
+    if backbone.EXPERTS:
+        # Of a mixture of experts PEFT turns a regex into the last parts of the names that match, which
+        # layers of the towers have too: names in full are left as they are.
+        target = [name for name, _ in thinker.named_modules() if re.fullmatch(target, name)]
+    config = LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, target_parameters=experts
+    )  # [D2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
+    if (
+        backbone.EXPERTS
+    ):  # lists, whose order is that of every saved adapter_config.json; sets have none
+        config.target_modules = sorted(config.target_modules)
+        config.target_parameters = sorted(config.target_parameters)
+    for module in policy.modules():
+        if isinstance(module, Linear):
+            module.forward = MethodType(fused_lora_forward, module)
 
 
 def fused_lora_forward(layer, x):

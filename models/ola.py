@@ -44,6 +44,7 @@ from run.launch import run_main
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = r"visual\.(.*\.)?([qkv]_proj|out_proj|fc[12]|proj[12]|predictor\.[02])"
 TOWER_LAYERS += r"|audio_tower\.projector\.linear[12]"
+EXPERTS = ()
 TEXT_UNITS, TOWER_UNITS = (
     (Qwen2DecoderLayer,),
     (SiglipEncoderLayer,),

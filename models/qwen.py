@@ -17,6 +17,7 @@ TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = (
     r"(visual|audio_tower)\.(.*\.)?([qkv](_proj)?|((out|gate|up|down)_)?proj|fc[12]|mlp\.[02])"
 )
+EXPERTS = ()
 TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)  # what FSDP gathers at one time
 TOWER_UNITS = (omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer)
 FROZEN = ()  # parts of the towers that never train

@@ -5,16 +5,22 @@ whole runs with a tiny one, the published configuration, bad input.
     python -m pytest tests/test_qwen3.py
 """
 
+import math
+import re
+
 import numpy as np
+import published_configs
 import pytest
 import torch
 from conftest import RECIPE, assert_same_values
 from media_files import make_row
+from transformers.core_model_loading import revert_weight_conversion
 
 import toy
 from data.clips import Clip
+from models import qwen, qwen3
 from models.inputs import InputBuilder
-from models.loading import load_policy
+from models.loading import load_policy, wrap_policy
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,44 @@ def test_a_prompt_is_transformers_own_whole_forward(random_model, case):
         tail = prompt.input_ids[-4:], prompt.position_ids[:, -4:]
         hidden, _ = policy.packed_forward([head.first(-4)], [[tail]])
         assert_same_values(policy.thinker.lm_head(hidden), logits[-5:])
+
+
+# ---- published configurations ------------------------------------------------------------------
+
+
+def test_names_of_the_published_weights():
+    """
+    The true 30B-A3B configuration, on the meta device: as transformers saves it, every name and shape is
+    a published one, and none is left over.
+    """
+    with torch.device("meta"):
+        thinker = qwen3.Thinker(qwen3.Thinker.config_class(**published_configs.QWEN3_30B_A3B))
+    saved = revert_weight_conversion(thinker, thinker.state_dict())
+    saved = {f"thinker.{name}": tuple(value.shape) for name, value in saved.items()}
+    published = published_configs.qwen3_weights()
+    assert saved == published
+    audio = [shape for name, shape in published.items() if "audio_tower" in name]
+    assert (len(published), len(audio)) == (18867 + 525 + 351, 525)
+    assert 2 * sum(map(math.prod, audio)) == 1_295_854_336  # bytes in bfloat16, as audited
+    # as printed by a project that built it from the hub's config.json
+    assert sum(p.numel() for p in thinker.parameters()) == 31_719_205_488
+    rotary = thinker.model.language_model.rotary_emb
+    assert rotary.mrope_section == [24, 20, 20] and len(rotary.inv_freq) == 64
+
+
+def test_lora_of_the_published_configuration_is_on_attention_alone():
+    with torch.device("meta"):
+        thinker = qwen3.Thinker(qwen3.Thinker.config_class(**published_configs.QWEN3_30B_A3B))
+        policy = wrap_policy(thinker, lora_rank=16, train_towers=False)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    layers = {re.sub(r".*layers\.\d+\.|\.lora_.*", "", name) for name in trained}
+    assert layers == {f"self_attn.{x}_proj" for x in "qkvo"} and len(trained) == 48 * 4 * 2
+
+
+def test_the_3b_configuration_builds():
+    with torch.device("meta"):
+        thinker = qwen.Thinker(qwen.Thinker.config_class(**published_configs.QWEN25_3B))
+        policy = wrap_policy(thinker, lora_rank=16, train_towers=True)
+    text = thinker.model.language_model
+    assert sum(p.numel() for n, p in text.named_parameters() if "lora" not in n) == 3_085_938_688
+    assert policy.backbone is qwen
