@@ -1,11 +1,11 @@
 """
 A media file -> frames, sound or a picture as tensors, true to its time stamps. Copy it freely.
 
-What cannot be decoded as a row asks is an error that names the row and the remedy: there is no
+If media cannot be decoded as a row demands, the error names the row and the remedy: there is no
 substitute for a clip.
 
-T frames, H height, W width, S audio samples. Seconds count from the file's first frame, or from
-its first sample where only its sound is wanted; time stamps need not begin at 0.
+T frames, H height, W width, S audio samples. Seconds count from the file's first frame, or from its
+first sample if only its sound is wanted; the file's own time stamps need not begin at 0.
 """
 
 import math
@@ -19,20 +19,25 @@ import numpy as np
 
 # torch and torchaudio take seconds to load: they are imported where a clip is decoded, so that a
 # command can refuse a mistyped flag at once
-try:  # where no clip is decoded nobody needs it
+try:  # commands that decode nothing work without it
     import av
 except ModuleNotFoundError:
     av = None
 
-AUDIO_RATE = 16000  # samples/s, what the audio tower hears
+AUDIO_RATE = 16000  # samples/s, what the audio tower takes
 SEEK_AHEAD = 8.0  # seconds; what is wanted further ahead than this is reached by seeking
-PREROLL = 0.5  # seconds decoded before the sound wanted: codecs start blurred
+PREROLL = 0.5  # seconds decoded before the sound wanted: after a seek, codecs start blurred
+SLACK = 1.0  # seconds by which `end` may exceed a file's length, and a declared length the real one
+MIN_SOUND = 0.1  # seconds
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-SLACK = 1.0  # seconds by which an `end` may pass a file's, and the told end of a file its real one
 
 
 class BadRow(ValueError):
     """A row that cannot be used as it is; the message names the row and the remedy."""
+
+
+class NoSound(BadRow):
+    """A video without a sound track, or with none in the span that the row takes."""
 
 
 class MediaConfig(NamedTuple):
@@ -44,14 +49,14 @@ class MediaConfig(NamedTuple):
     max_audio_seconds: float
     max_prompt_tokens: int
     allow_outside: bool = False  # whether media may lie outside the JSONL's folder
-    side: int = 28  # sides of frames are multiples of it: the model's, no flag
+    side: int = 28  # sides of frames are multiples of it: set by the model, not by a flag
 
 
 class Clip(NamedTuple):
     """A decoded row. A video and its own sound cover the same span of time."""
 
     frames: Any  # (T, 3, H, W) uint8 tensor or None
-    fps: float | None  # of the frames really taken: T / span
+    fps: float | None  # of the frames taken: T / span
     audio: np.ndarray | list | None  # (S,) float32 at 16 kHz; a list of them if the row has one
     images: list  # of (3, H, W) uint8
     use_audio: bool  # the audio is the video's own, interleaved with it in time
@@ -59,67 +64,81 @@ class Clip(NamedTuple):
     @property
     def sounds(self):
         """All sounds, as a list."""
-        return [self.audio] if isinstance(self.audio, np.ndarray) else self.audio or []
+        if isinstance(self.audio, np.ndarray):
+            return [self.audio]
+        return self.audio or []
 
     def in_order(self, pieces):
         """With pictures and sounds in the order in which pieces {"type", "index"} of a text name them."""
-        images, audio = (
-            [piece["index"] for piece in pieces if piece["type"] == kind]
-            for kind in ("image", "audio")
-        )
-        audio = self.audio if self.use_audio else [self.sounds[i] for i in audio]
-        return self._replace(images=[self.images[i] for i in images], audio=audio)
+        images = [self.images[p["index"]] for p in pieces if p["type"] == "image"]
+        audio = self.audio
+        if not self.use_audio:
+            audio = [self.sounds[p["index"]] for p in pieces if p["type"] == "audio"]
+        return self._replace(images=images, audio=audio)
 
 
-def decode_clip(row, folder, recipe):
+def decode_clip(row, folder, config):
     """
     A row -> its Clip.
 
-    row      dict              as `data.normalize_row` returns it
+    row      dict              as `data.rows.normalize_row` returns it. use_audio "auto": the video's own
+                               sound is taken if there is some
     folder   Path              that media paths are relative to
+    config   MediaConfig
     raises   BadRow            a file is missing, has no such stream, is cut off or cannot be read
     """
-    name, use_audio = f"row {row['prompt_id']}", bool(row.get("use_audio"))
+    name = f"row {row['prompt_id']}"
     start, end = row.get("start"), row.get("end")
-    paths = [find_media(name, folder, path, recipe) for path in row.get("images") or []]
-    images = [decode_image(path, name, recipe) for path in paths]
+    images = []
+    for path in row.get("images") or []:
+        images.append(decode_image(find_media(name, folder, path, config), name, config))
+
     frames = fps = audio = None
+    use_audio = row.get("use_audio") or False
     if row.get("video"):
-        path = find_media(name, folder, row["video"], recipe)
-        frames, fps, span = decode_video(path, name, start, end, recipe)
+        path = find_media(name, folder, row["video"], config)
+        frames, fps, span = decode_video(path, name, start, end, config)
         if use_audio:
-            audio = decode_audio(path, name, *span, recipe, of_video=True)
+            try:
+                audio = decode_audio(path, name, *span, config, of_video=True)
+            except NoSound:
+                if use_audio != "auto":
+                    raise
+                use_audio = False
+
     if row.get("audio"):
-        several = isinstance(row["audio"], list)
-        paths = row["audio"] if several else [row["audio"]]
-        paths = [find_media(name, folder, path, recipe) for path in paths]
-        sounds = [decode_audio(path, name, start, end, recipe, of_video=False) for path in paths]
-        audio = sounds if several else sounds[0]
-    return Clip(frames, fps, audio, images, use_audio)
+        is_list = isinstance(row["audio"], list)
+        sounds = []
+        for path in row["audio"] if is_list else [row["audio"]]:
+            path = find_media(name, folder, path, config)
+            sounds.append(decode_audio(path, name, start, end, config, of_video=False))
+        audio = sounds if is_list else sounds[0]
+    return Clip(frames, fps, audio, images, bool(use_audio))
 
 
 # ---- files and streams -------------------------------------------------------------------------
 
 
-def find_media(name, folder, path, recipe):
+def find_media(name, folder, path, config):
     """
     -> the file's path; BadRow if it is not there, not in the folder, or cut off. A link in the folder
-    is followed wherever it leads: who put it there wants that.
+    is followed wherever it leads: whoever put it there wants that.
     """
     if URL.match(path):
         raise BadRow(f"{name}: {path[:99]} is a URL: not fetched: download it and give its path")
     whole = Path(folder) / path
-    outside = not Path(os.path.abspath(whole)).is_relative_to(os.path.abspath(folder))
+    is_outside = not Path(os.path.abspath(whole)).is_relative_to(os.path.abspath(folder))
     try:
+        is_file = whole.is_file()
         head = b""
-        if is_file := whole.is_file():
+        if is_file:
             size = whole.stat().st_size
             with open(whole, "rb") as file:
                 head = file.read(8)
     except (OSError, RuntimeError) as error:  # no permission, a name too long, links in a circle
-        why = getattr(error, "strerror", None) or "links in a circle"
-        raise BadRow(f"{name}: {path[:99]} cannot be reached ({why}): mend the path") from None
-    if outside and not recipe.allow_outside:
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise BadRow(f"{name}: {path[:99]} cannot be reached ({reason}): mend the path") from None
+    if is_outside and not config.allow_outside:
         raise BadRow(
             f"{name}: {path} is not in the JSONL's folder: move it there or --allow-outside"
         )
@@ -127,9 +146,11 @@ def find_media(name, folder, path, recipe):
         raise BadRow(f"{name}: no file at {whole}: paths are relative to the JSONL")
     if size == 0:
         raise BadRow(f"{name}: {whole} is empty: fetch it again")
-    # FFmpeg takes a cut-off wav for a short one; streamed ones tell a placeholder near 2^31 or 2^32
+    # FFmpeg takes a cut-off wav for a short one. Streamed ones declare a placeholder near 2^31 or 2^32
     if head[:4] == b"RIFF" and size < int.from_bytes(head[4:], "little") + 8 < 2**31 - 2**20:
-        raise BadRow(f"{name}: {whole} is shorter than it tells: it is cut off, fetch it again")
+        raise BadRow(
+            f"{name}: {whole} is shorter than its header says: it is cut off, fetch it again"
+        )
     return whole
 
 
@@ -137,7 +158,8 @@ def open_media(path, name):
     """-> PyAV's container of a local file; BadRow if it is none, or a playlist."""
     if av is None:
         raise ModuleNotFoundError("no clip can be read without av and torchaudio", name="av")
-    try:  # "file:", or a colon in the name would be taken for a protocol
+    try:
+        # without "file:", a colon in the name would be taken for a protocol
         container = av.open(f"file:{path}", metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         raise BadRow(f"{name}: {path} does not open ({error.strerror}): fetch it again") from None
@@ -147,15 +169,23 @@ def open_media(path, name):
     return container
 
 
-def _stream(container, kind, path, name):
+def _best_stream(container, kind, path, name):
     """The stream that a player would choose; a cover picture is no video."""
     stream = container.streams.best(kind)
     if stream is None or stream.disposition & stream.disposition.attached_pic:
-        remedy = "set use_audio to false" if kind == "audio" else "drop the row"
-        raise BadRow(f"{name}: {path} has no {kind} stream: {remedy}, or give another file")
+        if kind == "audio":
+            remedy = 'set use_audio to false or "auto"'
+            raise NoSound(f"{name}: {path} has no audio stream: {remedy}, or give another file")
+        raise BadRow(f"{name}: {path} has no {kind} stream: drop the row, or give another file")
     if stream.codec_context is None:
         raise BadRow(f"{name}: {path} has {kind} of an unknown codec: re-encode it")
     return stream
+
+
+def has_sound_track(name, folder, path, config):
+    """Whether a media file has a sound track; it is not decoded."""
+    with open_media(find_media(name, folder, path, config), name) as container:
+        return bool(container.streams.audio)
 
 
 def _begin(stream):
@@ -164,32 +194,34 @@ def _begin(stream):
 
 
 def _declared_end(container, stream):
-    """The time stamp of a stream's end as the file tells it, in seconds; None if it does not."""
-    if stream.duration and container.format.name not in ("mp3", "aac"):  # these are guessed
+    """The time stamp of a stream's end as the file declares it, in seconds; None if it does not."""
+    if stream.duration and container.format.name not in ("mp3", "aac"):  # these are guesses
         return _begin(stream) + float(stream.duration * stream.time_base)
     for key, value in stream.metadata.items():
         if key.startswith("DURATION") and re.fullmatch(r"\d+:\d+:[\d.]+", value):  # Matroska, WebM
-            return sum(float(part) * unit for part, unit in zip(value.split(":"), (3600, 60, 1)))
+            hours, minutes, seconds = value.split(":")
+            return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
     return None
 
 
 def _scanned_end(path, name, index):
     """The time stamp of a stream's end, from all the packets of the file."""
-    ends = {}
+    ends = {}  # stream -> its end so far
     with open_media(path, name) as container:
         for packet in container.demux():
             if packet.pts is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 ends[packet.stream_index] = max(end, ends.get(packet.stream_index, 0.0))
-        if (container.duration or 0) / av.time_base > max(ends.values(), default=0.0) + SLACK:
+        declared = (container.duration or 0) / av.time_base
+        if declared > max(ends.values(), default=0.0) + SLACK:
             raise BadRow(
-                f"{name}: {path} ends earlier than it tells: it is cut off, fetch it again"
+                f"{name}: {path} ends earlier than its header says: it is cut off, fetch it again"
             )
     return ends.get(index, 0.0)
 
 
 def _span(start, end, length, path, name):
-    """The part of a file that a row wants -> (start, end) in seconds."""
+    """The part of a file that a row takes -> (start, end) in seconds."""
     if length <= 0:
         raise BadRow(f"{name}: {path} has nothing in it with a time stamp: re-encode it")
     if (start or 0) >= length or (end or 0) > length + SLACK:
@@ -200,9 +232,9 @@ def _span(start, end, length, path, name):
 def _decode(container, stream):
     """All frames that have a time stamp, from where the container stands."""
     for frame in container.decode(stream):
-        if stream.type == "video" and frame.is_corrupt:  # filled in by the decoder, and passed on
-            at = (frame.time or 0.0) - _begin(stream)
-            raise av.InvalidDataError(0, f"damaged at {at:.1f} s")
+        if stream.type == "video" and frame.is_corrupt:  # filled in by the decoder without an error
+            second = (frame.time or 0.0) - _begin(stream)
+            raise av.InvalidDataError(0, f"damaged at {second:.1f} s")
         if frame.time is not None:
             yield frame
 
@@ -211,7 +243,8 @@ def _decode_from(container, stream, time):
     """All frames from one at or before the time stamp `time` on, or from the stream's first."""
     if time <= _begin(stream) + SEEK_AHEAD:  # the container is fresh
         return _decode(container, stream)
-    for back in (0.0, 10.0, time):  # an index may go by another clock, or by guesses
+    # an index may follow another clock, or be a guess: step back until a frame before `time` comes
+    for back in (0.0, 10.0, time):
         container.seek(int(max(time - back, 0.0) / stream.time_base), stream=stream)
         frames = _decode(container, stream)
         first = next(frames, None)
@@ -233,54 +266,97 @@ def frame_size(width, height, max_pixels, step=28):
 
 
 def _upright(frame, size):
-    """A frame -> (H, W, 3) uint8, resized, then turned as its metadata asks."""
+    """A frame -> (H, W, 3) uint8, resized, then turned as its metadata says."""
     pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-    degrees = frame.rotation if abs(frame.rotation) <= 360 else 0  # no more: a broken matrix
+    degrees = frame.rotation if abs(frame.rotation) <= 360 else 0  # beyond: a broken matrix
     return np.rot90(pixels, round(degrees / 90))
 
 
-def decode_image(path, name, recipe):
-    """-> (3, H, W) uint8."""
+def decode_image(path, name, config):
+    """
+    -> (3, H, W) uint8. Transparency is put on white, as the models' own loaders do; the picture is
+    turned and mirrored as its EXIF orientation says.
+    """
     import torch
 
     with open_media(path, name) as container:
-        stream = _stream(container, "video", path, name)
-        stream.codec_context.options = {"err_detect": "explode"}  # else half a JPEG turns grey
+        stream = _best_stream(container, "video", path, name)
+        # without it, half a JPEG decodes to a picture that is half grey
+        stream.codec_context.options = {"err_detect": "explode"}
         try:
             frame = next(container.decode(stream), None)
         except av.FFmpegError as error:
             raise BadRow(f"{name}: {path} is no whole image ({error.strerror}): fetch it") from None
         if frame is None:
             raise BadRow(f"{name}: {path} holds no image: give another file")
-        size = frame_size(frame.width, frame.height, recipe.max_pixels, recipe.side)
-        pixels = _upright(frame, size)
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        size = frame_size(frame.width, frame.height, config.max_pixels, config.side)
+        if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
+            frame = _on_white(frame)
+        orientation = exif_orientation(path)
+        if orientation is None:
+            pixels = _upright(frame, size)
+        else:
+            pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+            pixels = _oriented(pixels, orientation)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def decode_video(path, name, start, end, recipe):
+def _on_white(frame):
+    """A frame with transparency -> an opaque one, at full size: the edges blend before resizing."""
+    rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+    alpha = rgba[..., 3:]
+    blended = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return av.VideoFrame.from_ndarray(blended.astype(np.uint8), format="rgb24")
+
+
+def exif_orientation(path):
+    """
+    1 to 8, 1 = upright; None if PIL cannot read the file. PyAV knows only the rotation, not whether a
+    picture is mirrored.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def _oriented(pixels, orientation):
+    """(H, W, 3), as stored -> as it is to be seen."""
+    if orientation in (2, 4, 5, 7):  # mirrored
+        pixels = pixels[:, ::-1]
+    quarter_turns = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)  # to the left
+    return np.rot90(pixels, quarter_turns)
+
+
+def decode_video(path, name, start, end, config):
     """
     -> frames (T, 3, H, W) uint8, fps of the frames taken, (start, end) in seconds.
 
-    [U17] The span is cut into T equal parts and the frame on show in the middle of each is taken,
-    so that frame i stands for the time i / fps, which is what the positions say.
+    [U17] The span is cut into T equal parts, and the frame visible in the middle of each is taken:
+    frame i stands for the time i / fps, which is what its position says.
     """
     import torch
 
     with open_media(path, name) as container:
-        stream = _stream(container, "video", path, name)
+        stream = _best_stream(container, "video", path, name)
         stream.thread_type = "AUTO"
         begin = _begin(stream)
-        length = (
-            _declared_end(container, stream) or _scanned_end(path, name, stream.index)
-        ) - begin
-        start, end = _span(start, end, length, path, name)
-        count = min(max(round((end - start) * recipe.fps / 2) * 2, 2), recipe.max_frames // 2 * 2)
-        wanted = begin + start + (np.arange(count) + 0.5) * (end - start) / count
-        frames, size, aspect = [], None, float(stream.sample_aspect_ratio or 1)  # of one pixel
+        stream_end = _declared_end(container, stream) or _scanned_end(path, name, stream.index)
+        start, end = _span(start, end, stream_end - begin, path, name)
+
+        num_wanted = max(round((end - start) * config.fps / 2) * 2, 2)
+        count = min(num_wanted, config.max_frames // 2 * 2)
+        times = begin + start + (np.arange(count) + 0.5) * (end - start) / count
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        frames, size = [], None
         try:
-            for frame in _frames_at(container, stream, wanted):
-                limits = recipe.max_pixels, recipe.side
-                size = size or frame_size(frame.width * aspect, frame.height, *limits)
+            for frame in _frames_at(container, stream, times):
+                if size is None:
+                    width = frame.width * pixel_aspect
+                    size = frame_size(width, frame.height, config.max_pixels, config.side)
                 frames.append(_upright(frame, size))
         except av.FFmpegError as error:
             raise BadRow(
@@ -293,28 +369,30 @@ def decode_video(path, name, start, end, recipe):
     return frames, count / (end - start), (start, end)
 
 
-def _frames_at(container, stream, wanted):
-    """Yields the frames on show at the time stamps `wanted` (ascending), until the file ends."""
-    shown = ahead = None
+def _frames_at(container, stream, times):
+    """Yields the frames visible at the time stamps `times` (ascending), until the file ends."""
+    visible = following = None
     half_frame = 0.5 / float(stream.average_rate or 25)
-    for time in wanted:
-        if shown is None or time - shown.time > SEEK_AHEAD:
+    for time in times:
+        if visible is None or time - visible.time > SEEK_AHEAD:
             decoder = _decode_from(container, stream, time)
-            shown, ahead = next(decoder, None), next(decoder, None)
-        while ahead is not None and ahead.time <= time:
-            shown, ahead = ahead, next(decoder, None)
-        if shown is None:
+            visible = next(decoder, None)
+            following = next(decoder, None)
+        while following is not None and following.time <= time:
+            visible = following
+            following = next(decoder, None)
+        if visible is None:
             return
-        until = shown.time + float((shown.duration or 0) * stream.time_base) + half_frame
-        if ahead is None and time > until:
+        until = visible.time + float((visible.duration or 0) * stream.time_base) + half_frame
+        if following is None and time > until:
             return
-        yield shown
+        yield visible
 
 
 # ---- sound -------------------------------------------------------------------------------------
 
 
-def decode_audio(path, name, start, end, recipe, of_video):
+def decode_audio(path, name, start, end, config, of_video):
     """
     -> (S,) float32, mono, 16 kHz.
 
@@ -324,58 +402,86 @@ def decode_audio(path, name, start, end, recipe, of_video):
     import torch
     import torchaudio.functional
 
-    start, limit, found, pieces, rate = float(start or 0), float(end or math.inf), 0.0, [], None
+    start = float(start or 0)
+    limit = float(end or math.inf)
+    too_long = BadRow(
+        f"{name}: {path} gives over {config.max_audio_seconds:g} s of sound: raise "
+        "--max-audio-seconds or set start and end"
+    )
+    pieces = []  # (time of the first sample, samples)
+    rate = None
+    decoded_end = 0.0
     with open_media(path, name) as container:
-        stream = _stream(container, "audio", path, name)
-        begin = _begin(_stream(container, "video", path, name) if of_video else stream)
-        told = _declared_end(container, stream)
-        told = math.inf if told is None else told - begin
-        if of_video and told <= start:
-            raise BadRow(f"{name}: {path} has no sound after {told:.1f} s: set use_audio to false")
-        if not of_video and told < math.inf:
-            start, limit = _span(start, end, told, path, name)
-        too_long = f"{path} gives over {recipe.max_audio_seconds:g} s of sound"
-        too_long = BadRow(f"{name}: {too_long}: raise --max-audio-seconds or set start and end")
-        if recipe.max_audio_seconds < limit - start < math.inf:
+        stream = _best_stream(container, "audio", path, name)
+        clock = _best_stream(container, "video", path, name) if of_video else stream
+        begin = _begin(clock)
+        declared_end = _declared_end(container, stream)
+        is_declared = declared_end is not None
+        declared_end = declared_end - begin if is_declared else math.inf
+        if of_video and declared_end <= start:
+            raise NoSound(
+                f"{name}: {path} has no sound after {declared_end:.1f} s: set use_audio to false or "
+                '"auto"'
+            )
+        if not of_video and is_declared:
+            start, limit = _span(start, end, declared_end, path, name)
+        if config.max_audio_seconds < limit - start < math.inf:
             raise too_long
-        # formats that guess where they end also guess when they seek
-        seek = start - PREROLL if told < math.inf else 0.0
+
+        # formats whose end is a guess also guess when they seek
+        seek_to = begin + start - PREROLL if is_declared else begin
         try:
-            for frame in _decode_from(container, stream, begin + seek):
-                time, rate = frame.time - begin, rate or frame.sample_rate
+            for frame in _decode_from(container, stream, seek_to):
+                time = frame.time - begin
+                rate = rate or frame.sample_rate
                 if time >= limit:
                     break
                 if frame.sample_rate != rate:
                     raise BadRow(f"{name}: {path} changes its sample rate on the way: re-encode it")
-                if time > start + recipe.max_audio_seconds:
+                if time > start + config.max_audio_seconds:
                     raise too_long
-                found = time + frame.samples / rate
-                if found > start:
+                decoded_end = time + frame.samples / rate
+                if decoded_end > start:
                     pieces.append((time, _mono(frame)))
         except av.FFmpegError as error:
             raise BadRow(f"{name}: {path} cannot be decoded ({error.strerror}): fetch it") from None
-    if told < math.inf and found < min(told, limit) - SLACK:
-        at = f"{found:.1f} of {told:.1f} s"
-        raise BadRow(f"{name}: the sound of {path} is cut off at {at}: fetch it again")
+    if is_declared and decoded_end < min(declared_end, limit) - SLACK:
+        progress = f"{decoded_end:.1f} of {declared_end:.1f} s"
+        raise BadRow(f"{name}: the sound of {path} is cut off at {progress}: fetch it again")
     if not of_video:
-        start, limit = _span(start, None if limit == math.inf else limit, found, path, name)
-    track, at = np.zeros(round((limit - start) * (rate or 1)), np.float32), None
-    for time, samples in pieces:
-        # by their own time stamps, since codecs prime and tracks begin late; but containers round
-        # the stamps, and samples that follow each other must not be parted by it
-        stamp = round((time - start) * rate)
-        at = stamp if at is None or abs(stamp - at) > 0.05 * rate else at
-        piece = samples[max(-at, 0) : max(len(track) - at, 0)]
-        track[max(at, 0) : max(at, 0) + len(piece)] = piece
-        at += len(samples)
+        end = None if limit == math.inf else limit
+        start, limit = _span(start, end, decoded_end, path, name)
+
     # the resampling kernel of a rate without common divisors would take minutes and GBs
     if rate and rate * AUDIO_RATE > 2e7 * math.gcd(rate, AUDIO_RATE) ** 2:
         raise BadRow(f"{name}: {path} has {rate} samples a second, no usual rate: re-encode it")
-    if not pieces or len(track) < 0.1 * rate:
-        raise BadRow(
-            f"{name}: {path} gives under 0.1 s of sound: mend start and end, or do without it"
+    if not pieces or round((limit - start) * rate) < MIN_SOUND * rate:
+        error = NoSound if of_video and not pieces else BadRow
+        raise error(
+            f"{name}: {path} gives under {MIN_SOUND} s of sound: mend start and end, or do without it"
         )
+    track = _joined(pieces, start, limit, rate)
     return torchaudio.functional.resample(torch.from_numpy(track), rate, AUDIO_RATE).numpy()
+
+
+def _joined(pieces, start, end, rate):
+    """
+    Pieces of sound -> (S,) float32 of start..end, silence where there is none.
+
+    Pieces go by their own time stamps, since codecs prime and tracks begin late. But containers
+    round the stamps, and that must not part samples that follow each other.
+    """
+    track = np.zeros(round((end - start) * rate), np.float32)
+    position = None
+    for time, samples in pieces:
+        stamp = round((time - start) * rate)
+        if position is None or abs(stamp - position) > 0.05 * rate:
+            position = stamp
+        piece = samples[max(-position, 0) : max(len(track) - position, 0)]
+        first = max(position, 0)
+        track[first : first + len(piece)] = piece
+        position += len(samples)
+    return track
 
 
 def _mono(frame):

@@ -14,10 +14,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECIPE
-from media_files import BAD_MEDIA, TONE, WIDE, bursts, decode, numbers, on_show, onsets, write
-from PIL import Image
+from media_files import (
+    BAD_MEDIA,
+    TONE,
+    WIDE,
+    bursts,
+    decode,
+    make_row,
+    numbers,
+    on_show,
+    onsets,
+    write,
+)
+from PIL import Image, ImageOps
 
 from data.clips import BadRow, frame_size
+from data.rows import normalize_row
 
 # ---- video -------------------------------------------------------------------------------------
 
@@ -334,6 +346,93 @@ def test_images_of_all_kinds(tmp_path):
         assert image.shape == (3, 112, 140) and image.dtype == torch.uint8
         assert (image.int() - whole)[:, 5:50, 5:60].abs().max() < 12
     assert (clip.images[-1].int() - whole.rot90(-1, (1, 2)))[:, 5:60, 60:100].abs().max() < 12
+
+
+MODES = {  # name -> (mode of PIL, what save() takes)
+    "grey.png": ("L", {}),
+    "bits.png": ("1", {}),
+    "palette.png": ("P", {}),
+    "rgb.png": ("RGB", {}),
+    "alpha.png": ("RGBA", {}),
+    "alpha.webp": ("RGBA", dict(lossless=True, exact=True)),
+    "grey-alpha.png": ("LA", {}),
+    "palette-alpha.png": ("P", dict(transparency=0)),
+    "grey-key.png": ("L", dict(transparency=0)),
+    "rgb-key.png": ("RGB", dict(transparency=(0, 0, 0))),
+    "grey.jpg": ("L", dict(quality=95)),
+    "cmyk.jpg": ("CMYK", dict(quality=95)),
+    "alpha.gif": ("P", dict(transparency=0)),
+}
+
+
+def with_white_ground(image):
+    """A picture as the models' own loaders read it: transparency is put on white."""
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if "A" not in image.getbands():
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    ground = Image.new("RGB", image.size, (255, 255, 255))
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_picture_modes_are_read_as_by_the_models_own_loader(tmp_path, name):
+    """Black and coloured bars on a ground that is transparent where the mode has transparency."""
+    mode, options = MODES[name]
+    pixels = np.zeros((112, 140, 4), np.uint8)
+    pixels[:, 20:60] = (0, 0, 0, 255)  # black, opaque
+    pixels[:, 60:100] = (200, 60, 40, 255)
+    pixels[:, 100:120] = (40, 60, 200, 128)  # half transparent
+    picture = Image.fromarray(pixels)
+    if mode == "P":
+        picture = picture.convert("RGB").quantize(8)
+    elif mode != "RGBA":
+        picture = (picture if mode == "LA" else picture.convert("RGB")).convert(mode)
+    picture.save(tmp_path / name, **options)
+    clip = decode(tmp_path, RECIPE._replace(max_pixels=10**6), images=[name])
+    with Image.open(tmp_path / name) as image:
+        expected = np.array(with_white_ground(image))
+    ours = clip.images[0].permute(1, 2, 0).numpy()
+    middles = [10, 40, 80, 110]  # of the bars
+    difference = np.abs(ours[50, middles].astype(int) - expected[50, middles])
+    assert difference.max() <= (8 if name.endswith("jpg") else 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_and_mirrored_as_their_exif_says(tmp_path, orientation):
+    picture = Image.fromarray(corner(0, 140, 112))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    for name in ("a.jpg", "a.png", "a.webp"):
+        options = {} if name == "a.png" else dict(quality=95)
+        picture.save(tmp_path / name, exif=exif, **options)
+        clip = decode(tmp_path, RECIPE._replace(max_pixels=10**6), images=[name])
+        with Image.open(tmp_path / name) as image:
+            expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        ours = clip.images[0].permute(1, 2, 0).numpy()
+        assert ours.shape == expected.shape
+        assert np.abs(ours.astype(int) - expected).mean() < 2
+
+
+def test_sound_is_taken_where_there_is_some(media, tmp_path):
+    """use_audio "auto": a track is heard; without one, or with none in the span, there is no sound."""
+    clip = decode(media, RECIPE, video="good.mp4", use_audio="auto")
+    heard = decode(media, RECIPE, video="good.mp4", use_audio=True)
+    assert clip.use_audio and np.array_equal(clip.audio, heard.audio)
+    clip = decode(media, RECIPE, video="silent.mp4", use_audio="auto")
+    assert not clip.use_audio and clip.audio is None and clip.sounds == []
+    write(tmp_path / "short.mkv", seconds=6.0, audio="aac", sound=bursts(2, at=(1,)))
+    clip = decode(tmp_path, RECIPE, video="short.mkv", use_audio="auto", start=4)
+    assert not clip.use_audio and len(clip.frames) == 4
+    with pytest.raises(BadRow, match="no sound after"):
+        decode(tmp_path, RECIPE, video="short.mkv", use_audio=True, start=4)
+    with pytest.raises(BadRow, match="cut off|cannot be decoded|ends .* s early"):
+        decode(media, RECIPE, video="cut-start.mp4", use_audio="auto")  # broken stays broken
+    for fields in (dict(images=["good.png"]), dict(video="good.mp4", audio="good.wav")):
+        row = normalize_row(make_row(use_audio="auto", **fields))
+        assert row["use_audio"] is False  # nothing of its own to be heard
 
 
 # ---- bad media ---------------------------------------------------------------------------------
