@@ -111,22 +111,29 @@ _SAYS_CORRECT = re.compile(  # "A is correct", "(A) is the right answer"
 _SEPARATORS = (r"[;|\n]", r"[,、]", r"[&+/]|\b(?i:and)\b")
 
 
-def _option_table(options):
+def option_table(options):
     """
-    -> {letter: words of the option}; {letter: []} for A..J without options.
+    -> {letter: text}, {} without options. Prefixes ("A. red") are removed if every option has its own.
 
-    Prefixes ("A. red") are removed if every option has its own.
+    raises   ValueError   over 10 options, or letters that are not A..J
     """
     if not options:
-        return {letter: [] for letter in LETTERS}
+        return {}
     table = options if isinstance(options, dict) else dict(zip(LETTERS, options))
     table = {str(letter).strip().upper(): str(text) for letter, text in table.items()}
     if isinstance(options, str) or len(table) != len(options) or set(table) - set(LETTERS):
         raise ValueError(f"options must be a list or dict of at most 10, A..J, got {options!r}")
     prefixes = {letter: OPTION_PREFIX.match(text) for letter, text in table.items()}
     if all(prefix and prefix[1].upper() == letter for letter, prefix in prefixes.items()):
-        table = {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
-    return {letter: _words(_plain_text(text)) for letter, text in table.items()}
+        return {letter: text[prefixes[letter].end() :] for letter, text in table.items()}
+    return table
+
+
+def _option_words(options):
+    """-> {letter: words of the option}; {letter: []} for A..J without options."""
+    if not options:
+        return {letter: [] for letter in LETTERS}
+    return {letter: _words(_plain_text(text)) for letter, text in option_table(options).items()}
 
 
 def _letters_of_option(text, table):
@@ -330,9 +337,9 @@ def normalize_answer(answer, answer_type, options=None):
     text = _plain_text(answer)
     match answer_type:
         case "choice":
-            return _read_letter(text, _option_table(options), strict=False)
+            return _read_letter(text, _option_words(options), strict=False)
         case "multi":
-            return _read_letters(text, _option_table(options), _SEPARATORS)
+            return _read_letters(text, _option_words(options), _SEPARATORS)
         case "yesno":
             return _read_yesno(text)
         case "number":
@@ -355,7 +362,7 @@ def normalize_truth(truth, answer_type, options=None):
     """
     if answer_type == "choice" and type(truth) is int:  # a bool is an int too, but no index
         letter = LETTERS[truth : truth + 1] if truth >= 0 else ""
-        form = letter if letter in _option_table(options) else None
+        form = letter if letter in _option_words(options) else None
     elif answer_type == "multi" and isinstance(truth, (list, tuple)):
         form = frozenset(normalize_truth(part, "choice", options) for part in truth) or None
     else:

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from answers import LETTERS
 from data import readers
 from data.clips import BadRow
-from data.rows import LETTERS, cut_options
+from data.questions import cut_options
 
 UNLABELLED = "unlabelled"
 
@@ -51,7 +52,7 @@ def find_files(root, *patterns):
 def annotations(root, *patterns):
     """Yields (file, record) for the files of the first pattern that matches any."""
     for file in find_files(root, *patterns):
-        for record in readers.records(file, unwrap=False):
+        for record in readers.read_records(file, unwrap=False):
             if isinstance(record, BadRow):
                 raise record
             yield file, record

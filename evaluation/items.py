@@ -111,7 +111,9 @@ def split_items(name, rows, previous, protocol):
             continue
         record |= dict(options=row["options"], images=row["images"], truth=row["answer"])
         record |= unanswered_scores(row, protocol)
-        if name not in benchmarks.BENCHMARKS:  # in a benchmark the clip decides
+        if row.get("use_audio") == "auto":  # the clip decides
+            record["use_audio"] = None
+        elif name not in benchmarks.BENCHMARKS:  # in a benchmark the clip decides
             record["use_audio"] = bool(row.get("use_audio"))
         if row.get("scoring") == "open":
             settled.append(record)

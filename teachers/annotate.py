@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.clips import BadRow
+from data.clips import BadRow, has_sound_track
 from data.media_flags import add_media_flags, media_config_from
 from data.rows import RESERVED, TAGS, answer_spec, check_file, normalize_row, parse_line
 from run import processes
@@ -82,6 +82,10 @@ def write_caption(model, row):
     """The caption of a row's sound; None for a row without sound. Raises as FrozenModel.query."""
     if not (row.get("audio") or row.get("use_audio")):
         return None
+    if row.get("use_audio") == "auto":  # heard only if the file has a sound track
+        name = f"row {row['prompt_id']}"
+        if not has_sound_track(name, model.media_folder, row["video"], model.media_config):
+            return None
 
     def parse(reply):
         words = one_line(reply).strip("\"' ").split()

@@ -19,7 +19,8 @@ from benchmark_fixtures import EXPECTED, REPLIES, benchmark_root, media  # noqa:
 from conftest import RECIPE, assert_same_values, launch
 
 from data.clips import BadRow, decode_clip
-from data.rows import SYSTEM_PROMPT, cut_options, normalize_row
+from data.questions import cut_options
+from data.rows import SYSTEM_PROMPT, normalize_row
 from evaluation import benchmarks, items, protocol, tables
 from evaluation.protocol import Protocol
 from models.inputs import InputBuilder

@@ -6,6 +6,7 @@ left out, and that the report adds up.
 """
 
 import csv
+import gzip
 import json
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 import torch
 from benchmark_fixtures import media  # noqa: F401
 from conftest import launch
+from media_files import write
 from torchvision.io import write_png
 
 from data import converters, readers
+from data.clips import BadRow
 
 R1 = dict(
     problem_id=7,
@@ -52,7 +55,7 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
         {"Set/a.mp4": "film", "Set/b.png": "picture"},
         2,
         [
-            dict(answer="A", answer_type="choice", use_audio=True, prompt_id="Set-7"),
+            dict(answer="A", answer_type="choice", use_audio="auto", prompt_id="Set-7"),
             dict(answer="NO", answer_type="ocr"),
             dict(answer="a red dot", answer_type="free-form"),
         ],
@@ -114,6 +117,20 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
             dict(answer="electric bass", answer_type="choice"),
         ],
     ),
+    "music-avqa-v2": (  # its added records have no question_id
+        [
+            dict(
+                video_id="9G7EAFgjQyQ",
+                type="[]",
+                question_content="Are there <Object> and <Object> sound? ",
+                templ_values='["flute", "clarinet"]',
+                anser="no",
+            )
+        ],
+        {"9G7EAFgjQyQ.mp4": "film"},
+        2,
+        [dict(question="Are there flute and clarinet sound?", answer="no", answer_type="yesno")],
+    ),
     "ave": (
         "Church bell&one&good&1&3\nBark&two&good&0&2\nBus&two&good&1&2\n",
         {"one.mp4": "film", "two.mp4": "film"},
@@ -130,6 +147,15 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
         2,
         [dict(answer="dog barking", answer_type="choice"), {}, {}],
     ),
+    "vggsound-files": (  # its authors' data/test.csv
+        'abcdefghijk_000030.mp4,dog barking\nbbcdefghijk_000000.mp4,"wind noise, storm"\n',
+        {"abcdefghijk_000030.mp4": "film", "bbcdefghijk_000000.mp4": "film"},
+        2,
+        [
+            dict(answer="dog barking", prompt_id="vgg-abcdefghijk_000030"),
+            dict(answer="wind noise, storm", answer_type="choice"),
+        ],
+    ),
     "ms-swift": (
         [
             dict(messages=TALK, videos=["v.mp4"], solution="Yes"),
@@ -145,7 +171,7 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
         {"v.mp4": "film", "s.wav": "sound"},
         2,
         [
-            dict(question="Is it red?", answer="Yes", answer_type="yesno", use_audio=True),
+            dict(question="Is it red?", answer="Yes", answer_type="yesno", use_audio="auto"),
             dict(answer="no", reasoning="I look", audio="s.wav"),
         ],
     ),
@@ -199,6 +225,47 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
         1,
         [dict(question="How many?", answer="4", answer_type="number", video="v.mp4")],
     ),
+    "verl": (
+        [
+            dict(
+                data_source="mine",
+                prompt=[dict(role="user", content="<video>What colour?")],
+                videos=[dict(video="v.mp4")],
+                reward_model=dict(style="rule", ground_truth="red"),
+            )
+        ],
+        {"v.mp4": "film"},
+        2,
+        [dict(question="What colour?", answer="red", answer_type="text", video="v.mp4")],
+    ),
+    "natural": (  # no prompt_id, no answer_type
+        [
+            dict(question="What colour?", answer="red", video="v.mp4"),
+            dict(question="Which one?", answer="B", options=["red", "blue"], image="i.png"),
+            dict(question="Which?\n1. red\n2. blue", answer="2", images=["i.png"]),
+        ],
+        {"v.mp4": "film", "i.png": "picture"},
+        2,
+        [
+            dict(prompt_id="in-0", answer="red", answer_type="text", use_audio="auto"),
+            dict(answer="B", answer_type="choice", images=["i.png"]),
+            dict(question="Which?", answer="B", options=["A. red", "B. blue"]),
+        ],
+    ),
+    "humanomni-v2": (
+        [
+            R1
+            | dict(
+                problem_id=None,
+                problem_type="emer_ov_mc",
+                answer="A,B",
+                solution="<context>A</context><think>I look.</think><answer>A,B</answer>",
+            )
+        ],
+        {"Set/a.mp4": "film"},
+        2,
+        [dict(prompt_id="in-0", answer="A,B", answer_type="multi", reasoning="I look.")],
+    ),
 }
 
 
@@ -220,10 +287,13 @@ def report_of(folder):
     return report
 
 
-def train(toy_dir, folder, stage):
-    flags = f"--stage {stage} --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    given = ("--model", toy_dir / "model", "--data", folder / "rows.jsonl", "--out", folder / "run")
-    launch("train_rl.py", *flags.split(), *given, "--judge", "toy", "--max-bad-frac", 0)
+def train(toy_dir, folder, stage=2):
+    """Two steps on the rows."""
+    flags = (
+        "--steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0".split()
+    )
+    paths = ["--model", toy_dir / "model", "--data", folder / "rows.jsonl", "--out", folder / "run"]
+    launch("train_rl.py", "--stage", stage, *flags, *paths)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -242,16 +312,7 @@ def test_a_format_from_its_file_to_training(toy_dir, tmp_path, media, name):  # 
             assert row["answer"] in row["options"] or row["answer"] in "ABCD"
     assert "kept" in printed
     launch("prepare.py", "check", tmp_path / "rows.jsonl")
-    flags = f"--stage {min(stage, 2)} --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    given = (
-        "--model",
-        toy_dir / "model",
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--out",
-        tmp_path / "run",
-    )
-    launch("train_rl.py", *flags.split(), *given)
+    train(toy_dir, tmp_path, min(stage, 2))
 
 
 def test_avsbench_says_where(toy_dir, tmp_path, media):  # noqa: F811
@@ -299,18 +360,7 @@ def test_avsbench_semantic_names_every_source(toy_dir, tmp_path, media):  # noqa
     (row,) = rows_in(tmp_path)
     assert row["answer"] == "left: dog | center: guitar | right: guitar" and len(row["images"]) == 2
     launch("prepare.py", "check", tmp_path / "rows.jsonl")
-    flags = (
-        "--stage 2 --steps 2 --prompts-per-step 1 --max-new-tokens 8 --eval-every 0 --save-every 0"
-    )
-    given = (
-        "--model",
-        toy_dir / "model",
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--out",
-        tmp_path / "run",
-    )
-    launch("train_rl.py", *flags.split(), *given)
+    train(toy_dir, tmp_path)
 
 
 def test_stage_0_learns_from_reasonings(toy_dir, tmp_path, media):  # noqa: F811
@@ -320,15 +370,9 @@ def test_stage_0_learns_from_reasonings(toy_dir, tmp_path, media):  # noqa: F811
     )
     convert(tmp_path, "cot.json")
     assert rows_in(tmp_path)[0]["reasoning"] == "It is the left one."
-    given = (
-        "--model",
-        toy_dir / "model",
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--out",
-        tmp_path / "run",
-    )
-    launch("train_sft.py", *given, "--steps", 2, "--batch-size", 1, "--save-every", 0)
+    paths = ["--model", toy_dir / "model", "--data", tmp_path / "rows.jsonl"]
+    flags = ["--steps", 2, "--batch-size", 1, "--save-every", 0]
+    launch("train_sft.py", *paths, "--out", tmp_path / "run", *flags)
 
 
 # ---- files
@@ -345,7 +389,7 @@ def test_encodings_and_line_ends(tmp_path, encoding, end):
         json.dumps(dict(data=records)),
     ):
         (tmp_path / "x").write_bytes(text.encode(encoding))
-        assert list(readers.records(tmp_path / "x")) == records
+        assert list(readers.read_records(tmp_path / "x")) == records
 
 
 def test_an_array_is_streamed(tmp_path, monkeypatch):
@@ -354,22 +398,54 @@ def test_an_array_is_streamed(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(json.dumps(items))
     for chunk in (1, 2, 7, 100, 5000):
         monkeypatch.setattr(readers, "CHUNK", chunk)
-        assert list(readers.records(tmp_path / "x.json")) == items
+        assert list(readers.read_records(tmp_path / "x.json")) == items
     (tmp_path / "x.json").write_text(json.dumps(items)[:2000])
-    *whole, problem = readers.records(tmp_path / "x.json")
+    *whole, problem = readers.read_records(tmp_path / "x.json")
     assert whole == items[: len(whole)] and "it and all that follows is lost" in str(problem)
+
+
+def test_compressed_files_and_arrow(tmp_path):
+    """.gz of lines, an array and a table; what datasets.save_to_disk writes."""
+    records = [dict(a="1", b="x"), dict(a="2", b="y")]
+    lines = "\n".join(map(json.dumps, records))
+    for text in (lines, json.dumps(records), "a,b\n1,x\n2,y\n"):
+        (tmp_path / "x.gz").write_bytes(gzip.compress(text.encode()))
+        assert list(readers.read_records(tmp_path / "x.gz")) == records
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(records)
+    for new in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
+        with new(str(tmp_path / "x.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        assert list(readers.read_records(tmp_path / "x.arrow")) == records
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_of_a_table(tmp_path, separator):
+    rows = [["id", "question"], ["1", "What, now; then?"], ["2", 'a "b"']]
+    with open(tmp_path / "x.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    records = list(readers.read_records(tmp_path / "x.csv"))
+    assert records == [dict(zip(rows[0], row)) for row in rows[1:]]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"just a text\nof two lines\n", b"\x89PNG\r\n\x1a\n\xff\xfe"]
+)
+def test_a_file_that_is_no_data_is_named(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    (problem,) = readers.read_records(tmp_path / "x")
+    assert isinstance(problem, BadRow) and "x" in str(problem)
 
 
 def test_parquet_with_media_inside(toy_dir, tmp_path, media):  # noqa: F811
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     media(tmp_path / "p.png", "picture")
     record = R1 | dict(
         data_type="image",
         path=dict(image=dict(bytes=(tmp_path / "p.png").read_bytes(), path="p.png")),
     )
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
     (tmp_path / "p.png").unlink()
     convert(tmp_path, "x.parquet")
     (row,) = rows_in(tmp_path)
@@ -421,10 +497,172 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, media):  # noqa: F811
         "a form that is not known": 1,
         "several turns": 1,
     }
-    assert "keys what" in report["dropped"]["a form that is not known"]["example"]
+    assert "keys: what" in report["dropped"]["a form that is not known"]["example"]
     ids = [row["prompt_id"] for row in rows_in(tmp_path)]
     assert ids == ["Set-7", "Set-7-2"]  # ids repeat in the source, and are told apart
     assert "add --force" in convert(tmp_path, "in.jsonl", code=1)
+
+
+USELESS = {  # file -> its content, and what the line has to name
+    "unknown.json": (json.dumps([dict(video_id="a", task="t", text="?")] * 3), "--map"),
+    "benchmark.json": (
+        json.dumps([dict(Question="?", Choice=["A"], Answer="A", video_id="x")]),
+        "eval.py --benchmark daily-omni",
+    ),
+    "empty.json": ("", "empty"),
+    "list.json": ("[]", "no record"),
+    "text.txt": ("hello\nworld\n", "JSONL"),
+    "turns.jsonl": (json.dumps(dict(messages=TALK + TALK, videos=["v.mp4"])), "several turns"),
+    "no_answer.jsonl": (json.dumps(dict(messages=TALK, videos=["v.mp4"])), "no answer"),
+}
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_a_file_of_which_nothing_can_be_used_is_an_error(tmp_path, name):
+    content, words = USELESS[name]
+    (tmp_path / name).write_text(content)
+    line = convert(tmp_path, name, "--max-bad-frac", 1, code=1)
+    assert words in line and "Traceback" not in line and len(line.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing is written
+
+
+def test_an_unknown_form_is_named_with_all_its_keys(tmp_path):
+    keys = [f"column_{i}" for i in range(30)]
+    (tmp_path / "in.json").write_text(json.dumps([dict.fromkeys(keys, "x")]))
+    line = convert(tmp_path, "in.json", code=1)
+    assert all(key in line for key in keys)
+    assert all(name in line for name in converters.FORMATS)
+
+
+def test_columns_of_a_form_of_ones_own(tmp_path, media):  # noqa: F811
+    media(tmp_path / "v.mp4", "film")
+    table = "file,text,A,B,C,correct\nv.mp4,What colour?,red,blue,green,B\n"
+    (tmp_path / "in.csv").write_text(table)
+    convert(tmp_path, "in.csv", "--map", "question=text,answer=correct,video=file,options=A+B+C")
+    (row,) = rows_in(tmp_path)
+    assert row["options"] == ["red", "blue", "green"] and row["answer_type"] == "choice"
+    assert (row["answer"], row["video"], row["question"]) == ("B", "v.mp4", "What colour?")
+    nested = dict(q="How many?", meta=dict(truth=[3]), clips=[dict(path="v.mp4")])
+    (tmp_path / "in.json").write_text(json.dumps([nested]))
+    mapping = "question=q,answer=meta.truth.0,video=clips.0.path"
+    convert(tmp_path, "in.json", "--map", mapping, "--force")
+    (row,) = rows_in(tmp_path)
+    assert (row["answer"], row["answer_type"], row["video"]) == ("3", "number", "v.mp4")
+    for mapping, words in (
+        ("question=q,answer=none,video=q", "none"),
+        ("question=q", "answer"),
+        ("queston=q,answer=q", "queston"),
+    ):
+        line = convert(tmp_path, "in.json", "--map", mapping, "--force", code=1)
+        assert "--map" in line and words in line
+
+
+def test_a_table_holds_booleans_and_seconds(tmp_path, media):  # noqa: F811
+    media(tmp_path / "v.mp4", "film")
+    table = (
+        "prompt_id,video,question,answer,answer_type,options,use_audio,start,end\n"
+        'a,v.mp4,Which?,red,choice,"[""red"", ""blue""]",true,0,1.5\n'
+        "b,v.mp4,How many?,2,number,,FALSE,,\n"
+        "c,v.mp4,How many now?,2,number,,auto,1,\n"
+        "d,v.mp4,How many then?,2,number,,maybe,soon,\n"
+    )
+    (tmp_path / "in.csv").write_text(table)
+    convert(tmp_path, "in.csv", "--max-bad-frac", 0.3)
+    a, b, c = rows_in(tmp_path)
+    assert (a["use_audio"], a["start"], a["end"], a["options"]) == (True, 0, 1.5, ["red", "blue"])
+    assert b["use_audio"] is False and (c["use_audio"], c["start"]) == ("auto", 1)
+    dropped = report_of(tmp_path)["dropped"]["breaks the format"]
+    assert "'maybe'" in dropped["example"]
+
+
+def test_sound_is_heard_where_there_is_a_track(toy_dir, tmp_path, media):  # noqa: F811
+    """use_audio is "auto" unless --stage is 0 or 1; --check-media decides it for each clip."""
+    media(tmp_path / "heard.mp4", "film")
+    write(tmp_path / "mute.mp4", seconds=1.0)
+    records = [
+        R1 | dict(problem_id=i, path=name) for i, name in enumerate(("heard.mp4", "mute.mp4"))
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    for flags, expected in (
+        ([], ["auto", "auto"]),
+        (["--stage", 2], ["auto", "auto"]),
+        (["--stage", 1], [False, False]),
+        (["--stage", 2, "--use-audio", "true"], [True, True]),
+    ):
+        convert(tmp_path, "in.json", *flags, "--force")
+        assert [row["use_audio"] for row in rows_in(tmp_path)] == expected
+    convert(tmp_path, "in.json", "--force")
+    assert report_of(tmp_path)["use_audio_auto"] == 2
+    launch("prepare.py", "check", tmp_path / "rows.jsonl")
+    train(toy_dir, tmp_path)
+    convert(tmp_path, "in.json", "--check-media", "--force")
+    assert [row["use_audio"] for row in rows_in(tmp_path)] == [True, False]
+    report = report_of(tmp_path)
+    assert report["kept"] == 2 and report["silent_videos"] == 1
+
+
+def test_text_around_a_question(tmp_path, media):  # noqa: F811
+    """Closing sentences leave the options, placeholders get names, and the report counts both."""
+    media(tmp_path / "p1.png", "picture")
+    media(tmp_path / "p2.png", "picture")
+    pictures = ["p1.png", "p2.png"]
+    questions = [
+        "<image><image>Which?\nA. red\nB. blue\nAnswer with the option's letter.",
+        "Is <image> darker than <image>?",
+        "<image>Which is red?",  # one placeholder, two pictures
+        "<image><image>What does the <image> tag do?",
+    ]
+    answers = ["A", "no", "first", "nothing"]
+    records = []
+    for question, answer in zip(questions, answers):
+        turn = dict(role="user", content=question)
+        records.append(dict(messages=[turn], images=pictures, answer=answer))
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    convert(tmp_path, "in.json")
+    first, second, last = rows_in(tmp_path)
+    assert (first["question"], first["options"]) == ("Which?", ["A. red", "B. blue"])
+    assert second["question"] == "Is picture 1 darker than picture 2?"
+    assert last["question"] == "What does the <image> tag do?"
+    report = report_of(tmp_path)
+    assert report["dropped"]["placeholders are not as many as the media"]["count"] == 1
+    assert [part["count"] for part in report["changed"].values()] == [1, 1]
+
+
+def test_sentences_are_free_form_and_one_sided_answers_are_reported(tmp_path, media):  # noqa: F811
+    media(tmp_path / "v.mp4", "film")
+    sentence = "It is the sound of breaking glass."
+    records = [dict(question="What is it?", answer=sentence, video="v.mp4")]
+    records += [
+        dict(question=f"When is {i}?", answer=0 if i < 8 else i, video="v.mp4") for i in range(10)
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    printed = convert(tmp_path, "in.json")
+    assert rows_in(tmp_path)[0]["answer_type"] == "free-form"
+    assert "8 of 10 number answers" in printed and "--max-answer-share" in printed
+    printed = convert(
+        tmp_path, "in.json", "--max-answer-share", 0.5, "--open-type", "text", "--force"
+    )
+    answers = [row["answer"] for row in rows_in(tmp_path)]
+    assert sorted(answers) == sorted([sentence, "0", "0", "8", "9"])
+    report = report_of(tmp_path)
+    assert report["dropped"]["over --max-answer-share"]["count"] == 6
+    assert "--open-type free-form" in " ".join(report["warnings"])
+
+
+def test_the_output_and_its_old_held_out_file(tmp_path, media):  # noqa: F811
+    many_rows(tmp_path, media)
+    convert(tmp_path, "in.json", "--held-out", 4)
+    assert (tmp_path / "rows.held-out.jsonl").exists()
+    convert(tmp_path, "in.json", "--force")  # its rows are in rows.jsonl now
+    assert not (tmp_path / "rows.held-out.jsonl").exists() and len(rows_in(tmp_path)) == 40
+    (tmp_path / "folder").mkdir()
+    for flags in ([], ["--force"]):
+        files = [tmp_path / "in.json", "--out", tmp_path / "folder"]
+        line = launch("prepare.py", "rows", *files, *flags, code=1)
+        assert "--out" in line and "folder" in line and "Traceback" not in line
+    assert not list(tmp_path.glob("folder.*"))
+    line = launch("train_rl.py", "--data", tmp_path / "in.json", "--out", tmp_path / "r", code=1)
+    assert "prepare.py rows" in line
 
 
 def many_rows(folder, media, count=40):  # noqa: F811
@@ -464,12 +702,12 @@ def test_what_a_benchmark_holds_is_dropped(tmp_path, media):  # noqa: F811
     item = dict(Question="question 9?", Choice=["A. x", "B. y"], Answer="A", video_id="3")
     (tmp_path / "root" / "daily-omni").mkdir(parents=True)
     (tmp_path / "root" / "daily-omni" / "qa.json").write_text(json.dumps([item]))
-    convert(tmp_path, "in.json", "--against", tmp_path / "root")
+    convert(tmp_path, "in.json", "--exclude-benchmarks", tmp_path / "root")
     kept = {row["question"] for row in rows_in(tmp_path)}
     assert report_of(tmp_path)["dropped"]["in daily-omni"]["count"] == 1
     assert len(kept) == 39 and "Question 9?" not in kept  # clips are called 3_video there
-    told = convert(tmp_path, "in.json", "--against", tmp_path / "Set", "--force", code=1)
-    assert "no benchmark lies in" in told
+    told = convert(tmp_path, "in.json", "--exclude-benchmarks", tmp_path / "Set", "--force", code=1)
+    assert "--exclude-benchmarks" in told
 
 
 def test_clips_that_cannot_be_decoded_and_a_page(tmp_path, media):  # noqa: F811
@@ -486,7 +724,7 @@ def test_clips_that_cannot_be_decoded_and_a_page(tmp_path, media):  # noqa: F811
 
 
 def test_wrong_options_and_wording_follow_the_seed():
-    context, other = (converters.Context(".", 2, seed) for seed in (0, 1))
+    context, other = (converters.Context(".", seed=seed) for seed in (0, 1))
     record = dict(Category="Bark", VideoID="v", Quality="good", StartTime="2", EndTime="5")
     rows = [next(converters.ave(record | dict(VideoID=str(i)), context)) for i in range(200)]
     assert rows == [
@@ -497,6 +735,6 @@ def test_wrong_options_and_wording_follow_the_seed():
     places = np.bincount([row["options"].index("Bark") for row in choices], minlength=4)
     assert len(choices) > 60 and (places > 5).all()  # the right one stands anywhere
     assert all(
-        len(set(row["options"])) == 4 and set(row["options"]) <= set(converters.AVE)
+        len(set(row["options"])) == 4 and set(row["options"]) <= set(converters.AVE_EVENTS)
         for row in choices
     )

@@ -20,8 +20,7 @@ from conftest import RECIPE, ROOT, launch
 from test_run import mistake, same_weights, sft_flags, without_times
 from test_train_rl import read_metrics, rl_flags
 
-import prepare
-from data import row_stream
+from data import row_check, row_stream
 from models.loading import load_policy
 from rl import guards
 from run import checkpoint
@@ -314,8 +313,8 @@ def test_check_and_training_agree_on_bad_rows(toy_dir, tmp_path, monkeypatch):
     items[8]["video"] = "../outside.mp4"
     items[9]["end"] = 999
     (rows / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    told = list(prepare.examine(rows / "train.jsonl", RECIPE, None, 1))
-    problems = [problem for problem in told if problem]
+    checks = row_check.check_rows(rows / "train.jsonl", RECIPE, None, 1)
+    problems = [check.problem for check in checks if check.problem]
     bad = {0, 5, 6, 7, 8, 9}
     assert len(problems) == len(bad)
     command = list(sft_flags(toy_dir, tmp_path / "run", "--steps", 3))

@@ -12,8 +12,9 @@ import pytest
 from media_files import make_row
 
 import rewards
+from answers import option_table
 from data.clips import BadRow
-from data.rows import Rows, completion_text, normalize_row, option_table, question_text
+from data.rows import Rows, completion_text, normalize_row, question_text
 from hints import place_hint
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ BAD_ROWS = [
     (dict(video=["a.mp4"]), "media .*: give paths as text"),
     (dict(images=[{"path": "x"}]), "media .*: give paths as text"),
     (dict(video="a\0b.mp4"), "give paths as text"),
-    (dict(use_audio="false"), "use_audio 'false': give true or false"),
+    (dict(use_audio="false"), "use_audio 'false': give true, false or"),
     (dict(use_audio=True, audio="x.wav"), "use_audio is for sound in `video`"),
     (dict(use_audio=True, video=None, images=["x.png"]), "use_audio is for sound in `video`"),
     (dict(start=3, end=3), "start 3, end 3: give seconds, start before end"),
@@ -266,8 +267,9 @@ def test_rows_are_found_by_number_and_by_id(tmp_path):
         assert table.index(str(rows[i]["prompt_id"])) == i % 200
     with pytest.raises(BadRow, match="has no row 'é2'"):
         table.index("é2")
-    held = table.offsets.nbytes + table.hashes.nbytes + table.order.nbytes
-    assert held == 24 * len(table)  # 24 MB for 10^6 rows, whatever their length
+    arrays = (table.offsets, table.id_hashes, table.content_hashes, table.by_hash)
+    held = sum(array.nbytes for array in arrays)
+    assert held == 32 * len(table)  # 32 MB for 10^6 rows, whatever their length
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_rows_are_found_by_number_and_by_id(tmp_path):
         ([make_row(), "", '{"prompt_id": '], "x.jsonl:3: not JSON"),
         (["[" * 100000], "x.jsonl:1: not JSON"),
         (["\udcff"], "x.jsonl:1: not JSON"),
-        ([[make_row()]], "x.jsonl:1: a list, no object: write one a line"),
+        ([[make_row()]], "x.jsonl:1: a list, no object: write one object a line"),
         ([make_row(), dict(question="?")], "x.jsonl:2: prompt_id is None: give every row a unique"),
         ([make_row(prompt_id="")], "x.jsonl:1: prompt_id is ''"),
         ([make_row(prompt_id="two\nlines")], "x.jsonl:1: prompt_id is 'two"),

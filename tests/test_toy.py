@@ -14,10 +14,9 @@ import pytest
 import torch
 from conftest import RECIPE, ROOT
 
-import prepare
 import rewards
 import toy
-from data import toy_clips, toy_rows
+from data import row_check, toy_clips, toy_rows
 from data.clips import decode_clip
 from data.rows import Rows, completion_text
 from data.toy_rows import write_rows
@@ -76,8 +75,8 @@ def test_what_is_seen_and_heard_is_what_the_row_says(toy_dir):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_rows_are_complete_and_scorable(toy_dir, stage):
-    problems = list(prepare.examine(toy_dir / f"stage{stage}" / "train.jsonl", RECIPE, None, 2))
-    assert problems == [None] * 16
+    checks = row_check.check_rows(toy_dir / f"stage{stage}" / "train.jsonl", RECIPE, None, 2)
+    assert [check.problem for check in checks] == [None] * 16
     for row in rows_of(toy_dir, stage):
         truth = (row["answer"], row["answer_type"], row.get("options"))
         assert rewards.accuracy_reward(row["answer"], *truth) == 1
