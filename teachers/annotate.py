@@ -30,7 +30,7 @@ def add_flags(parser, role):
     """role   "captioner" or "teacher": the name of the flag that says which model is asked"""
     flag = parser.add_argument
     flag("--data", required=True, help="JSONL of rows")
-    flag("--out", required=True, help="JSONL to write, in the folder of --data")
+    flag("--out", required=True, help="JSONL to write, one row for each row")
     flag(f"--{role}", required=True, help="URL of a chat server (http://host:8000/v1), or a folder")
     flag(f"--{role}-model", help="the model's name on the server")
     flag("--cache-dir", help="folder of the cached replies; OUT.answers if not given")
@@ -51,8 +51,6 @@ def add_flags(parser, role):
 def open_model(args, where, model_name):
     """-> the FrozenModel of such a command. Its flags are checked first."""
     check_file(args.data)
-    if Path(args.out).resolve().parent != Path(args.data).resolve().parent:
-        raise UserError("--out must lie beside --data: the rows' media paths are relative to it")
     if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:
         raise UserError("--concurrency and --timeout must be over 0, --retries at least 0")
     return FrozenModel(
@@ -197,6 +195,11 @@ def annotate_rows(model, source, out, *, field, write, check, concurrency):
     replies give again what still holds.
     """
     source = Path(source)
+    folder = Path(out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = None  # the way from OUT's folder to the media
+    if folder.resolve() != source.parent.resolve():
+        prefix = os.path.relpath(source.parent.resolve(), folder.resolve())
     lines = [(i, line) for i, line in enumerate(source.read_bytes().splitlines(), 1)]
     counts = dict(rows=0, kept=0, new=0, needless=0, without=0)
     unasked = []  # numbers of the lines left without, after the model was given up
@@ -207,7 +210,9 @@ def annotate_rows(model, source, out, *, field, write, check, concurrency):
         if not line.strip():
             return None
         where = f"{source.name}:{number}"
-        outcome = annotate_line(number, line, where, field=field, write=write, check=check)
+        outcome = annotate_line(
+            number, line, where, field=field, write=write, check=check, prefix=prefix
+        )
         if isinstance(outcome.error, UserError):
             model.stop(str(outcome.error))
         return outcome
@@ -248,17 +253,26 @@ def annotate_rows(model, source, out, *, field, write, check, concurrency):
     if unasked:
         print(f"{source.name}: no reply since then: lines {line_ranges(unasked)}")
     print(summary(out, field, counts))
+    if prefix:
+        print(f"its media lie in {source.parent}: train with --allow-outside, or link them")
     if why_stopped:
         raise UserError(f"{why_stopped}; the replies so far are cached: run again to continue")
     return counts
 
 
-def annotate_line(number, line, where, *, field, write, check):
-    """-> the Outcome of one line of the file."""
+def annotate_line(number, line, where, *, field, write, check, prefix):
+    """
+    -> the Outcome of one line of the file.
+
+    prefix   None, or what goes in front of the media paths
+    """
     note = None
     try:
         raw = parse_line(line, where)
         row = normalize_row(raw)
+        if prefix:
+            raw = with_prefix(raw, prefix)
+            line = json.dumps(raw).encode()
         text = raw.pop(field, None)
         if text:
             problem = check(row, text)
@@ -272,6 +286,24 @@ def annotate_line(number, line, where, *, field, write, check):
         return Outcome(number, json.dumps(raw | {field: text}).encode(), "new", note=note)
     except (ChatError, BadRow, UserError) as error:
         return Outcome(number, line, "without", error=error, note=note)
+
+
+def with_prefix(raw, prefix):
+    """A row as it is in a file, its relative media paths with the prefix in front."""
+
+    def moved(path):
+        if "://" in path:  # a URL, which is refused where it is read
+            return path
+        return Path(os.path.normpath(os.path.join(prefix, path))).as_posix()
+
+    raw = dict(raw)
+    for key in ("video", "audio", "images", "path"):  # path: Video-R1
+        value = raw.get(key)
+        if isinstance(value, list):
+            raw[key] = [moved(path) for path in value]
+        elif value:
+            raw[key] = moved(value)
+    return raw
 
 
 def map_in_order(pool, function, items, max_ahead):

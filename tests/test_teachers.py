@@ -530,9 +530,20 @@ def test_a_row_with_several_sounds_is_asked_about(rows):
     assert len(heard) == 2 and len(heard[0]) == 2 and heard[0] == heard[1][::-1]
 
 
-def test_out_must_lie_beside_the_rows(rows, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "out.jsonl"
-    assert "must lie beside" in caption(rows, "http://127.0.0.1:9", code=1, out=elsewhere)
+def test_out_may_lie_elsewhere(rows, tmp_path_factory):
+    """Rows with and without a caption; their media paths lead back to the clips."""
+    first, *others = read(rows / "in.jsonl")
+    rows_in = [first, others[0] | dict(use_audio=False), others[1] | dict(audio_caption="a bell")]
+    (rows / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_in))
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with ChatServer(lambda r, n: "a tone") as server:
+        printed = caption(rows, server.url, out=folder / "new" / "out.jsonl")
+    assert "--allow-outside" in printed
+    rows_out = read(folder / "new" / "out.jsonl")
+    assert [row.get("audio_caption") for row in rows_out] == ["a tone", None, "a bell"]
+    for before, after in zip(rows_in, rows_out, strict=True):
+        clip = folder / "new" / after["video"]
+        assert clip.resolve() == (rows / before["video"]).resolve()
 
 
 # ---- hints
