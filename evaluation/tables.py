@@ -214,7 +214,10 @@ def senses_label(without):
 def print_senses(folders, records, summaries, differences):
     """Full, without one sense and blind side by side, with intervals; chance beside them."""
     rows = []
-    for name in summaries[folders[0]]:
+    names = list(summaries[folders[0]])
+    if len(names) == 2 and names[0] == "all":  # one file: "all" says the same
+        del names[0]
+    for name in names:
         for folder in folders:
             summary = summaries[folder].get(name)
             if not summary or summary["score"] is None:
