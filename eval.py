@@ -153,11 +153,9 @@ from data.rows import INSTRUCTIONS, SYSTEM_PROMPT, Rows
 from evaluation import items
 from evaluation.asking import ClipItems, answer_items
 from evaluation.items_page import write_items_page
-from models import attention
 from models.inputs import InputBuilder
-from models.loading import load_policy
+from models.loading import load_to_answer
 from models.paths import base_model, resolve_run_dir
-from models.sharding import cast_params
 from run import processes
 from run.io import write_text
 from run.launch import run_main
@@ -173,30 +171,17 @@ MAX_MISSING_SHARE = 0.1
 
 def open_protocol(args):
     """The Protocol that the flags describe; reads the files of --template and --system."""
-    template = read_text("--template", args.template) if args.template else None
+    template = protocol.read_text("--template", args.template) if args.template else None
     if template and "{question}" not in template:
         where = "put it where the question goes"
         raise UserError(f"--template: no {{question}} in {args.template}: {where}")
-    if args.system is None:
-        system = None
-    elif args.system == "none":
-        system = ""
-    else:
-        system = read_text("--system", args.system).strip()
     return Protocol(
         is_authors=args.protocol == "paper",
         template=template,
-        system=system,
+        system=protocol.read_system(args.system),
         audio_captions=args.audio_captions,
         without=tuple(sense for sense in SENSES if sense in args.without),
     )
-
-
-def read_text(flag, path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: {path} is not UTF-8 ({error.reason}): convert it") from None
 
 
 def recipe_of(args, folder, asked, dtype):
@@ -361,10 +346,7 @@ def main():
     processes.all_gather_object(None)
 
     # ---- the model
-    policy = load_policy(folder, lora_rank=0, train_towers=False)
-    cast_params(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
-    policy.to(device)
-    attention.set_attention_kernel("auto", device, dtype)
+    policy = load_to_answer(folder, device, dtype)
     build = InputBuilder(folder, media_config, ".", args.audio_captions)
 
     # ---- the answers to this rank's share of the clips

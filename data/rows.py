@@ -80,8 +80,9 @@ class Rows:
     raises   BadRow    unreadable JSON, a duplicate id, or (on access) a row that breaks the format
     """
 
-    def __init__(self, path):
+    def __init__(self, path, needs_answer=True):
         self.path = Path(path)
+        self.needs_answer = needs_answer
         check_file(path)
         offsets = array("q")
         id_hashes = array("q")
@@ -112,7 +113,7 @@ class Rows:
         return len(self.offsets)
 
     def __getitem__(self, i):
-        return normalize_row(self._parse(i))
+        return normalize_row(self._parse(i), self.needs_answer)
 
     def _parse(self, i):
         with open(self.path, "rb") as file:
@@ -176,11 +177,14 @@ def row_id(row, where):
 # ---- one row -----------------------------------------------------------------------------------
 
 
-def normalize_row(row):
+def normalize_row(row, needs_answer=True):
     """
     A row of ours or of Video-R1's schema -> a row of ours, checked without opening its media.
 
     `answer` becomes text, `options` a list or dict of text or None, `images` a list.
+
+    needs_answer   False: the row is only asked; it may lack its answer, and its answer_type, which is
+                   then a choice if it has options, else free-form
     """
     row = dict(row, prompt_id=row_id(row, "row"))
     name = f"row {row['prompt_id']}"
@@ -190,11 +194,14 @@ def normalize_row(row):
             row |= from_video_r1(row)
         except ValueError as problem:
             raise BadRow(f"{name}: {problem}") from None
+    if not needs_answer and row.get("answer_type") is None:
+        row["answer_type"] = "choice" if row.get("options") else "free-form"
     answer_type = str(row.get("answer_type"))
     if answer_type not in INSTRUCTIONS:
         raise BadRow(f"{name}: answer_type {answer_type:.40}: one of {', '.join(INSTRUCTIONS)}")
     row["options"] = _read_options(row.get("options"), name)
-    row["answer"] = _read_answer(row.get("answer"), answer_type, row["options"], name)
+    if needs_answer or row.get("answer") is not None:
+        row["answer"] = _read_answer(row.get("answer"), answer_type, row["options"], name)
     _check_texts(row, name)
     _check_media(row, name)
     _check_keys(row, name)

@@ -106,7 +106,7 @@ def read_clip(clip, protocol):
     for row, record in clip.items:
         try:
             if decoded is None:
-                use_audio = record["use_audio"]
+                use_audio = record["use_audio"]  # None: the clip decides
                 if use_audio is None and row.get("video") and not row.get("audio"):
                     use_audio = has_usable_sound(build.root, row, build.recipe)
                 heard = without_senses(row | dict(use_audio=use_audio), protocol.without)

@@ -114,7 +114,8 @@ def split_items(name, rows, previous, protocol):
         if row.get("use_audio") == "auto":  # the clip decides
             record["use_audio"] = None
         elif name not in benchmarks.BENCHMARKS:  # in a benchmark the clip decides
-            record["use_audio"] = bool(row.get("use_audio"))
+            use_audio = row.get("use_audio") or False
+            record["use_audio"] = None if use_audio == "auto" else use_audio
         if row.get("scoring") == "open":
             settled.append(record)
             continue

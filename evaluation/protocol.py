@@ -10,11 +10,13 @@ that fails counts as wrong, and a clip without sound changes no other clip.
 """
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import answers
 from data.clips import BadRow
 from data.rows import SYSTEM_PROMPT, option_table, question_text
+from run.errors import UserError
 
 SENSES = ("sound", "video")  # what --without can take away
 
@@ -62,6 +64,20 @@ QUESTIONS = {
     "yesno": "{question}\nReply with Yes or No and no other text.",
     "number": "Question: {question}\nReply with the number and no other text.",
 }
+
+
+def read_system(value):
+    """The value of --system -> the system prompt of a Protocol."""
+    if value is None:
+        return None
+    return "" if value == "none" else read_text("--system", value).strip()
+
+
+def read_text(flag, path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: {path} is not UTF-8 ({error.reason}): convert it") from None
 
 
 # ---- asking ------------------------------------------------------------------------------------

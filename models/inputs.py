@@ -187,12 +187,14 @@ class InputBuilder:
             )
         return prompt
 
+    def media_length(self, prompt):
+        """How many tokens of a prompt come before the end of its last medium, the end included."""
+        ends = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.media_ends))
+        return int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1
+
     def with_text(self, prompt, row, hint=None, words=None):
         """The prompt of another question, or of a hint, about the same clip: the same media."""
-        ends = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.media_ends))
-        media = (
-            int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1
-        )  # up to the last one's end
+        media = self.media_length(prompt)
         processor = self.own_processor()
         text = self.chat(processor, ["audio"], row, hint, words).split(self.media_ends[-1])[1]
         tail = torch.tensor(processor.tokenizer(text).input_ids)

@@ -13,7 +13,7 @@ from models.attention import set_attention_kernel
 from models.inputs import BACKBONES, config_of
 from models.paths import from_pretrained, is_adapter
 from models.policy import Policy
-from models.sharding import load_sharded
+from models.sharding import cast_params, load_sharded
 from run import processes
 from run.errors import UserError
 
@@ -162,6 +162,14 @@ def fused_lora_forward(layer, x):
     a, b, scale = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
     added = torch.addmm(result.flatten(0, -2), a(x).flatten(0, -2), b.weight.T, alpha=scale)
     return added.view(result.shape)
+
+
+def load_to_answer(folder, device, dtype):
+    """A policy that only answers, on its device: whole, computing in dtype (a torch.dtype)."""
+    policy = load_policy(folder, lora_rank=0, train_towers=False)
+    cast_params(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
+    set_attention_kernel("auto", device, dtype)
+    return policy.to(device)
 
 
 def write_merged(folder, part):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import DecodeAttention
+from models.clip_prefix import continue_prefix
 from models.graphs import DelayedScalar, capture
 from models.inputs import shared_clip_groups
 from models.sharding import unsharded
@@ -51,6 +52,8 @@ def rollout(
     eos_ids,
     seeds,
     micro_tokens=16384,
+    prefix=None,
+    on_token=None,
 ):
     """
     Samples completions of all prompts together and records their log-probs.
@@ -62,6 +65,8 @@ def rollout(
     eos_ids          list of int    each of them ends a completion and belongs to it
     seeds            list of B int  one for each prompt: the other prompts do not change its samples
     micro_tokens     int            prompt tokens that are read at one time
+    prefix           ClipPrefix     what the one prompt begins with, read before (clip_prefix.py)
+    on_token         callable       gets each step's tokens (rows,), to show them as they come
     returns          list of B lists of Completion
 
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
@@ -77,12 +82,24 @@ def rollout(
             eos_ids=eos_ids,
             seeds=seeds,
             micro_tokens=micro_tokens,
+            prefix=prefix,
+            on_token=on_token,
         )
     )
 
 
 def _rollout(
-    policy, prompts, num_completions, *, temperature, max_new_tokens, eos_ids, seeds, micro_tokens
+    policy,
+    prompts,
+    num_completions,
+    *,
+    temperature,
+    max_new_tokens,
+    eos_ids,
+    seeds,
+    micro_tokens,
+    prefix,
+    on_token,
 ):
     device = policy.device
     group_size = max(num_completions)
@@ -100,7 +117,11 @@ def _rollout(
     compact_below = COMPACT_BELOW_ON_GPU if completion_index.is_cuda else COMPACT_BELOW
 
     with unsharded(policy):
-        logits, attention = prefill(policy, prompts, clip_groups, prompt_index, micro_tokens)
+        if prefix is None:
+            logits, attention = prefill(policy, prompts, clip_groups, prompt_index, micro_tokens)
+        else:
+            (prompt,) = prompts
+            logits, attention = continue_prefix(policy, prompt, prefix, len(prompt_index))
         logits = logits[prompt_index]  # (rows, V)
         next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
         first_position = next_positions.to(device)[prompt_index]  # (rows,)
@@ -119,6 +140,8 @@ def _rollout(
             token, logprob = sample(logits, temperature, noise[completion_index, step])
             ended = torch.isin(token, eos)
             samples.write(completion_index, step, token, logprob, ended)
+            if on_token:
+                on_token(token)
             completion_index = completion_index.masked_fill(ended, padding)
 
             # on a GPU the count is two tokens old, so that the host never waits for it

@@ -37,7 +37,7 @@ ALONE = [  # files that know nothing of ours: each can be copied as it is
     "teachers/leaks.py",
     "evaluation/scores.py",
 ]
-COMMANDS = ("train_sft", "train_rl", "eval", "prepare")
+COMMANDS = ("train_sft", "train_rl", "eval", "ask", "export", "prepare")
 # a layer may import those before it, and itself; the leaves: themselves alone
 LAYERS = ["leaf", "run", "data", "models", "above", "toy", "command", "experiments"]
 
