@@ -31,30 +31,38 @@ def draw_frame(shapes, rng):
 
 def write_clip(path, seconds, rng):
     """seconds: list of (shapes, tone), one second each -> an H.264 + AAC mp4."""
-    import av  # a model can be made without it
-
     t = np.arange(AUDIO_RATE) / AUDIO_RATE
     audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
     for second, (_, tone) in zip(audio, seconds):
         if tone:
             fade = np.minimum(1, np.minimum(t, 1 - t) * 20)  # 50 ms, no clicks
             second += 0.3 * fade * np.sin(2 * np.pi * TONES[tone] * rng.uniform(0.95, 1.05) * t)
+    frames = (draw_frame(shapes, rng) for shapes, _ in seconds for _ in range(VIDEO_FPS))
+    write_mp4(path, frames, SIZE, audio.ravel(), AUDIO_RATE)
+
+
+def write_mp4(path, frames, size, audio, audio_rate):
+    """
+    frames      iterable of (size, size, 3) uint8, VIDEO_FPS a second
+    audio       (n,) float in -1..1, audio_rate samples a second
+    """
+    import av  # a model can be made without it
+
     with av.open(str(path), "w") as container:
         video = container.add_stream(
             "libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": "20", "threads": "1"}
         )
-        video.width = video.height = SIZE
+        video.width = video.height = size
         video.pix_fmt = "yuv420p"
         sound = container.add_stream(
-            "aac", rate=AUDIO_RATE, layout="mono", options={"aac_coder": "fast"}
+            "aac", rate=audio_rate, layout="mono", options={"aac_coder": "fast"}
         )
-        for shapes, _ in seconds:
-            for _ in range(VIDEO_FPS):
-                frame = av.VideoFrame.from_ndarray(draw_frame(shapes, rng), format="rgb24")
-                container.mux(video.encode(frame))
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(video.encode(frame))
         container.mux(video.encode(None))
         frame = av.AudioFrame.from_ndarray(audio.reshape(1, -1).astype(np.float32), "fltp", "mono")
-        frame.sample_rate = AUDIO_RATE
+        frame.sample_rate = audio_rate
         container.mux(sound.encode(frame))
         container.mux(sound.encode(None))
 

@@ -89,7 +89,8 @@ def encode(core, prompts, device, train_towers):
     if train_towers and dist.is_initialized():
         # sharded towers: a rank that skips one leaves the others waiting in its collectives
         video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
-        sound = dict(mel=torch.zeros(128, 200), lengths=torch.tensor([200]))
+        num_mels = core.audio_tower.config.num_mel_bins
+        sound = dict(mel=torch.zeros(num_mels, 200), lengths=torch.tensor([200]))
         out.append(dict(video=video, audio=sound))
     seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
     heard = [o for o in out if isinstance(o.get("audio"), dict)]

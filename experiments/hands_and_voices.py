@@ -1,0 +1,528 @@
+"""
+Hands and voices: clips in which each second shows a photographed hand and lets a recorded voice say a
+digit, questions that need both, and a small model to train on them. docs/hands_and_voices.md
+
+    python -m experiments.hands_and_voices --hands Sign-Language-Digits-Dataset \\
+        --voices free-spoken-digit-dataset --ears ears --out hands_and_voices
+
+    OUT/sft.jsonl            rows with a reasoning, for the cold start
+    OUT/train.jsonl          rows for RL, of the same people
+    OUT/people.jsonl         held out: hands and voices of other people
+    OUT/combinations.jsonl   held out: the same people, pairs of shown and said digit that the others lack
+    OUT/model/               a small Qwen2.5-Omni thinker with random weights, ears from --ears
+
+The recordings stay in their own folders and in OUT: none is part of this repository.
+"""
+
+import run.before_torch  # noqa: F401  must come before torch
+
+import argparse
+from pathlib import Path
+
+from run import arguments
+from run.errors import UserError
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
+    flag = parser.add_argument
+    flag("--hands", required=True, help="clone of ardamavi/Sign-Language-Digits-Dataset")
+    flag("--voices", required=True, help="clone of Jakobovski/free-spoken-digit-dataset")
+    flag("--ears", help="Hugging Face folder of a Whisper (ears.py); without: random ears")
+    flag("--out", required=True, help="folder to write; must be new")
+    flag("--seconds", type=int, nargs=2, default=[6, 12], help="length of a clip, least and most")
+    flag("--num-sft", type=int, default=2048, help="rows with a reasoning")
+    flag("--num-train", type=int, default=128, help="rows for RL")
+    flag("--num-test", type=int, default=128, help="rows of each held-out file")
+    flag("--seed", type=int, default=0, help="random seed; the same seed writes the same rows")
+    args = parser.parse_args(argv)
+    arguments.check_bounds(args, num_sft=1, num_train=1, num_test=1, seed=0)
+    least, most = args.seconds
+    if not 2 <= least <= most <= len(ORDINALS):
+        raise UserError(f"--seconds {least} {most}: give two numbers from 2 to {len(ORDINALS)}")
+    if Path(args.out).exists():
+        raise UserError(f"--out {args.out} exists: give another folder")
+    return args
+
+
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+)
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_args)
+
+import json
+import re
+import wave
+from collections import Counter
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torchaudio
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
+
+from data.rows import SYSTEM_PROMPT, completion_text, question_text
+from data.toy_clips import VIDEO_FPS, write_mp4
+from experiments import ears
+from hints import place_hint
+from models import qwen, toy_model
+from run.io import temp_dir
+from run.launch import run_main
+
+FRAME_SIZE = 112  # pixels, both sides; the model is shown fewer (--max-pixels)
+AUDIO_RATE = 16000  # samples/s of the clips
+MAX_VOICE = int(0.9 * AUDIO_RATE)  # samples of a recording that fit into its second
+DIGITS = range(10)
+SHARE_OF_HELD_OUT_HANDS = 0.2
+NUM_HELD_OUT_SPEAKERS = 2  # of six, the last by name
+
+
+# ---- people ------------------------------------------------------------------------------------
+
+
+class People(NamedTuple):
+    hands: list  # of one person each: {digit: path of a photograph}
+    voices: list  # of one speaker each: {digit: [paths of recordings]}
+
+
+def read_hands(folder):
+    """
+    Dataset/DIGIT/IMG_NUMBER.JPG -> list of {digit: path}, a person each, in the order of the numbers.
+
+    The photographs do not name their person. Each person showed 0 to 9 in turn and the numbers count
+    on, so a new person begins where the digit falls. Those who lack a digit are left out.
+    """
+    photographs = []
+    for path in Path(folder).glob("Dataset/[0-9]/*"):
+        match = re.search(r"(\d+)\.(jpe?g|png)$", path.name, re.IGNORECASE)
+        if match:
+            photographs.append((int(match[1]), int(path.parent.name), path))
+    photographs.sort()
+
+    people = []
+    last_digit = 10
+    for _, digit, path in photographs:
+        if digit < last_digit:
+            people.append({})
+        people[-1][digit] = path
+        last_digit = digit
+    people = [person for person in people if len(person) == len(DIGITS)]
+    if len(people) < 2:
+        raise UserError(
+            f"--hands {folder}: found {len(people)} people with photographs of all ten digits in "
+            "Dataset/0 ... Dataset/9, two are needed"
+        )
+    return people
+
+
+def read_voices(folder):
+    """recordings/DIGIT_SPEAKER_INDEX.wav -> list of {digit: [paths]}, a speaker each, by name"""
+    speakers = {}
+    for path in sorted(Path(folder).glob("recordings/*.wav")):
+        match = re.fullmatch(r"(\d)_(\w+)_(\d+)", path.stem)
+        if match:
+            digits = speakers.setdefault(match[2], {digit: [] for digit in DIGITS})
+            digits[int(match[1])].append(path)
+    complete = [speakers[name] for name in sorted(speakers) if all(speakers[name].values())]
+    if len(complete) <= NUM_HELD_OUT_SPEAKERS:
+        raise UserError(
+            f"--voices {folder}: found {len(complete)} speakers with recordings of all ten digits in "
+            f"recordings/DIGIT_SPEAKER_INDEX.wav, {NUM_HELD_OUT_SPEAKERS + 1} are needed"
+        )
+    return complete
+
+
+def split_people(hands, voices):
+    """-> (People to train on, People held out): no person is in both."""
+    num_held_out = max(1, round(SHARE_OF_HELD_OUT_HANDS * len(hands)))
+    seen = People(hands[:-num_held_out], voices[:-NUM_HELD_OUT_SPEAKERS])
+    held_out = People(hands[-num_held_out:], voices[-NUM_HELD_OUT_SPEAKERS:])
+    return seen, held_out
+
+
+# ---- pairs of a shown and a said digit -----------------------------------------------------------
+
+
+def is_held_out_pair(pair):
+    """Ten of the hundred pairs, each digit shown in one and said in one; none where both agree."""
+    shown, said = pair
+    return (shown + 3 * said) % 10 == 7
+
+
+PAIRS = [(shown, said) for shown in DIGITS for said in DIGITS]
+TRAIN_PAIRS = [pair for pair in PAIRS if not is_held_out_pair(pair)]
+HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out_pair(pair)]
+
+
+def random_pairs(rng, num_seconds, pairs, num_agreeing=None):
+    """-> list of num_seconds (shown, said); num_agreeing of them equal, None: as chance has it"""
+    if num_agreeing is None:
+        return [pairs[i] for i in rng.integers(len(pairs), size=num_seconds)]
+    agreeing = [pair for pair in pairs if pair[0] == pair[1]]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    seconds = [differing[i] for i in rng.integers(len(differing), size=num_seconds)]
+    for k in rng.choice(num_seconds, num_agreeing, replace=False):
+        seconds[k] = agreeing[rng.integers(len(agreeing))]
+    return seconds
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    fields: dict  # of the row: question, answer, answer_type, options, hint
+    look: list  # the seconds that decide; empty: all
+
+
+def only_second(values, value):
+    """The index of the one place that has this value, None if there are several or none."""
+    return values.index(value) if values.count(value) == 1 else None
+
+
+def choice(rng, answer, others):
+    """-> answer and three other digits as options, in random order"""
+    wrong = [digit for digit in DIGITS if digit != answer]
+    in_clip = [digit for digit in wrong if digit in others]
+    rng.shuffle(wrong)
+    rng.shuffle(in_clip)
+    options = list(dict.fromkeys([answer, *in_clip, *wrong]))[:4]
+    return [str(option) for option in rng.permutation(options)]
+
+
+def ask_said_while(rng, seconds, k):
+    shown, said = seconds[k]
+    if only_second([pair[0] for pair in seconds], shown) is None:
+        return None
+    fields = {
+        "question": f"Which digit is said while the hand shows {shown}?",
+        "options": choice(rng, said, [pair[1] for pair in seconds]),
+        "answer": str(said),
+        "answer_type": "choice",
+        "hint": f"find the second in which the hand shows {shown}, listen there",
+    }
+    return Question(fields, [k])
+
+
+def ask_shown_while(rng, seconds, k):
+    shown, said = seconds[k]
+    if only_second([pair[1] for pair in seconds], said) is None:
+        return None
+    fields = {
+        "question": f"Which digit does the hand show while the voice says {said}?",
+        "answer": str(shown),
+        "answer_type": "number",
+        "hint": f"find the second in which the voice says {said}, look there",
+    }
+    return Question(fields, [k])
+
+
+def ask_shown_before(rng, seconds, k):
+    said = seconds[k][1]
+    if k == 0 or only_second([pair[1] for pair in seconds], said) is None:
+        return None
+    shown = seconds[k - 1][0]
+    fields = {
+        "question": f"Which digit did the hand show right before the voice said {said}?",
+        "options": choice(rng, shown, [pair[0] for pair in seconds]),
+        "answer": str(shown),
+        "answer_type": "choice",
+        "hint": f"find the second in which the voice says {said}, look one second earlier",
+    }
+    return Question(fields, [k - 1, k])
+
+
+def ask_sum(rng, seconds, k):
+    shown, said = seconds[k]
+    fields = {
+        "question": f"What is the sum of the shown and the said digit in the {ORDINALS[k]} second?",
+        "answer": str(shown + said),
+        "answer_type": "number",
+        "hint": f"add both digits of the {ORDINALS[k]} second",
+    }
+    return Question(fields, [k])
+
+
+def ask_agree_count(seconds):
+    count = sum(shown == said for shown, said in seconds)
+    fields = {
+        "question": "How often do hand and voice agree?",
+        "answer": str(count),
+        "answer_type": "number",
+        "hint": "write a line for each second, then count the lines with equal digits",
+    }
+    return Question(fields, [])
+
+
+def ask_agree_second(seconds):
+    agreeing = [k for k, (shown, said) in enumerate(seconds) if shown == said]
+    fields = {
+        "question": "In which second do hand and voice agree?",
+        "answer": ORDINALS[agreeing[0]],
+        "answer_type": "text",
+        "hint": "write a line for each second, find the one with equal digits",
+    }
+    return Question(fields, agreeing)
+
+
+def ask_ever_agree(seconds):
+    agreeing = [k for k, (shown, said) in enumerate(seconds) if shown == said]
+    fields = {
+        "question": "Do hand and voice ever agree?",
+        "answer": "yes" if agreeing else "no",
+        "answer_type": "yesno",
+        "hint": "write a line for each second, look for equal digits",
+    }
+    return Question(fields, agreeing)
+
+
+# about one second, which may have a pair that is held out; and about the agreement in a whole clip
+ONE_SECOND = {
+    "said while": ask_said_while,
+    "shown while": ask_shown_while,
+    "shown before": ask_shown_before,
+    "sum": ask_sum,
+}
+# number of agreeing seconds: drawn first, so that no answer is much more frequent than another
+AGREEMENT = {"agree count": (0, 1, 2, 3), "agree second": (1,), "ever agree": (0, 1)}
+KINDS = [*ONE_SECOND, *AGREEMENT]
+KINDS_OF_A_PAIR = ["said while", "shown while", "sum"]  # answered by both digits of one second
+
+
+def make_question(rng, kind, num_seconds, pairs):
+    """-> (seconds, Question), or None if this clip has no clear answer"""
+    if kind in AGREEMENT:
+        num_agreeing = min(int(rng.choice(AGREEMENT[kind])), num_seconds)
+        seconds = random_pairs(rng, num_seconds, pairs, num_agreeing)
+        if kind == "agree count":
+            return seconds, ask_agree_count(seconds)
+        if kind == "agree second":
+            return seconds, ask_agree_second(seconds)
+        return seconds, ask_ever_agree(seconds)
+
+    seconds = random_pairs(rng, num_seconds, pairs)
+    k = int(rng.integers(num_seconds))
+    question = ONE_SECOND[kind](rng, seconds, k)
+    return None if question is None else (seconds, question)
+
+
+def make_held_out_question(rng, kind, num_seconds):
+    """The same about a second whose pair is held out; the other seconds have any pair."""
+    seconds = random_pairs(rng, num_seconds, PAIRS)
+    k = int(rng.integers(num_seconds))
+    seconds[k] = HELD_OUT_PAIRS[rng.integers(len(HELD_OUT_PAIRS))]
+    question = ONE_SECOND[kind](rng, seconds, k)
+    return None if question is None else (seconds, question)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def describe(pair):
+    shown, said = pair
+    return f"hand {shown}, voice {said}"
+
+
+# styles of the reasonings that the cold start learns, and their shares: as scraped ones are, some
+# look at every second, some at those that decide, and some jump to an answer, which may be wrong
+STYLES = {"full": 0.5, "short": 0.1, "hasty": 0.4}
+
+
+def add_reasoning(rng, row, seconds, look):
+    """Adds a reasoning, and in its hasty style a guessed answer."""
+    has_hint = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
+    style = "full" if has_hint else str(rng.choice(list(STYLES), p=list(STYLES.values())))
+    if not has_hint:
+        del row["hint"]
+    if style == "hasty":
+        row["answer"] = guess(rng, row, len(seconds))
+        row["reasoning"] = f"it seems {row['answer']}"
+        return
+    lines = [f"{k + 1}: {describe(pair)}" for k, pair in enumerate(seconds)]
+    if style == "short" and look:
+        lines = [lines[k] for k in look]
+    row["reasoning"] = "\n".join([*lines, f"so {row['answer']}"])
+
+
+def guess(rng, row, num_seconds):
+    if row["answer_type"] == "choice":
+        return str(rng.choice(row["options"]))
+    if row["answer_type"] == "yesno":
+        return str(rng.choice(["yes", "no"]))
+    if row["answer_type"] == "text":
+        return ORDINALS[rng.integers(num_seconds)]
+    return str(rng.integers(10))
+
+
+def make_row(rng, split, i, seconds_range):
+    """-> row, its seconds; the kinds take turns"""
+    num_seconds = int(rng.integers(seconds_range[0], seconds_range[1] + 1))
+    kinds = KINDS_OF_A_PAIR if split == "combinations" else KINDS
+    kind = kinds[i % len(kinds)]
+    made = None
+    while made is None:
+        if split == "combinations":
+            made = make_held_out_question(rng, kind, num_seconds)
+        else:
+            made = make_question(rng, kind, num_seconds, TRAIN_PAIRS)
+    seconds, question = made
+    name = f"{split}-{i:05d}"
+    row = {
+        "prompt_id": f"hands-{name}",
+        **question.fields,
+        "video": f"clips/{name}.mp4",
+        "use_audio": True,
+        "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
+        "kind": kind,
+    }
+    if split == "sft":
+        add_reasoning(rng, row, seconds, question.look)
+    return row, seconds
+
+
+def best_blind_guess(rows):
+    """Share of rows that the most frequent answer to each kind of question solves, without the clip."""
+    solved = 0.0
+    for kind in {row["kind"] for row in rows}:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        if "options" in of_kind[0]:
+            solved += len(of_kind) / len(of_kind[0]["options"])
+        else:
+            ((_, count),) = Counter(row["answer"] for row in of_kind).most_common(1)
+            solved += count
+    return solved / len(rows)
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+
+def read_photograph(path, size):
+    """-> (size, size, 3) uint8"""
+    try:
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+            return frame.reformat(size, size, "rgb24").to_ndarray()
+    except (av.error.FFmpegError, StopIteration) as error:
+        raise UserError(f"{path}: this photograph cannot be read ({error})") from None
+
+
+def read_recording(path):
+    """-> (n,) float32 at AUDIO_RATE, its largest value .5, no longer than fits into a second"""
+    try:
+        with wave.open(str(path)) as file:
+            rate, width = file.getframerate(), file.getsampwidth()
+            data = file.readframes(file.getnframes())
+            num_channels = file.getnchannels()
+    except (wave.Error, EOFError) as error:
+        raise UserError(f"{path}: this recording cannot be read ({error})") from None
+    if width != 2 or num_channels != 1 or not data:
+        raise UserError(f"{path}: a mono wav file of 16 bits is needed")
+    samples = np.frombuffer(data, np.int16).astype(np.float32)
+    samples *= 0.5 / max(np.abs(samples).max(), 1)
+    samples = torchaudio.functional.resample(torch.from_numpy(samples), rate, AUDIO_RATE)
+    return samples[:MAX_VOICE].numpy()
+
+
+def write_clip(path, seconds, people, rng):
+    """One person's hand and one person's voice; where in its second a digit is said is random."""
+    hand = people.hands[rng.integers(len(people.hands))]
+    voice = people.voices[rng.integers(len(people.voices))]
+    frames = []
+    audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
+    for second, (shown, said) in zip(audio, seconds):
+        photograph = read_photograph(hand[shown], FRAME_SIZE)
+        frames += [photograph] * VIDEO_FPS
+        recordings = voice[said]
+        samples = read_recording(recordings[rng.integers(len(recordings))])
+        start = rng.integers(AUDIO_RATE - len(samples) + 1)
+        second[start : start + len(samples)] += samples
+    write_mp4(path, frames, FRAME_SIZE, audio.ravel(), AUDIO_RATE)
+
+
+def write_split(folder, split, num_rows, people, seconds_range, seed):
+    """Writes folder/SPLIT.jsonl and its clips -> the rows"""
+    splits = ["sft", "train", "people", "combinations"]
+    rng = np.random.default_rng([seed, splits.index(split)])
+    rows = []
+    for i in tqdm(range(num_rows), desc=f"{split} clips", disable=None, leave=False):
+        row, seconds = make_row(rng, split, i, seconds_range)
+        write_clip(folder / row["video"], seconds, people, rng)
+        rows.append(row)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{split}.jsonl").write_text(text)
+    return rows
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def corpus(seconds_range):
+    """Texts with every word that the rows use, for the tokenizer."""
+    rng = np.random.default_rng(0)
+    for i in range(3000):
+        row, _ = make_row(rng, "sft", i, seconds_range)
+        question = question_text(row, False)
+        if "hint" in row:
+            question = place_hint(question, row["hint"])
+        yield f"system\n{SYSTEM_PROMPT}user\n{question}assistant\n{completion_text(row)}"
+
+
+def write_model(folder, ears_folder, seconds_range):
+    """The toy's architecture with random weights; with ears_folder its audio tower is that Whisper."""
+    tokenizer_json = toy_model.make_tokenizer_json(corpus(seconds_range), vocab_size=640)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=toy_model.SPECIAL_TOKENS,
+    )
+    config = toy_model.build_config(tokenizer)
+    processor = toy_model.build_processor(tokenizer)
+    torch.manual_seed(0)
+    if ears_folder:
+        audio_config, state = ears.read_ears(ears_folder)
+        for name, value in audio_config.items():
+            setattr(config.audio_config, name, value)
+        processor.feature_extractor = WhisperFeatureExtractor(
+            feature_size=audio_config["num_mel_bins"], return_attention_mask=True
+        )
+    thinker = qwen.Thinker(config)
+    if ears_folder:
+        ears.put_ears(thinker.model.audio_tower, state)
+    thinker.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def main():
+    args = parse_args()
+    seen, held_out = split_people(read_hands(args.hands), read_voices(args.voices))
+    print(
+        f"people: {len(seen.hands)} hands and {len(seen.voices)} voices, "
+        f"held out {len(held_out.hands)} and {len(held_out.voices)}"
+    )
+    if not args.ears:
+        print("no --ears: the audio tower is random and has to be trained")
+    part = temp_dir(Path(args.out))
+    (part / "clips").mkdir()
+    write_model(part / "model", args.ears, args.seconds)
+    for split, num_rows, people in (
+        ("sft", args.num_sft, seen),
+        ("train", args.num_train, seen),
+        ("people", args.num_test, held_out),
+        ("combinations", args.num_test, seen),
+    ):
+        rows = write_split(part, split, num_rows, people, args.seconds, args.seed)
+        line = f"{split}.jsonl: {len(rows)} rows"
+        if split != "sft":
+            line += f", the best guess without the clip solves {best_blind_guess(rows):.2f}"
+        print(line)
+    part.rename(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
