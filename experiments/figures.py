@@ -122,7 +122,9 @@ def plot_experiment(name, result, path):
     differences = difference_numbers(name, result)
     names = []
     for y, row in enumerate(differences):
-        error = np.nan_to_num([[row["difference"] - row["low"]], [row["high"] - row["difference"]]])
+        error = None
+        if row["low"] is not None:
+            error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
         color = colors[row["label"]]
         filled = color if row["measure"] == "end" else "white"
         right.errorbar(

@@ -119,6 +119,11 @@ def read_results(folder):
     return results
 
 
+def or_none(value):
+    """JSON has no nan, which stands for an interval of one seed."""
+    return None if np.isnan(value) else value
+
+
 def flag_value(command, flag):
     words = command.split()
     return words[words.index(flag) + 1] if flag in words else None
@@ -201,8 +206,8 @@ def difference_numbers(name, result):
                     "measure": measure,
                     "seeds": len(values),
                     "difference": mean,
-                    "low": low,
-                    "high": high,
+                    "low": or_none(low),
+                    "high": or_none(high),
                     "seeds_needed": seeds_needed(values, EFFECT) if len(values) > 1 else None,
                 }
             )
@@ -212,10 +217,11 @@ def difference_numbers(name, result):
 def floors(result):
     """-> {measure: what two means of one and the same command differ by, in 95 % of cases at most}"""
     runs = by_label(result)
-    return {
-        measure: same_command_spread([[value(one) for one in group] for group in runs.values()])
-        for measure, value in measures(result).items()
-    }
+    numbers = {}
+    for measure, value in measures(result).items():
+        groups = [[value(one) for one in group] for group in runs.values()]
+        numbers[measure] = or_none(same_command_spread(groups))
+    return numbers
 
 
 def repeated_runs(results):
@@ -267,8 +273,8 @@ def visit_numbers(result):
                 "solved": float(solved),
                 "without_hints": float(without),
                 "difference": mean,  # the mean of the seeds' means
-                "low": low,
-                "high": high,
+                "low": or_none(low),
+                "high": or_none(high),
             }
         )
     return rows
@@ -307,7 +313,7 @@ def table(columns, rows):
 
 
 def interval_text(row):
-    if np.isnan(row["low"]):
+    if row["low"] is None:
         return "one seed"
     return f"{row['low']:+.3f} – {row['high']:+.3f}"
 
@@ -347,7 +353,7 @@ def difference_lines(numbers):
     rows = []
     for row in numbers["differences"]:
         text = f"{row['difference']:+.3f}"
-        if row["low"] > 0 or row["high"] < 0:
+        if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
             text = f"**{text}**"
         needed = "–" if row["seeds_needed"] is None else str(row["seeds_needed"])
         rows.append(
@@ -364,11 +370,12 @@ def difference_lines(numbers):
     yield from table(columns, rows)
     yield ""
     floor = numbers["floor"]
-    yield (
-        f"Floor: two means of one and the same command, of other seeds, differ by up to {floor['end']:.3f} "
-        f"(end) and {floor['area']:.3f} (area) in 95 % of cases. {len(rows)} intervals: about "
-        f"{0.05 * len(rows):.1f} would exclude 0 by chance."
-    )
+    if floor["end"] is not None:
+        yield (
+            f"Floor: two means of one and the same command, of other seeds, differ by up to "
+            f"{floor['end']:.3f} (end) and {floor['area']:.3f} (area) in 95 % of cases."
+        )
+    yield f"{len(rows)} intervals: about {0.05 * len(rows):.1f} would exclude 0 by chance."
 
 
 def tuning_lines(result):

@@ -36,7 +36,7 @@ def write_hands(folder, num_people):
     number = 100
     for person in range(num_people):
         for digit in range(10):
-            picture = np.full((40, 40, 3), 20 * digit + 5 * person, np.uint8)
+            picture = torch.full((3, 40, 40), 20 * digit + 5 * person, dtype=torch.uint8)
             path = folder / "Dataset" / str(digit) / f"IMG_{number}.JPG"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_picture(picture))
