@@ -6,8 +6,7 @@ Needs answers.py beside it and the standard library only: copy the two files fre
 import math
 import re
 
-from answers import (  # noqa: F401  parse_answer and OPTION_PREFIX are offered from here
-    OPTION_PREFIX,
+from answers import (  # noqa: F401  parse_answer is offered from here
     edit_distance,
     normalize_answer,
     normalize_truth,

@@ -11,7 +11,7 @@ from data.row_stream import read_on_all_ranks
 from models.policy import completion_logprobs
 from run import processes
 from run.errors import out_of_memory_advice
-from teachers.leaks import usable_hint
+from teachers.leaks import hint_leak
 
 KL_SAMPLES = 8  # stored completions from which KL(b || pi) is estimated [U7]
 
@@ -90,6 +90,26 @@ class HintVisits:
             )
             if event:
                 tell(f"hint {event}: {prompt_id}")
+
+
+def usable_hint(row, refused, tell):
+    """
+    The row's hint, unless it gives the answer away: then it is refused, once.
+
+    refused  set of prompt_ids whose hint cannot be used; grows
+    tell     callable(str)     prints a line
+    returns  str or None
+    """
+    prompt_id = row["prompt_id"]
+    hint = row.get("hint")
+    if not hint or prompt_id in refused:
+        return None
+    reason = hint_leak(hint, row["answer"], row["answer_type"], row.get("options"))
+    if reason:
+        refused.add(prompt_id)
+        tell(f"hint refused: {prompt_id}: {reason}")
+        return None
+    return hint
 
 
 def is_solved(plain_entries):

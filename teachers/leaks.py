@@ -199,23 +199,3 @@ def _option_leak(hint, answer, is_multi, options):
     if wrong and wrong <= set(named):
         return "it names every wrong option"
     return None
-
-
-def usable_hint(row, refused, tell):
-    """
-    The row's hint, unless it gives the answer away: then it is refused, once.
-
-    refused  set of prompt_ids whose hint cannot be used; grows
-    tell     callable(str)     prints a line
-    returns  str or None
-    """
-    prompt_id = row["prompt_id"]
-    hint = row.get("hint")
-    if not hint or prompt_id in refused:
-        return None
-    reason = hint_leak(hint, row["answer"], row["answer_type"], row.get("options"))
-    if reason:
-        refused.add(prompt_id)
-        tell(f"hint refused: {prompt_id}: {reason}")
-        return None
-    return hint

@@ -6,7 +6,8 @@ Whether a hint gives the answer away [U9].
 
 import pytest
 
-from teachers.leaks import hint_leak, usable_hint
+from rl.hint_visits import usable_hint
+from teachers.leaks import hint_leak
 
 COLORS = ["red", "blue", "green", "yellow"]
 LEAKS = [
