@@ -16,10 +16,12 @@ sys.path.insert(0, str(ROOT))
 import run.before_torch  # noqa: F401  must come before torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # their figures are float32's, on a CPU
 
 
 import pytest  # noqa: E402
+import spawned  # noqa: E402
 import torch  # noqa: E402
 from media_files import RECIPE, media  # noqa: E402, F401  media is a fixture
 
@@ -29,7 +31,29 @@ from data.rows import Rows
 from data.toy_rows import write_rows
 from models.inputs import InputBuilder
 from models.toy_model import write_model
+from rl import page
 from run.launch import run_main
+
+SLOW_FIRST = (
+    "faults nodes ola run reproducible page teachers train_rl judge eval benchmarks".split()
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files begin first, so that no worker waits for another's last one."""
+
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return SLOW_FIRST.index(name) if name in SLOW_FIRST else len(SLOW_FIRST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def only_its_own_tests_draw_pages(request, monkeypatch):
+    """Drawing the page takes half a second of CPU at the end of every run."""
+    if request.path.stem != "test_page":
+        monkeypatch.setattr(page, "write", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +91,18 @@ def assert_same_values(ours, theirs, rel=1e-5, **kwargs):
     torch.testing.assert_close(ours.detach(), theirs.detach(), atol=rel * size, rtol=0, **kwargs)
 
 
-def launch(script, *flags, code=0, processes=1):
+def launch(script, *flags, code=0, processes=1, torchrun=False):
     """
     Runs a script as `python script flags` does -> what it printed. One process runs in this one,
-    which saves the seconds of importing; several run under torchrun.
+    which saves the seconds of importing; several are forked (spawned.py), or run under torchrun.
     """
     argv = [str(word) for word in (script, *flags)]
-    if processes > 1:
-        torchrun = [
+    if processes > 1 and not torchrun:
+        running = spawned.start(*argv, processes=processes)
+        printed = running.communicate()
+        status = running.returncode
+    elif torchrun:
+        words = [
             sys.executable,
             "-m",
             "torch.distributed.run",
@@ -82,7 +110,7 @@ def launch(script, *flags, code=0, processes=1):
             "--nproc-per-node",
             str(processes),
         ]
-        done = subprocess.run([*torchrun, *argv], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*words, *argv], cwd=ROOT, capture_output=True, text=True)
         printed, status = done.stdout + done.stderr, done.returncode
     else:
         out, status = io.StringIO(), 0

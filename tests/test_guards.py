@@ -101,6 +101,34 @@ def test_ten_bad_steps_in_a_row_stop_even_with_skip():
     assert saved == [1] and guard.report() == {"steps_skipped": 10}
 
 
+def test_bad_steps_by_hand():
+    guard, nan = guards.StepGuard(max_ratio=100), float("nan")
+    assert guard.bad_step(0.5, 1.0) is None
+    assert "gradient norm nan" in guard.bad_step(0.5, nan)
+    assert "loss inf" in guard.bad_step(float("inf"), 2.0)
+    assert "--max-seq-ratio 100" in guard.bad_step(0.5, 1.0, 101.0)
+    assert guard.num_skipped == 3 and guard.num_bad_in_a_row == 3
+    assert guard.bad_step(0.5, 1.0, 100.0) is None and guard.num_bad_in_a_row == 0
+    assert "10th bad step in a row" in [guard.bad_step(nan, 1.0) for _ in range(10)][-1]
+    assert guards.StepGuard(0).bad_step(0.5, 1.0, 1e9) is None
+
+
+# ---- a policy that has collapsed
+
+
+def test_collapses_by_hand():
+    guard = guards.StepGuard(100)
+    no_entropy, cut_off = step_report(entropy=1e-5), step_report(**{"completions/clipped_ratio": 1})
+    assert [guard.collapse(no_entropy) for _ in range(9)] == [None] * 9
+    assert "entropy" in guard.collapse(no_entropy)
+    assert guard.collapse(step_report()) is None  # it has recovered
+    assert [guard.collapse(cut_off) for _ in range(9)] == [None] * 9
+    assert "--max-new-tokens" in guard.collapse(cut_off)
+    # a model that has never ended a completion has not collapsed
+    short = guards.StepGuard(100)
+    assert [short.collapse(cut_off) for _ in range(30)] == [None] * 30
+
+
 # ---- nothing is learned
 
 

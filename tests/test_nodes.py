@@ -13,7 +13,7 @@ import sys
 import time
 
 from conftest import ROOT
-from test_faults import children, lines, other_out, wait_for
+from test_faults import lines, other_out, wait_for
 from test_run import same_weights
 from test_train_rl import rl_flags
 
@@ -32,6 +32,12 @@ def start(node, port, command, log):
     words += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     with open(log, "w") as file:
         return subprocess.Popen([*words, *map(str, command)], cwd=ROOT, stdout=file, stderr=file)
+
+
+def children(agent):
+    """The processes that an agent of torchrun has started, one for each rank."""
+    pids = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+    return list(map(int, pids.split()))
 
 
 def free_port():
@@ -61,7 +67,7 @@ def test_two_nodes_one_of_them_killed(toy_dir, tmp_path):
     (line,) = [
         line for line in printed.splitlines() if "another process of the run has ended" in line
     ]
-    words = shlex.split(line.split("go on with: ")[1])
+    words = shlex.split(line.split("continue with: ")[1])
     assert words[:5] == ["torchrun", "--nnodes", "2", "--node-rank", "0"] and "--resume" in words
     assert words[5:11] == f"--nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}".split()
 

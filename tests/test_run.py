@@ -133,7 +133,7 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     flags += ("--eval-samples", 7, "--eval-every", 2)
     flags += ("--data", rows / "train.jsonl")
     launch(*rl_flags(toy_dir, 2, tmp_path / "one", *flags))
-    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2, torchrun=True)
     assert printed.count("step    1/4  reward") == 1
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
     exact = ("step", "completions_generated", "buffer/size", "hints/entered", "hints/frac")
@@ -182,7 +182,7 @@ def test_an_adapter_names_its_base_from_the_root(toy_dir, tmp_path, monkeypatch)
 
 
 def test_resuming_as_another_run_is_refused(toy_dir, tmp_path):
-    launch(*sft_flags(toy_dir, tmp_path / "x"))
+    launch(*sft_flags(toy_dir, tmp_path / "x", "--steps", 1, "--save-every", 1))
     line = mistake(*sft_flags(toy_dir, tmp_path / "x", "--resume", "--lora-rank", 4, "--keep", 3))
     assert "--lora-rank was 0, is 4" in line and "--keep" not in line
 
@@ -306,15 +306,15 @@ def test_a_run_is_lengthened(toy_dir, tmp_path):
 
 
 def test_a_run_without_checkpoints_is_not_lengthened(toy_dir, tmp_path):
-    flags = sft_flags(toy_dir, tmp_path / "x", "--save-every", 0)
+    flags = sft_flags(toy_dir, tmp_path / "x", "--save-every", 0, "--steps", 1)
     launch(*flags)
     told = mistake(*flags, "--steps", 6, "--resume")
     assert f"start a new --out with --model {tmp_path / 'x' / 'final'}" in told
 
 
 def test_the_folder_of_a_run_stands_for_its_model(toy_dir, tmp_path):
-    launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
-    more = ("--save-every", 0, "--model", tmp_path / "x")
+    launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0, "--steps", 1))
+    more = ("--save-every", 0, "--steps", 1, "--model", tmp_path / "x")
     printed = launch(*sft_flags(toy_dir, tmp_path / "y", *more))
     assert f"--model: {tmp_path / 'x'} is a run: taking {tmp_path / 'x' / 'final'}" in printed
     shutil.rmtree(tmp_path / "x" / "final")
@@ -337,11 +337,30 @@ def test_a_hub_that_does_not_answer_is_asked_once(toy_dir, tmp_path, monkeypatch
 
 
 def test_a_finished_run_says_so(toy_dir, tmp_path):
-    launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0))
+    flags = sft_flags(toy_dir, tmp_path / "x", "--save-every", 0, "--steps", 1)
+    launch(*flags)
     made = (tmp_path / "x" / "metrics.jsonl").stat()
-    printed = launch(*sft_flags(toy_dir, tmp_path / "x", "--save-every", 0, "--resume"))
+    printed = launch(*flags, "--resume")
     assert f"x is finished: its model is {tmp_path / 'x' / 'final'}" in printed
     assert (tmp_path / "x" / "metrics.jsonl").stat().st_mtime_ns == made.st_mtime_ns
+
+
+def test_final_can_be_read_by_others(toy_dir, tmp_path):
+    """safetensors writes files that only their owner can read."""
+    launch(*sft_flags(toy_dir, tmp_path / "x", "--steps", 1, "--lora-rank", 2))
+    before = os.umask(0o022)
+    os.umask(before)
+    files = [p for p in (tmp_path / "x").rglob("*") if p.is_file() and p.name != "lock"]
+    assert len(files) > 8
+    assert {p.name: oct(p.stat().st_mode & 0o666) for p in files} == {
+        p.name: oct(0o666 & ~before) for p in files
+    }
+    assert not (tmp_path / "x" / "final" / "README.md").exists()  # PEFT's, with a path of here
+
+
+def test_bfloat16_on_one_cpu_is_refused_before_the_model_is_read(toy_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.inputs.InputBuilder.__init__", None)
+    assert "--dtype bfloat16" in mistake(*sft_flags(toy_dir, tmp_path / "x", "--dtype", "bfloat16"))
 
 
 def test_a_mistyped_path_is_not_asked_of_the_hub(toy_dir, tmp_path, monkeypatch):

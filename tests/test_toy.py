@@ -5,14 +5,13 @@ The toy: its clips are real files that say what its rows claim, and the same eve
 """
 
 import json
-import subprocess
-import sys
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, ROOT
+from conftest import RECIPE
+from spawned import start
 
 import rewards
 import toy
@@ -29,10 +28,9 @@ def rows_of(toy_dir, stage, split="train"):
 
 
 def test_two_runs_that_begin_at_once_make_the_toy_once(tmp_path):
-    command = [sys.executable, "toy.py", "--out", tmp_path / "toy", "--stages"]
-    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    both = [subprocess.Popen(command, **quiet) for _ in range(2)]
-    assert [process.communicate()[1].decode() for process in both] == ["", ""]
+    command = ("toy.py", "--out", tmp_path / "toy", "--stages")
+    both = [start(*command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], both[0].printed() + both[1].printed()
     assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == ["lock", "model"]
 
 
