@@ -46,6 +46,7 @@ def hub_is_online():
 
 def from_pretrained(kind, folder, empty=False, **kwargs):
     """A model, processor or config. empty: a model built from its config; no weights are read."""
+    folder = run_final(folder)
     if empty:
         return kind(from_pretrained(kind.config_class, folder))
     name = base_model(folder)
@@ -84,27 +85,37 @@ def is_adapter(folder):
 
 def resolve_start_model(folder, lora_rank, out, write_merged):
     """
-    Where a run starts; a folder that an adapter will name as its base is named from the root. For
-    a new adapter on top of an old one: OUT/base, the old one merged, so that the new one has a base
-    that exists (PEFT would name the old base and lose a stage).
+    The folder that a run starts from. One that an adapter will name as its base is given from the
+    root. A new adapter on top of an old one starts from OUT/base, the old one merged, because PEFT
+    trains one adapter on one base; OUT/base/adapter is the old one, for save_model.
     """
     folder = resolve_run_dir(folder)
     if not lora_rank or not is_adapter(folder):
-        return str(Path(folder).resolve()) if lora_rank and Path(folder).is_dir() else folder
+        is_base = lora_rank and Path(folder).is_dir()
+        return str(Path(folder).resolve()) if is_base else folder
+    from models.adapters import can_stack, copy_adapter
+
     base = Path(out).resolve() / "base"
     if processes.rank() == 0 and not has_checkpoint(Path(out)):
         shutil.rmtree(base, ignore_errors=True)  # of a start that failed, maybe of another model
     if processes.rank() == 0 and not base.exists():
         part = temp_dir(base)
         write_merged(folder, part)
+        if can_stack(Path(folder)):
+            copy_adapter(Path(folder), part / "adapter")
         part.rename(base)
     processes.all_gather_object(None)  # the others wait
     return str(base)
 
 
 def save_model(policy, folder, processor):
-    """A standard folder that `from_pretrained` loads: thinker and processor, or a PEFT adapter."""
+    """
+    Writes a standard folder that `from_pretrained` loads: the thinker and its processor, or a PEFT
+    adapter. An adapter on top of an adapter becomes one of both, on the base of the first.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    from models.adapters import stack  # here, as torch: commands ask this file for paths early
 
     # of an adapter its base is not gathered: it is not written
     kwargs = dict(ignore_frozen_params=hasattr(policy.model, "disable_adapter"))
@@ -115,6 +126,10 @@ def save_model(policy, folder, processor):
         part = temp_dir(folder)
         policy.model.save_pretrained(part, state_dict=state)
         processor.save_pretrained(part)
+        if is_adapter(part):
+            previous = Path(base_model(part)) / "adapter"
+            if previous.is_dir():  # of the stage before: see resolve_start_model
+                stack(previous, part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with a path of here
         default_file_modes(part)
         shutil.rmtree(folder, ignore_errors=True)

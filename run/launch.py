@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from run.errors import Stopped, UserError
@@ -55,6 +56,13 @@ def how_to_continue():
     return "continue with --resume" if has_resume else "run the command again"
 
 
+# of libraries, about calls that are not ours: (category, beginning of the message)
+WARNINGS_TO_HIDE = [
+    # peft asks transformers for a name that is being renamed, for every model that recomputes activations
+    (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
+]
+
+
 def run_main(main, *user_errors):
     """
     Runs main() and exits. Of several processes, one that fails ends the others too: none waits for
@@ -64,6 +72,8 @@ def run_main(main, *user_errors):
     """
     line, code = None, 0
     restore_signals()
+    for category, message in WARNINGS_TO_HIDE:
+        warnings.filterwarnings("ignore", message, category)
     with safe_streams():
         try:
             check_versions()

@@ -60,6 +60,9 @@ def check_resume(out, about, arguments):
     is_finished = (out / "final").exists()
     if not has_checkpoint(out) and not is_finished:
         return  # nothing to continue: it starts at step 1, with whatever flags
+    script = Path(sys.argv[0]).name
+    if about.get("script", script) != script:
+        raise UserError(f"--resume: {out} is a run of {about['script']}: continue it with that")
     before = about["arguments"]
     num_steps = about.get("num_steps") or before.get("steps", 0)  # --steps 0 is one epoch
     is_longer = arguments["steps"] > num_steps

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, assert_same_values, launch
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_train_rl import read_metrics, rl_flags
 
@@ -154,22 +155,32 @@ def test_two_processes_are_one(toy_dir, tmp_path):
 
 
 def test_lora_stages_build_on_each_other(toy_dir, tmp_path):
-    """Each stage writes a PEFT adapter whose base holds the stages before it."""
+    """A stage starts where the one before ended; its final/ is one adapter of both."""
     lora = ("--lora-rank", 2, "--lr", 1e-2)
     launch(*rl_flags(toy_dir, 1, tmp_path / "a", *lora))
     assert read_metrics(tmp_path / "a")[-1]["kl"] > 0  # the reference: without its adapter
     launch(*rl_flags(toy_dir, 2, tmp_path / "b", *lora, "--model", tmp_path / "a" / "final"))
     config = json.loads((tmp_path / "b" / "final" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "b" / "base")
+    assert config["base_model_name_or_path"] == str(toy_dir / "model") and config["r"] == 4
     # the base of b is the whole of a: the first step of b starts where a ended
-    a, base = (load_policy(tmp_path / n, 0, False) for n in ("a/final", "b/base"))
+    first, base = (load_policy(tmp_path / n, 0, False) for n in ("a/final", "b/base"))
     b, raw = (load_policy(n, 0, False) for n in (tmp_path / "b/final", toy_dir / "model"))
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     weight = lambda policy: policy.thinker.get_parameter(name)  # noqa: E731
-    assert (weight(a) == weight(base)).all()
-    assert (weight(a) != weight(raw)).any() and (weight(b) != weight(base)).any()
-    (tmp_path / "b").rename(tmp_path / "moved")  # the base moves with the adapter
-    assert (weight(load_policy(tmp_path / "moved/final", 0, False)) == weight(b)).all()
+    assert (weight(first) == weight(base)).all()
+    assert (weight(first) != weight(raw)).any() and (weight(b) != weight(base)).any()
+    # what the run trained on top of its base is what the adapter adds, in plain PEFT too, and moved
+    trained = load_file(next((tmp_path / "b/checkpoints").glob("*")) / "model.safetensors")
+    part = f"{name.removesuffix('.weight')}.lora_"
+    (matrix_a,) = [value for key, value in trained.items() if f"{part}A" in key]
+    (matrix_b,) = [value for key, value in trained.items() if f"{part}B" in key]
+    expected = weight(base) + 2.0 * matrix_b @ matrix_a
+    assert_same_values(weight(b), expected)
+    (tmp_path / "b" / "final").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "b")
+    assert (weight(load_policy(tmp_path / "moved", 0, False)) == weight(b)).all()
+    plain = PeftModel.from_pretrained(raw.thinker, tmp_path / "moved").merge_and_unload()
+    assert_same_values(plain.get_parameter(name), expected)
 
 
 def test_an_adapter_names_its_base_from_the_root(toy_dir, tmp_path, monkeypatch):
@@ -219,7 +230,8 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
         "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
     )
     assert "no reasoning" in mistake("train_sft.py", *model, "--data", rows, *out)
-    assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *out)
+    nothing = ("--out", tmp_path / "nothing")
+    assert "--resume: " in mistake("train_rl.py", *model, "--data", rows, "--resume", *nothing)
     told = mistake("train_rl.py", *model, "--data", rows, "--device", "cuda", *out)
     assert "torch finds no GPU here" in told
     (tmp_path / "held").mkdir()
