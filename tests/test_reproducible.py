@@ -11,18 +11,26 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from spawned import start
 
-FLAGS = "--stage 2 --steps 5 --save-every 3 --eval-every 0 --prompts-per-step 4 --max-new-tokens 40"
+FLAGS = "--stage 2 --steps 4 --save-every 2 --eval-every 0 --prompts-per-step 4 --max-new-tokens 40"
 
 
-def train(toy_dir, out, threads, *more):
-    """A run in a process of its own, as a user starts it, with `threads` threads (None: default)."""
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    env |= dict(OMP_NUM_THREADS=str(threads)) if threads else {}
+def command(toy_dir, out, *more):
     paths = ("--model", toy_dir / "model", "--data", toy_dir / "stage2" / "train.jsonl")
-    words = [sys.executable, "train_rl.py", *FLAGS.split(), *paths, "--out", out, *more]
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True)
+    return [str(word) for word in ("train_rl.py", *FLAGS.split(), *paths, "--out", out, *more)]
+
+
+def train(toy_dir, out, *more):
+    """A run in a Python of its own, as a user starts it, with torch's own number of threads."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    words = [sys.executable, *command(toy_dir, out, *more)]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return result_of(out)
+
+
+def result_of(out):
     return (out / "final" / "model.safetensors").read_bytes(), without_times(out)
 
 
@@ -33,17 +41,20 @@ def without_times(out):
 
 
 def test_the_default_twice_and_killed_and_resumed(toy_dir, tmp_path):
-    whole = train(toy_dir, tmp_path / "whole", None)
-    assert train(toy_dir, tmp_path / "again", None) == whole
+    whole = train(toy_dir, tmp_path / "whole")
+    assert train(toy_dir, tmp_path / "again") == whole
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut, ignore=shutil.ignore_patterns("final"))
     for checkpoint in (cut / "checkpoints").iterdir():
-        if checkpoint.name > "step-000003":
+        if checkpoint.name > "step-000002":
             shutil.rmtree(checkpoint)
-    assert train(toy_dir, cut, None, "--resume") == whole
+    assert train(toy_dir, cut, "--resume") == whole
     assert whole[1][-1]["buffer/size"] > 0
 
 
 def test_more_threads_than_cores(toy_dir, tmp_path):
-    one, two = (train(toy_dir, tmp_path / name, 5) for name in ("one", "two"))
-    assert one == two
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        running = start(*command(toy_dir, out), env=dict(OMP_NUM_THREADS="5"))
+        assert running.wait() == 0, running.printed()
+    assert result_of(outs[0]) == result_of(outs[1])
