@@ -45,7 +45,7 @@ def tell(value):
 def end():
     if picture:
         view.grab().save(picture)
-    app.exit(page.broken)  # noqa: F821  deleted at the end
+    app.exit(page.broken)
 
 
 def ask(loaded):
@@ -57,5 +57,5 @@ page.loadFinished.connect(ask)
 page.load(QUrl.fromLocalFile(str(Path(file).resolve())))
 status = app.exec()
 view.setPage(None)
-del page
+page = None  # before the application
 sys.exit(status)
