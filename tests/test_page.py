@@ -35,6 +35,8 @@ HINTS = (
     10,
     "--eval-every",
     2,
+    "--save-every",
+    2,
 )
 
 
@@ -136,9 +138,7 @@ def test_a_letter_of_several_tokens_is_whole(toy_dir):
 def test_a_page_changes_no_bit_and_goes_on_when_resumed(toy_dir, a_run, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "MIN_INTERVAL", 2)
     resumed, bare = tmp_path / "resumed", tmp_path / "bare"
-    flags = (*HINTS, "--save-every", 2)
-    launch(*rl_flags(toy_dir, 2, tmp_path / "whole", *flags))
-    stopped_copy(tmp_path / "whole", resumed, 2)
+    stopped_copy(a_run, resumed, 2)
     launch("train_rl.py", "--out", resumed, "--resume", "--steps", 4)
     for name in ("samples.jsonl", "clips.jsonl"):
         assert (resumed / name).read_text() == (a_run / name).read_text()
