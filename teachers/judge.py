@@ -21,6 +21,7 @@ Not guaranteed: that the judge ignores steps that argue for other steps.
 
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -43,7 +44,9 @@ MAX_RETRIES = 4  # attempts after the first
 MAX_UNJUDGED_FRAC = 0.25  # of a step's completions: with more, the rest is no fair sample
 NOTICE_AFTER = 5.0  # seconds of waiting in a step, after which a line says so
 NOTICE_EVERY = 60.0  # seconds between further lines
-GRACE = 20.0  # seconds after SIGTERM or Ctrl-C in which the judge may still answer
+# seconds after SIGTERM or Ctrl-C in which the judge may still answer; torchrun kills its processes 30 s
+# after their SIGTERM, and the state has to be saved before that
+GRACE = 10.0
 
 # ---- the request ----------------------------------------------------------------------------------
 
@@ -329,6 +332,8 @@ class Judge:
         return True
 
     def _print_notice(self, waited):
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # one line per node
+            return
         num_left = sum(not future.done() for future in self._scores.values())
         rank = f"rank {processes.rank()}: " if processes.world_size() > 1 else ""
         print(
