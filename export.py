@@ -63,7 +63,7 @@ from safetensors.torch import save_file
 
 from data.clips import BadRow
 from models.inputs import BACKBONES, config_of
-from models.loading import read_thinker
+from models.loading import load_thinker
 from models.paths import base_model, from_pretrained, hub_is_online, is_adapter, resolve_run_dir
 from models.sharding import cast_params
 from run.io import temp_dir, write_text
@@ -91,7 +91,7 @@ def read_trained(folder, base):
     base     folder of the whole checkpoint that it is to go into, or None
     """
     backbone = BACKBONES[config_of(folder).model_type]
-    thinker = read_thinker(backbone, folder)  # of an adapter: its base
+    thinker = load_thinker(folder, torch.float32)  # of an adapter: its base
     if is_adapter(folder):
         thinker, before = merge_adapter(thinker, folder)
         return Trained(thinker, backbone, before, weights_dtype(base or base_model(folder)))
@@ -101,7 +101,7 @@ def read_trained(folder, base):
         return Trained(thinker, backbone, {}, weights_dtype(folder))
     if config_of(start).model_type not in backbone.MODEL_TYPES:
         raise UserError(f"{start} is a model of another kind than {folder}")
-    before = dict(read_thinker(backbone, start).named_parameters())
+    before = dict(load_thinker(start, torch.float32).named_parameters())
     check_shapes(before, dict(thinker.named_parameters()), start)
     return Trained(thinker, backbone, before, weights_dtype(start))
 

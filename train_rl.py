@@ -152,7 +152,7 @@ from data.rows import Rows
 from grpo import group_advantages, grpo_loss, replay_advantages
 from hints import HintSchedule
 from models.inputs import InputBuilder
-from models.loading import open_policies, write_merged
+from models.loading import open_policies
 from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
 from models.rollout import rollout
@@ -300,7 +300,7 @@ def main():
         resume=args.resume,
         trackers=args.log,
     )
-    processes.check_dtype(device, args.dtype)
+    processes.check_dtype(device, args.dtype, args.lora_rank)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
     toy_model, toy_train, toy_test = toy.write_defaults(args.stage, args.model, args.data)
     tas = dict(
@@ -311,7 +311,7 @@ def main():
 
     # ---- rows, the policy, and the reference that it stays close to
     rows = Rows(args.data or toy_train)
-    folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
+    folder = resolve_start_model(args.model or toy_model, args.lora_rank)
     media_config = media_config_from(args)
     root = rows.path.parent
     build = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]

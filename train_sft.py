@@ -58,7 +58,7 @@ from data.clips import BadRow
 from data.row_stream import RowStream
 from data.rows import Rows, completion_text
 from models.inputs import InputBuilder
-from models.loading import open_policies, write_merged
+from models.loading import open_policies
 from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
 from rl import guards, metrics
@@ -70,11 +70,9 @@ from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 
 
-def encode_completion(build, row):
+def encode_completion(tokenizer, row):
     """The reasoning and the answer as tokens (T,), with the end token that a rollout stops at."""
-    # a Thinking model's template writes <think> into the prompt
-    text = completion_text(row).removeprefix(build.opened_tag)
-    return torch.tensor([*build.tokenizer(text).input_ids, build.tokenizer.eos_token_id])
+    return torch.tensor([*tokenizer(completion_text(row)).input_ids, tokenizer.eos_token_id])
 
 
 @out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
@@ -124,13 +122,13 @@ def main():
         resume=args.resume,
         trackers=args.log,
     )
-    processes.check_dtype(device, args.dtype)
+    processes.check_dtype(device, args.dtype, args.lora_rank)
     processes.check_multiple("--batch-size", args.batch_size)
     toy_model, toy_train, _ = toy.write_defaults(0, args.model, args.data)
 
     # ---- rows and the policy
     rows = Rows(args.data or toy_train)
-    folder = resolve_start_model(args.model or toy_model, args.lora_rank, out, write_merged)
+    folder = resolve_start_model(args.model or toy_model, args.lora_rank)
     media_config = media_config_from(args)
     build = InputBuilder(folder, media_config, rows.path.parent, audio_captions=False)
     policy, _ = open_policies(
@@ -197,7 +195,7 @@ def main():
 
         # ---- the rows of the step
         step_rows, prompts = row_stream.next_rows(steps)
-        completions = [encode_completion(build, row) for row in step_rows[local]]
+        completions = [encode_completion(build.tokenizer, row) for row in step_rows[local]]
         row_stream.prefetch_next()
         clock.lap("data")
 

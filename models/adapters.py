@@ -1,72 +1,197 @@
 """
-Two LoRA adapters, one trained on top of the other, as one adapter of the first one's base:
+LoRA adapters, PEFT's, computed so that small ones survive bfloat16.                          [D2]
 
-    W + s1 B1 A1 + s2 B2 A2  =  W + [s1 B1, s2 B2] [A1; A2]
+PEFT adds s B A x to a W x that has been rounded to bfloat16 already. After a few hundred steps an
+adapter still moves W x by less than half a step of bfloat16, so that most of the sum rounds back to
+W x and the policy hardly moves. Here the small product comes first and the large one is accumulated
+onto it, in float32 inside the kernel: one rounding, at the end.
 
-So the adapter of a later stage needs no merged copy of the earlier stage beside it: PEFT loads it
-wherever the run has been moved.
+For the same reason no adapter is merged into weights in bfloat16: most of it would be rounded away. A
+stage that starts from an adapter trains that adapter on. A frozen copy of it, the adapter "reference",
+is then the policy that the stage began with.
 
-r rank, s = lora_alpha / r.
+Adapters of experts (--lora-experts) are PEFT's own: their product is added to the experts' weights.
 """
 
-import json
-import shutil
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
 
 import torch
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-# with any of these an adapter is more than s B A
-OTHER_KINDS = """
-    use_dora use_rslora modules_to_save rank_pattern alpha_pattern layer_replication
-    trainable_token_indices lora_bias target_parameters
-""".split()
+from models.paths import is_adapter, read_config
+from run.errors import UserError
 
-
-def can_stack(folder):
-    """Whether an adapter's folder holds plain LoRA matrices, chosen by a pattern as ours are."""
-    config = json.loads((folder / CONFIG).read_text())
-    is_plain = not any(config.get(name) for name in OTHER_KINDS) and config.get("bias") == "none"
-    return is_plain and isinstance(config["target_modules"], str) and (folder / WEIGHTS).is_file()
+TRAINED = "default"
+REFERENCE = "reference"
 
 
-def copy_adapter(folder, target):
-    """Copies an adapter without the model beside it."""
-    target.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        shutil.copy(folder / name, target / name)
+# ---- a new adapter, or one that is trained on ----------------------------------------------------
 
 
-def stack(first, second):
+def new_adapter(policy, rank, *, lora_experts, folder, empty):
     """
-    Rewrites the adapter in `second`, which was trained on the merged `first`, as one on the base of
-    `first`. Its rank is the sum of both.
+    A policy's thinker with an adapter to train: a new one, or the one that `folder` holds.
+
+    lora_experts  whether the experts get an adapter too; the router gets none
+    empty         without reading weights
+    returns       PeftModel
+    raises        UserError    the adapter in the folder has another rank or other layers
     """
-    configs = [json.loads((folder / CONFIG).read_text()) for folder in (first, second)]
-    weights = [load_file(folder / WEIGHTS) for folder in (first, second)]
-    ranks = [config["r"] for config in configs]
-    scales = [config["lora_alpha"] / config["r"] for config in configs]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=target_modules(policy),
+        target_parameters=target_parameters(policy) if lora_experts else None,
+    )  # [D2]
+    continues = is_adapter(folder)
+    if continues:
+        config.lora_alpha = check_adapter(folder, rank)["lora_alpha"]
+    with torch.random.fork_rng(devices=[]):
+        # the same new adapter on every rank and after every restart
+        torch.manual_seed(0)
+        model = get_peft_model(policy.thinker, config)  # float32, whatever dtype the base has
+        if continues:
+            model.add_adapter(REFERENCE, config)
+    if continues and not empty:
+        read_adapter(model, folder)
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name:
+            parameter.requires_grad_(False)
+    if policy.backbone.EXPERTS:
+        # lists, whose order is that of every saved adapter_config.json; sets have none
+        config.target_modules = sorted(config.target_modules)
+        config.target_parameters = sorted(config.target_parameters or [])
+    return use_one_rounding(model)
 
-    stacked = {}
-    for name in sorted(weights[0].keys() | weights[1].keys()):
-        is_a = "lora_A" in name  # A is (r, in), B is (out, r)
-        like = weights[0].get(name, weights[1].get(name))
-        parts = []
-        for part, rank, scale in zip(weights, ranks, scales):
-            if name in part:
-                parts.append(part[name] if is_a else scale * part[name])
-            else:  # a layer that only the other adapter changes
-                shape = (rank, like.shape[1]) if is_a else (like.shape[0], rank)
-                parts.append(torch.zeros(shape, dtype=like.dtype))
-        stacked[name] = torch.cat(parts, dim=0 if is_a else 1).contiguous()
 
-    patterns = dict.fromkeys(config["target_modules"] for config in configs)
-    config = configs[1] | dict(
-        base_model_name_or_path=configs[0]["base_model_name_or_path"],
-        r=sum(ranks),
-        lora_alpha=sum(ranks),  # the scales are in B
-        target_modules="|".join(f"({pattern})" for pattern in patterns),
-    )
-    save_file(stacked, second / WEIGHTS, metadata={"format": "pt"})
-    (second / CONFIG).write_text(json.dumps(config, indent=2))
+def target_modules(policy):
+    """Which linear layers get an adapter: a regex for their names, or the names."""
+    backbone = policy.backbone
+    pattern = rf".*language_model\.layers\.\d+\..*\.({backbone.TEXT_LAYERS})"
+    if policy.train_towers:
+        pattern += rf"|.*({backbone.TOWER_LAYERS})"
+    if not backbone.EXPERTS:
+        return pattern
+    # In a mixture of experts PEFT turns a regex into the last parts of the names that match, which
+    # layers of the towers have too. Full names it leaves as they are.
+    return [name for name, _ in policy.thinker.named_modules() if re.fullmatch(pattern, name)]
+
+
+def target_parameters(policy):
+    """The experts' parameters, each of which holds a matrix for every expert."""
+    names = [name for name, _ in policy.thinker.named_parameters()]
+    experts = [name for name in names if name.endswith(policy.backbone.EXPERTS)]
+    if not experts:
+        model_type = policy.thinker.config.model_type
+        raise UserError(f"--lora-experts: {model_type} has no experts")
+    return experts
+
+
+def check_adapter(folder, rank):
+    """The configuration of the adapter in a folder. Raises UserError if it cannot be trained on."""
+    config = read_config(Path(folder) / "adapter_config.json")
+    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+    is_plain = config.get("peft_type") == "LORA" and not any(config.get(key) for key in variants)
+    if not is_plain:
+        raise UserError(f"{folder}: only a plain LoRA adapter can be trained on")
+    if config["r"] != rank:
+        raise UserError(
+            f"--lora-rank {rank}: {folder} is an adapter of rank {config['r']}, which this run "
+            f"continues to train: give --lora-rank {config['r']}"
+        )
+    return config
+
+
+def read_adapter(model, folder):
+    """Reads an adapter into the trained one and the reference. Layers that it lacks stay at B = 0."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    for adapter in (TRAINED, REFERENCE):
+        result = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+        if result.unexpected_keys:
+            raise UserError(
+                f"{folder}: the adapter has layers such as {result.unexpected_keys[0]}, which this run "
+                "would drop: add --train-towers or --lora-experts, as it was trained with"
+            )
+
+
+# ---- an adapter that is used ---------------------------------------------------------------------
+
+
+def loaded_adapter(thinker, folder):
+    """The thinker with the adapter that `folder` holds beside its base, not merged into it."""
+    return use_one_rounding(PeftModel.from_pretrained(thinker, folder))
+
+
+def merged_adapter(thinker, folder):
+    """The thinker with the adapter merged into its weights, which must be float32."""
+    assert next(thinker.parameters()).dtype == torch.float32
+    thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
+    return thinker.requires_grad_(True)  # PEFT had frozen them
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+class Switch:
+    """Which adapter the layers of a policy use: TRAINED, REFERENCE, or None for the base alone."""
+
+    def __init__(self, expert_layers):
+        self.adapter = TRAINED
+        self.expert_layers = expert_layers  # PEFT's own forward reads PEFT's own settings
+
+    def use(self, adapter):
+        self.adapter = adapter
+        for layer in self.expert_layers:
+            # PEFT's methods would also change what requires a gradient, which FSDP has fixed
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [adapter or TRAINED]
+
+
+def use_one_rounding(model):
+    """Gives all linear LoRA layers of a PeftModel the forward of this file, and one switch."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    model.switch = Switch([layer for layer in layers if not isinstance(layer, Linear)])
+    for layer in layers:
+        if isinstance(layer, Linear):
+            layer.switch = model.switch
+            layer.forward = MethodType(lora_forward, layer)
+    return model
+
+
+@contextmanager
+def reference_adapter(model):
+    """In this context a PeftModel is the policy that its stage began with."""
+    model.switch.use(REFERENCE if REFERENCE in model.peft_config else None)
+    try:
+        yield
+    finally:
+        model.switch.use(TRAINED)
+
+
+def lora_forward(layer, x):
+    """
+    W x + bias + s B A x, where W x is accumulated onto s B A x
+
+    x        (..., D)
+    returns  (..., D_out)
+    """
+    base = layer.base_layer
+    adapter = layer.switch.adapter
+    if adapter is None:
+        return base(x)
+    rows = x.flatten(0, -2)  # (n, D)
+    # the weights are float32, unless FSDP has cast them already
+    a = layer.lora_A[adapter].weight.to(x.dtype)  # (r, D)
+    b = layer.lora_B[adapter].weight.to(x.dtype)  # (D_out, r)
+    small = rows @ a.T @ b.T
+    out = torch.addmm(small, rows, base.weight.T, beta=layer.scaling[adapter])
+    # Not added to `small`: beside a bias of 100, bfloat16 has no room for it.
+    if base.bias is not None:
+        out = out + base.bias
+    return out.view(*x.shape[:-1], -1)

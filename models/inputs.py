@@ -64,12 +64,14 @@ BACKBONES = {kind: backbone for backbone in (qwen, qwen3, ola) for kind in backb
 
 
 def config_of(folder):
-    """The configuration of the model in a folder, if it is of a backbone that we have."""
+    """The configuration of the model in a folder. Raises UserError if no backbone here takes it."""
     config = from_pretrained(AutoConfig, folder)
     config = getattr(config, "thinker_config", config)
     if config.model_type not in BACKBONES:
-        remedy = "give Qwen2.5-Omni, Qwen3-Omni, or Ola as `python -m models.ola convert` writes it"
-        raise UserError(f"{folder} is of the kind {config.model_type}: {remedy}")
+        raise UserError(
+            f"{folder} is a {config.model_type} model: give Qwen2.5-Omni, Qwen3-Omni, or Ola as "
+            "`python -m models.ola convert` writes it"
+        )
     return config
 
 
@@ -80,10 +82,11 @@ class Prompt(NamedTuple):
     # (3, P) TMRoPE time, height, width; plain ones: all equal. int64, or float32 where a backbone's
     # times lie between whole numbers
     position_ids: torch.Tensor
-    media: dict  # modality -> what its tower takes (dict), or (n, D) what it gave
+    media: dict  # modality -> the tower's input (dict of tensors), or its output (n, D)
 
     @property
     def encoded(self):
+        """Whether the towers' outputs are there already."""
         return not any(isinstance(m, dict) for m in self.media.values())
 
 
@@ -93,18 +96,23 @@ def positions_after(position_ids, count):
 
 
 def shared_clip_groups(prompts):
-    """-> lists of indices: prompts with the very same media together, in the order of the first."""
-    families = {}
+    """
+    Indices of prompts that hold the very same media object, in the order of the first of each group
+
+    returns  list of lists of int; a prompt without media is a group of its own
+    """
+    groups = {}
     for b, prompt in enumerate(prompts):
-        families.setdefault(id(prompt.media) if prompt.media else -b, []).append(b)
-    return list(families.values())
+        key = id(prompt.media) if prompt.media else f"prompt {b}"
+        groups.setdefault(key, []).append(b)
+    return list(groups.values())
 
 
 class InputBuilder:
     """
-    A row -> Prompt, by the backbone's processor; calling it is safe from several threads.
+    Turns a row into a Prompt, by the backbone's processor. Safe to call from several threads.
 
-    raises  BadRow     the row's media cannot be used, or the prompt is too long
+    raises  BadRow    the row's media cannot be used, or the prompt is too long
     """
 
     def __init__(self, folder, recipe, root, audio_captions):
@@ -112,16 +120,19 @@ class InputBuilder:
         self.backbone = BACKBONES[self.config.model_type]
         self.processor = from_pretrained(self.backbone.Processor, folder)
         self.backbone.check(self.config, self.processor, folder)
-        # a fast tokenizer must not be called by two threads at once: a processor a thread
-        self.in_thread = threading.local()
-        self.recipe = recipe and recipe._replace(side=self.backbone.SIDE)
-        self.root, self.audio_captions = Path(root), audio_captions
+        self.per_thread = threading.local()
+        if recipe is not None:
+            recipe = recipe._replace(side=self.backbone.SIDE)
+        self.recipe = recipe
+        self.root = Path(root)
+        self.audio_captions = audio_captions
         self.tokenizer = self.processor.tokenizer
         ends = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.eos_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         self.media_ends = self.backbone.media_ends(self.tokenizer, self.config)
         self.opened_tag = self.tag_opened_by_template()
-        # what a rank reads that has less to do than others: FSDP would wait for ever
+        # Dummy input for ranks that run out of work. All ranks must make the same number of forward
+        # passes, or FSDP would wait for ever.
         self.filler = Prompt(torch.tensor(self.eos_ids[:1] * 2), torch.arange(2).expand(3, -1), {})
 
     def __call__(self, row, hint=None):
@@ -154,33 +165,46 @@ class InputBuilder:
                 pieces {"type": "text", "text"} and {"type", "index"} with the media among them
         """
         question = question_text(row, self.audio_captions)
-        question = place_hint(question, hint) if hint else question  # [HINT]
+        if hint:
+            question = place_hint(question, hint)  # [HINT]
         system, text = words or (SYSTEM_PROMPT, question)
-        pieces = [*(dict(type=kind) for kind in media), dict(type="text", text=text)]
+        if isinstance(text, list):
+            pieces = text
+        else:
+            pieces = [dict(type=kind) for kind in media]
+            pieces.append(dict(type="text", text=text))
         messages = []
         if system:  # "": the template's own default, if it has one
             messages.append(dict(role="system", content=[dict(type="text", text=system)]))
-        messages.append(dict(role="user", content=text if isinstance(text, list) else pieces))
+        messages.append(dict(role="user", content=pieces))
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def own_processor(self):
-        if not hasattr(self.in_thread, "processor"):
-            self.in_thread.processor = copy.deepcopy(self.processor)
-        return self.in_thread.processor
+        """This thread's processor: two threads must not call one fast tokenizer at once."""
+        if not hasattr(self.per_thread, "processor"):
+            self.per_thread.processor = copy.deepcopy(self.processor)
+        return self.per_thread.processor
 
     def from_clip(self, row, clip, hint=None, words=None):
         processor = self.own_processor()
         if words and isinstance(words[1], list):
             clip = clip.in_order(words[1])
-        media = ["image"] * len(clip.images)  # media first: it moves scores by points
-        media += ["video"] * (clip.frames is not None)
-        media += ["audio"] * (0 if clip.use_audio else len(clip.sounds))  # else it is the video's
+        media = ["image"] * len(clip.images)  # media before text: it moves scores by points
+        if clip.frames is not None:
+            media.append("video")
+        if not clip.use_audio:  # else the sound belongs to the video
+            media += ["audio"] * len(clip.sounds)
         text = self.chat(processor, media, row, hint, words)
-        given = processor, self.config, text, clip, f"row {row['prompt_id']}"
-        return self.checked(Prompt(*self.backbone.inputs(*given)), row)
+        name = f"row {row['prompt_id']}"
+        input_ids, position_ids, media = self.backbone.inputs(
+            processor, self.config, text, clip, name
+        )
+        return self.checked(Prompt(input_ids, position_ids, media), row)
 
     def checked(self, prompt, row):
-        if (num_tokens := len(prompt.input_ids)) > self.recipe.max_prompt_tokens:
+        """The prompt itself; raises BadRow if it is too long."""
+        num_tokens = len(prompt.input_ids)
+        if num_tokens > self.recipe.max_prompt_tokens:
             raise BadRow(
                 f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
                 f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or raise it"
@@ -193,12 +217,19 @@ class InputBuilder:
         return int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1
 
     def with_text(self, prompt, row, hint=None, words=None):
-        """The prompt of another question, or of a hint, about the same clip: the same media."""
-        media = self.media_length(prompt)
+        """The prompt of another question, or with a hint, about the same clip: it shares the media."""
+        num_shared = self.media_length(prompt)  # up to there the two prompts are the same
+        shared_ids = prompt.input_ids[:num_shared]
+        shared_positions = prompt.position_ids[:, :num_shared]
+
         processor = self.own_processor()
-        text = self.chat(processor, ["audio"], row, hint, words).split(self.media_ends[-1])[1]
-        tail = torch.tensor(processor.tokenizer(text).input_ids)
-        positions = prompt.position_ids[:, :media]
-        positions = torch.cat([positions, positions_after(positions, len(tail))], dim=1)
-        ids = torch.cat([prompt.input_ids[:media], tail])
-        return self.checked(Prompt(ids, positions, prompt.media), row)
+        chat = self.chat(processor, ["audio"], row, hint, words)  # any one medium, to cut it off
+        text = chat.split(self.media_ends[-1])[1]
+        ids = torch.tensor(processor.tokenizer(text).input_ids)
+        positions = positions_after(shared_positions, len(ids))
+        new = Prompt(
+            torch.cat([shared_ids, ids]),
+            torch.cat([shared_positions, positions], dim=1),
+            prompt.media,
+        )
+        return self.checked(new, row)

@@ -1,23 +1,28 @@
 """
-Loads a policy: a folder or hub id becomes a Policy on its device, with a new adapter or without.
+Loads a policy: a folder or hub id becomes a Policy on its device, to be trained or to answer.
 """
 
-import re
 from functools import partial
-from types import MethodType
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from models.attention import set_attention_kernel
 from models.inputs import BACKBONES, config_of
-from models.paths import from_pretrained, is_adapter
+from models.paths import from_pretrained, is_adapter, run_final
 from models.policy import Policy
-from models.sharding import cast_params, load_sharded
+from models.sharding import cast_frozen, load_sharded
 from run import processes
 from run.errors import UserError
 
-CHECKPOINT_ABOVE_PARAMS = 10**8  # above it activations are computed again: less memory, more time
+# weights above which activations are computed again in the backward pass: less memory, more time
+CHECKPOINT_ABOVE_PARAMS = 10**8
+
+# What is read in this dtype has the dtype of its folder: for published models half of the memory.
+AS_IN_FOLDER = "auto"
+
+
+# ---- to be trained -------------------------------------------------------------------------------
 
 
 def open_policies(
@@ -40,17 +45,31 @@ def open_policies(
     with_reference  whether the loss has a KL term
     lora_experts    whether the experts get an adapter too
     returns         policy, reference; the reference is None if no separate one is needed: with LoRA
-                    it is the policy without its adapter (`Policy.reference`)
+                    it is the policy with the adapter that it began with (`Policy.reference`)
     """
-    choose_attention(attn, device, processes.compute_dtype(device, dtype))
+    compute_dtype = processes.compute_dtype(device, dtype)
+    choose_attention(attn, device, compute_dtype)
     if lora_experts and not lora_rank:
         raise UserError("--lora-experts: there is no adapter with --lora-rank 0: all experts train")
+    # Weights that train are float32. So are those that an adapter is merged into.
+    is_rounded = compute_dtype != torch.float32
+    merges = is_adapter(folder) and not lora_rank
+    frozen_dtype = AS_IN_FOLDER if is_rounded and not merges else torch.float32
+    policy_dtype = AS_IN_FOLDER if is_rounded and lora_rank else torch.float32
+
     reference = None
     if with_reference and not lora_rank:
-        load_reference = partial(load_policy, folder, 0, train_towers)
+        load_reference = partial(load_policy, folder, 0, train_towers, dtype=frozen_dtype)
         reference = load_sharded(load_reference, device, dtype, frozen=True)
-    load = partial(load_policy, folder, lora_rank, train_towers, lora_experts=lora_experts)
-    policy = load_sharded(load, device, dtype)
+    load_trained = partial(
+        load_policy,
+        folder,
+        lora_rank,
+        train_towers,
+        lora_experts=lora_experts,
+        dtype=policy_dtype,
+    )
+    policy = load_sharded(load_trained, device, dtype)
     if reference and not train_towers:
         # frozen towers are equal, and whole on every rank: hold them once
         reference.thinker.model.visual = policy.thinker.model.visual
@@ -70,110 +89,101 @@ def choose_attention(attn, device, dtype):
         )
 
 
-def load_policy(folder, lora_rank, train_towers, empty=False, lora_experts=False):
+def load_policy(
+    folder, lora_rank, train_towers, *, empty=False, lora_experts=False, dtype=torch.float32
+):
     """
-    A thinker from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
+    A policy on the CPU, from a hub id or folder (a full Omni checkpoint, a thinker, or a PEFT adapter).
 
-    lora_rank     int     0 = every weight of the text model trains
+    lora_rank     int     0 = every weight of the text model trains; an adapter in the folder is then
+                          merged into the weights. Else an adapter in the folder is trained on
     train_towers  bool    whether the vision and audio towers train too
-    empty         bool    built alone, without reading weights
+    empty         bool    built without reading weights
     lora_experts  bool    whether the experts get an adapter too; the router gets none
+    dtype                 of the weights that are read: float32 or AS_IN_FOLDER
     raises        FileNotFoundError     no such folder and no such model on the hub
     """
-    disable_progress_bar()  # transformers' own, one for each shard
+    folder = run_final(folder)
+    thinker = load_thinker(folder, dtype, empty=empty)
+    if is_adapter(folder) and not lora_rank and not empty:
+        from models.adapters import merged_adapter  # here: PEFT takes a second to load
+
+        thinker = merged_adapter(thinker, folder)
+    return wrap_policy(
+        thinker,
+        lora_rank,
+        train_towers,
+        lora_experts=lora_experts,
+        folder=folder,
+        empty=empty,
+    )
+
+
+def load_thinker(folder, dtype, *, empty=False):
+    """The thinker of a folder; of an adapter its base. Raises UserError if weights are missing."""
+    disable_progress_bar()  # transformers' own, one for each file of weights
     backbone = BACKBONES[config_of(folder).model_type]
     if empty:
         thinker = from_pretrained(backbone.Thinker, folder, empty=True)
     else:
-        thinker = read_thinker(backbone, folder)
-    if is_adapter(folder) and not empty:  # it becomes part of the weights; what trains now is new
-        from peft import PeftModel
-
-        thinker = PeftModel.from_pretrained(thinker, folder).merge_and_unload()
-        thinker.requires_grad_(True)  # PEFT had frozen them
-    return wrap_policy(thinker, lora_rank, train_towers, lora_experts)
-
-
-def read_thinker(backbone, folder):
-    """transformers would fill what a folder lacks, such as all of a talker's, with random numbers."""
-    thinker, report = from_pretrained(
-        backbone.Thinker, folder, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        problem = f"{folder} lacks {len(missing)} weights of the thinker, such as {missing[0]}"
-        raise UserError(f"{problem}: give a whole checkpoint, or a thinker")
+        thinker, report = from_pretrained(
+            backbone.Thinker, folder, dtype=dtype, output_loading_info=True
+        )
+        # transformers would fill what a folder lacks, such as all of a talker's, with random numbers
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} weights of the thinker, such as {missing[0]}: give a "
+                "whole checkpoint, or a thinker"
+            )
+    # transformers writes True into the text_config of an untied model, and some servers believe it
+    thinker.config.text_config.tie_word_embeddings = thinker.config.tie_word_embeddings
     return thinker
 
 
-def wrap_policy(thinker, lora_rank, train_towers, lora_experts=False):
-    """A thinker -> the policy to train: what is frozen frozen, a new adapter in its place."""
+def wrap_policy(thinker, lora_rank, train_towers, *, lora_experts=False, folder="", empty=False):
+    """
+    A thinker as the policy to train: freezes what does not train, adds the adapter.
+
+    folder   where an adapter to train on may lie
+    """
     policy = Policy(thinker, train_towers)
+    if lora_rank:
+        from models.adapters import new_adapter  # here: PEFT takes a second to load
+
+        policy.model = new_adapter(
+            policy, lora_rank, lora_experts=lora_experts, folder=folder, empty=empty
+        )
     for module in policy.frozen:
         module.requires_grad_(False)
-    if lora_rank:
-        add_adapter(policy, lora_rank, lora_experts)
-    if sum(p.numel() for p in thinker.parameters()) > CHECKPOINT_ABOVE_PARAMS:
-        thinker.activation_checkpointing_enable(
-            dict(use_reentrant=False, preserve_rng_state=False)
-        )  # no dropout
+    num_params = sum(p.numel() for p in thinker.parameters())
+    if num_params > CHECKPOINT_ABOVE_PARAMS:
+        # no dropout anywhere, so no random state to preserve
+        kwargs = dict(use_reentrant=False, preserve_rng_state=False)
+        thinker.activation_checkpointing_enable(kwargs)
     return policy.train()
 
 
-def add_adapter(policy, lora_rank, lora_experts):
-    """Gives a policy a new LoRA adapter, the same on every rank and after every restart."""
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import Linear
-
-    thinker, backbone = policy.thinker, policy.backbone
-    target = rf".*language_model\.layers\.\d+\..*\.({backbone.TEXT_LAYERS})"
-    if policy.train_towers:
-        target += rf"|.*({backbone.TOWER_LAYERS})"
-    experts = None
-    if lora_experts:
-        experts = [n for n, _ in thinker.named_parameters() if n.endswith(backbone.EXPERTS)]
-        if not experts:
-            raise UserError(f"--lora-experts: {thinker.config.model_type} has no experts")
-    if backbone.EXPERTS:
-        # Of a mixture of experts PEFT turns a regex into the last parts of the names that match, which
-        # layers of the towers have too: names in full are left as they are.
-        target = [name for name, _ in thinker.named_modules() if re.fullmatch(target, name)]
-    config = LoraConfig(
-        r=lora_rank, lora_alpha=2 * lora_rank, target_modules=target, target_parameters=experts
-    )  # [D2]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        policy.model = get_peft_model(thinker, config, autocast_adapter_dtype=False)
-    if (
-        backbone.EXPERTS
-    ):  # lists, whose order is that of every saved adapter_config.json; sets have none
-        config.target_modules = sorted(config.target_modules)
-        config.target_parameters = sorted(config.target_parameters)
-    for module in policy.modules():
-        if isinstance(module, Linear):
-            module.forward = MethodType(fused_lora_forward, module)
-
-
-def fused_lora_forward(layer, x):
-    """W x + s B A x of a PEFT layer, as it computes it, but the sum is the end of the last product."""
-    result = layer.base_layer(x)
-    if layer.disable_adapters:
-        return result
-    a, b, scale = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    added = torch.addmm(result.flatten(0, -2), a(x).flatten(0, -2), b.weight.T, alpha=scale)
-    return added.view(result.shape)
+# ---- to answer -----------------------------------------------------------------------------------
 
 
 def load_to_answer(folder, device, dtype):
-    """A policy that only answers, on its device: whole, computing in dtype (a torch.dtype)."""
-    policy = load_policy(folder, lora_rank=0, train_towers=False)
-    cast_params(policy.parameters(), dtype)  # before it moves: in float32 it is twice as large
+    """
+    A policy that only answers, whole, on its device. An adapter stays beside its base: merged into
+    weights in bfloat16, most of a small one would be rounded away.
+
+    folder   hub id or folder: a full Omni checkpoint, a thinker, or a PEFT adapter
+    dtype    torch.dtype to compute in
+    """
+    folder = run_final(folder)
     set_attention_kernel("auto", device, dtype)
+    # in float32 a 7B model takes 36 GB of the host's memory, in each process
+    thinker = load_thinker(folder, torch.float32 if dtype == torch.float32 else AS_IN_FOLDER)
+    policy = Policy(thinker, train_towers=False)
+    if is_adapter(folder):
+        from models.adapters import loaded_adapter  # here: PEFT takes a second to load
+
+        policy.model = loaded_adapter(thinker, folder)
+    policy.requires_grad_(False)
+    cast_frozen(policy, dtype)
     return policy.to(device)
-
-
-def write_merged(folder, part):
-    """Writes a trained adapter and its base as one model."""
-    merged = load_policy(folder, lora_rank=0, train_towers=False)
-    merged.thinker.save_pretrained(part)
-    from_pretrained(merged.backbone.Processor, folder).save_pretrained(part)

@@ -174,7 +174,7 @@ class BeatsLayer(nn.Module):
 class Beats(nn.Module):
     """
     The encoder of BEATs (Chen et al., arXiv:2212.09058), which hears music and noises too, in patches of
-    160 ms by 16 bands; in float32 whatever the rest computes in.
+    160 ms by 16 bands. Its weights stay in float32, whatever dtype the rest has.
     """
 
     def __init__(
@@ -218,7 +218,6 @@ class Beats(nn.Module):
 
     def forward(self, fbank):
         """(W, frames of 10 ms, 128) -> (W, L, C), patches in the order of the time"""
-        self.float()
         x = self.patches(fbank.float()[:, None]).flatten(2).transpose(1, 2)
         x = self.patch_proj(self.patch_norm(x))
         around = self.pos_conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even width gives one more
@@ -292,7 +291,9 @@ class OlaForConditionalGeneration(PreTrainedModel):
     config_class = OlaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["music"]  # BEATs: its weights are published in float32
 
     def __init__(self, config):
         super().__init__(config)

@@ -6,7 +6,7 @@ completions, in the rollout and in the update. Many prompts with their completio
 row without padding (attention.py).
 
 P prompt tokens, L tokens of a packed row, M of them that predict a token of a completion,
-N completions, T completion tokens, D width, V vocabulary.
+N completions, T completion tokens, D width.
 """
 
 from contextlib import nullcontext
@@ -16,18 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from models.attention import PackedAttention, shared_prefix_attention, window_attention
+from models.head import head_logprobs
 from models.inputs import BACKBONES, positions_after
+from models.patch_embedding import use_products
 from models.sharding import on_host
 from run.errors import out_of_memory_advice
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)  # text model
 AttentionInterface.register("flash_windows", window_attention)  # towers, on a GPU
-HEAD_CHUNK = 1024  # tokens whose logits exist at one time: 0.6 GB in float32 at V = 152,064
 
 
 class Head(NamedTuple):
@@ -67,6 +67,8 @@ class Policy(nn.Module):
         text.set_attn_implementation("shared_prefix")
         last_layer = text.layers[-1]
         last_layer.forward = MethodType(last_layer_predicting_only, last_layer)
+        for tower in self.towers:
+            use_products(tower)
 
     # ---- parts
 
@@ -102,12 +104,26 @@ class Policy(nn.Module):
         return [self.thinker.model.get_submodule(name) for name in self.backbone.FROZEN]
 
     @property
+    def float32_parts(self):
+        """Modules that compute in float32, whatever the rest computes in."""
+        names = self.thinker._keep_in_fp32_modules_strict or ()
+        return [
+            module
+            for name, module in self.thinker.named_modules()
+            if name.rpartition(".")[2] in names
+        ]
+
+    @property
     def device(self):
         return next(self.parameters()).device
 
     def reference(self):
-        """A context in which a LoRA policy is its base: its own reference policy. [U15]"""
-        return self.model.disable_adapter() if self.has_adapter else nullcontext()
+        """A context in which a LoRA policy is the policy that its stage began with.    [U15]"""
+        if not self.has_adapter:
+            return nullcontext()
+        from models.adapters import reference_adapter  # here: PEFT takes a second to load
+
+        return reference_adapter(self.model)
 
     # ---- media
 
@@ -298,31 +314,3 @@ def _completion_logprobs(policy, prompts, completions, temperature):
     entropy = pad_sequence(entropy.split(lengths), batch_first=True)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return logprobs, mask.to(policy.device), entropy
-
-
-def head_logprobs(lm_head, hidden, targets, temperature):
-    """
-    hidden (n, D), targets (n,) -> log-probs (n,), entropy (n,) without gradient; both float32
-
-    Computed in chunks, each again in the backward pass: (n, V) logits never exist as a whole.
-    """
-
-    def chunk_logprobs(hidden, targets):
-        logits = lm_head(hidden).float()
-        if temperature != 1:
-            logits = logits / temperature
-        logprobs = logits.log_softmax(-1)
-        target_logprobs = logprobs.gather(-1, targets[:, None])[:, 0]
-        # last, so that the backward pass stops before it and does not compute it again
-        with torch.no_grad():
-            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-        return target_logprobs, entropy
-
-    if len(hidden) <= HEAD_CHUNK:
-        return chunk_logprobs(hidden, targets)
-    logprobs, entropies = [], []
-    for hidden_chunk, target_chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
-        chunk, entropy = checkpoint(chunk_logprobs, hidden_chunk, target_chunk, use_reentrant=False)
-        logprobs.append(chunk)
-        entropies.append(entropy)
-    return torch.cat(logprobs), torch.cat(entropies)

@@ -1,9 +1,10 @@
 """
-Qwen2.5-Omni: a row as what its thinker takes, what its towers make of a clip, and which of its layers
-train and are sharded. Only this file knows the backbone by name.
+Qwen2.5-Omni as a backbone: what inputs.py asks of one. Only this file knows the model by name.
 
-P prompt tokens, D width.
+P prompt tokens, n features of one medium, D width.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -12,16 +13,23 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
-# linear layers that get a LoRA adapter: of the text model, of the towers
+
+# ---- which layers train and are sharded --------------------------------------------------------
+
+# linear layers that get a LoRA adapter
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-TOWER_LAYERS = (
-    r"(visual|audio_tower)\.(.*\.)?([qkv](_proj)?|((out|gate|up|down)_)?proj|fc[12]|mlp\.[02])"
-)
+# not the patch embedding: it is a convolution, for which PEFT would run another one
+TOWER_LAYERS = r"(visual|audio_tower)\.(?!patch_embed\.)(.*\.)?([qkv](_proj)?|((out|gate|up|down)_)?proj|fc[12]|mlp\.[02])"
 EXPERTS = ()
-TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)  # what FSDP gathers at one time
+# what FSDP gathers one at a time
+TEXT_UNITS = (omni.Qwen2_5OmniDecoderLayer,)
 TOWER_UNITS = (omni.Qwen2_5OmniVisionBlock, omni.Qwen2_5OmniAudioEncoderLayer)
 FROZEN = ()  # parts of the towers that never train
-SIDE = 28  # pixels; of a frame both sides are multiples
+
+# ---- a row as a prompt -------------------------------------------------------------------------
+
+SIDE = 28  # pixels; both sides of a frame are multiples of it
+MEL_HOP = 160  # samples of sound for one mel frame
 
 
 def check(config, processor, folder):
@@ -35,39 +43,47 @@ def media_ends(tokenizer, config):
 
 def inputs(processor, config, text, clip, name):
     """A prompt's text, a placeholder for each medium -> input_ids (P,), position_ids (3, P), media."""
-    sounds, media, mel_lengths = clip.sounds, {}, None
     # without max_length the extractor pads every clip to 300 s
-    length = -(-max(map(len, sounds), default=0) // 160) * 160
+    longest = max((len(sound) for sound in clip.sounds), default=0)
+    max_length = math.ceil(longest / MEL_HOP) * MEL_HOP
     batch = processor(
         text=text,
         images=clip.images or None,
-        audio=sounds or None,
+        audio=clip.sounds or None,
         videos=None if clip.frames is None else [clip.frames],
         return_tensors="pt",
         load_audio_from_video=clip.use_audio,
-        audio_from_video_indices=[0] * clip.use_audio,
+        audio_from_video_indices=[0] if clip.use_audio else [],
         images_kwargs=dict(do_resize=False),
-        audio_kwargs=dict(max_length=length, truncation=False),
-        videos_kwargs=dict(  # fps: of the frames really taken: the positions tell their time
+        audio_kwargs=dict(max_length=max_length, truncation=False),
+        videos_kwargs=dict(
             do_resize=False,
             do_sample_frames=False,
             cap_pixels_per_frame=False,
-            fps=clip.fps,
+            fps=clip.fps,  # of the frames that were taken: positions are their times
         ),
     )
-    for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if pixels in batch:
-            media[name] = dict(pixels=batch[pixels], grid=batch[f"{name}_grid_thw"])
+    media = {}
+    if "pixel_values" in batch:
+        media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
+    if "pixel_values_videos" in batch:
+        media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
+    mel_lengths = None
     if "input_features" in batch:
         mel_lengths = batch["feature_attention_mask"].sum(1)
-        mels = [x[:, :n] for x, n in zip(batch["input_features"], mel_lengths)]  # no padding
+        mels = [mel[:, :n] for mel, n in zip(batch["input_features"], mel_lengths)]  # no padding
         media["audio"] = dict(mel=torch.cat(mels, dim=1), lengths=mel_lengths)
-    input_ids, seconds = batch["input_ids"], batch.get("video_second_per_grid")
-    index = Thinker.__new__(Thinker)  # the model's own positions without the model
-    index.config, index.spatial_merge_size = config, config.vision_config.spatial_merge_size
-    position_ids, _ = index.get_rope_index(
+
+    # the model's own positions, without building the model
+    input_ids = batch["input_ids"]
+    seconds = batch.get("video_second_per_grid")
+    thinker = Thinker.__new__(Thinker)
+    thinker.config = config
+    thinker.spatial_merge_size = config.vision_config.spatial_merge_size
+    position_ids, _ = thinker.get_rope_index(
         input_ids,
-        **{key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")},
+        image_grid_thw=batch.get("image_grid_thw"),
+        video_grid_thw=batch.get("video_grid_thw"),
         attention_mask=torch.ones_like(input_ids),
         audio_seqlens=mel_lengths,
         second_per_grids=None if seconds is None else torch.as_tensor(seconds),
@@ -76,36 +92,60 @@ def inputs(processor, config, text, clip, name):
     return input_ids[0], position_ids[:, 0].clone(), media
 
 
+# ---- towers ------------------------------------------------------------------------------------
+
+
 def encode(core, prompts, device, train_towers):
     """
-    The towers' outputs; each tower is run once for all prompts.
+    The towers' outputs; each tower runs once for all prompts.
 
-    returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
+    returns  list of {modality: (n, D)}, one per prompt, and a dummy one where towers train on several
+             processes; media that are encoded already pass through
     """
-    if device.type == "cuda" and core.dtype != torch.float32:  # else a call for every window
+    if device.type == "cuda" and core.dtype != torch.float32:
+        # else transformers calls attention once for every window
         for tower in (core.visual, core.audio_tower):
             tower.config._attn_implementation_internal = "flash_windows"
-    out = [dict(p.media) for p in prompts]
+    features = [dict(prompt.media) for prompt in prompts]
     if train_towers and dist.is_initialized():
-        # sharded towers: a rank that skips one leaves the others waiting in its collectives
+        # if a rank skipped a sharded tower, the others would wait in its collectives for ever
         video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
         num_mels = core.audio_tower.config.num_mel_bins
         sound = dict(mel=torch.zeros(num_mels, 200), lengths=torch.tensor([200]))
-        out.append(dict(video=video, audio=sound))
-    seen = [(o, m) for o in out for m in ("image", "video") if isinstance(o.get(m), dict)]
-    heard = [o for o in out if isinstance(o.get("audio"), dict)]
-    if seen:
-        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in seen])
-        grid = torch.cat([o[m]["grid"].to(device) for o, m in seen])
-        pieces = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
-        for o, m in seen:
-            o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
-    if heard:
-        lengths = torch.cat([o["audio"]["lengths"] for o in heard])
-        mels = torch.cat([o["audio"]["mel"] for o in heard], dim=1).to(device)
-        after_conv, sizes = core.audio_tower._get_feat_extract_output_lengths(lengths)
-        sound = core.audio_tower(mels, lengths.to(device), after_conv.to(device))
-        pieces = list(sound.last_hidden_state.split(sizes.tolist()))
-        for o in heard:
-            o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
-    return out
+        features.append(dict(video=video, audio=sound))
+
+    pictures = []  # (features of a prompt, "image" or "video") still to be encoded
+    sounds = []
+    for media in features:
+        for modality in ("image", "video"):
+            if isinstance(media.get(modality), dict):
+                pictures.append((media, modality))
+        if isinstance(media.get("audio"), dict):
+            sounds.append(media)
+    if pictures:
+        encode_pictures(core, pictures, device)
+    if sounds:
+        encode_sounds(core, sounds, device)
+    return features
+
+
+def encode_pictures(core, pictures, device):
+    """Replaces pixels by features, for all images and videos in one call of the tower."""
+    pixels = torch.cat([media[modality]["pixels"].to(device) for media, modality in pictures])
+    grid = torch.cat([media[modality]["grid"].to(device) for media, modality in pictures])
+    parts = iter(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
+    for media, modality in pictures:
+        own_parts = [next(parts) for _ in media[modality]["grid"]]
+        media[modality] = torch.cat(own_parts)
+
+
+def encode_sounds(core, sounds, device):
+    """Replaces mel spectrograms by features, for all sounds in one call of the tower."""
+    mels = torch.cat([media["audio"]["mel"] for media in sounds], dim=1).to(device)
+    lengths = torch.cat([media["audio"]["lengths"] for media in sounds])
+    after_conv, num_features = core.audio_tower._get_feat_extract_output_lengths(lengths)
+    outputs = core.audio_tower(mels, lengths.to(device), after_conv.to(device))
+    parts = iter(outputs.last_hidden_state.split(num_features.tolist()))
+    for media in sounds:
+        own_parts = [next(parts) for _ in media["audio"]["lengths"]]
+        media["audio"] = torch.cat(own_parts)

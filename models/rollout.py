@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from models.attention import DecodeAttention
 from models.clip_prefix import continue_prefix
 from models.graphs import DelayedScalar, capture
+from models.head import float32_logits
 from models.inputs import shared_clip_groups
 from models.sharding import unsharded
 from run.errors import out_of_memory_advice
@@ -134,7 +135,7 @@ def _rollout(
                 use_cache=False,
                 shared=attention,
             )
-            return policy.thinker.lm_head(outputs.last_hidden_state[:, -1]).float()
+            return float32_logits(policy.thinker.lm_head, outputs.last_hidden_state[:, -1])
 
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[completion_index, step])
@@ -283,7 +284,8 @@ def prefill(policy, prompts, clip_groups, prompt_index, micro_tokens):
         # the hidden states begin with the last token of each head
         tail_sizes = torch.tensor([len(ids) for group in tails for ids, _ in group])
         last_tokens = len(pack) + tail_sizes.cumsum(0) - 1
-        logits.append(policy.thinker.lm_head(hidden[last_tokens.to(device)]).float())
+        hidden = hidden[last_tokens.to(device)]
+        logits.append(float32_logits(policy.thinker.lm_head, hidden))
         recorded.append((sum(prefix_lens[i] for i in pack), attention.recorded))
 
     # Prefixes stay packed. Of the suffixes every row gets a copy of its prompt's, and continues it.

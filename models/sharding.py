@@ -1,8 +1,8 @@
 """
-A policy on its device: sharded by FSDP2 when there is a GPU or more than one process.
+A policy on its device, sharded by FSDP2 when there is a GPU or more than one process.
 
-A policy is a module with `units`, classes of the modules that are gathered at one time, and `frozen`,
-modules in which nothing trains.
+A policy is a module with `units`, the classes of the modules that are gathered one at a time;
+`frozen`, the modules in which nothing trains; and `float32_parts`, those that stay in float32.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -18,39 +18,41 @@ from run import processes
 
 def load_sharded(load, device, dtype, frozen=False):
     """
-    The policy that load(empty=False) gives, in its place. Of several processes only rank 0 reads it;
-    the others build it empty, hold nothing until it is sharded, and are then sent their parts, a
-    tensor at a time: the whole model is in memory once.
+    Loads a policy onto its device. With several processes only rank 0 reads the weights: the others
+    build the policy without memory for them, and then receive their shards, one tensor at a time. So
+    the whole model is in the host's memory once.
 
     load     callable(empty) -> policy; empty: without reading weights
-    frozen   nothing of it trains: a reference
+    frozen   nothing of it trains: a reference policy
     """
-    first = processes.rank() == 0
-    with nullcontext() if first else no_weights():
-        policy = load(empty=not first)
+    reads_weights = processes.rank() == 0
+    with nullcontext() if reads_weights else no_weights():
+        policy = load(empty=not reads_weights)
     if frozen:
         policy.requires_grad_(False)
     if processes.world_size() == 1:
         return to_device(policy, device, dtype)
-    processes.all_gather_object(
-        None
-    )  # who waits for rank 0 to read waits here, where it may take long
-    param_dtype = cast_frozen(policy, device, dtype)
-    whole = policy.state_dict() if first else {}
+    processes.all_gather_object(None)  # wait for rank 0 here: this group has a long timeout
+    param_dtype = processes.compute_dtype(device, dtype)
+    cast_frozen(policy, param_dtype)
+    state = policy.state_dict() if reads_weights else {}
     shard(policy, device, param_dtype)
     policy._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(policy, whole, options=options)
+    set_model_state_dict(policy, state, options=options)
     return policy
 
 
 @contextmanager
 def no_weights():
-    """Modules built in here have parameters of no memory. Buffers are real: no file has them."""
+    """
+    Modules that are built in this context have parameters without memory. Buffers are real, because no
+    file holds them. (accelerate's init_empty_weights makes two parameters of tied weights.)
+    """
     register = nn.Module.register_parameter
 
     def register_empty(module, name, parameter):
-        if parameter is not None and not parameter.is_meta:  # one of two names stays one parameter
+        if parameter is not None and not parameter.is_meta:  # tied weights: meta already, still one
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
@@ -62,20 +64,29 @@ def no_weights():
 
 
 def to_device(policy, device, dtype):
-    """Moves a whole policy to its device; sharded when there is a GPU or more than one process."""
-    if not dist.is_initialized():
-        processes.check_dtype(device, dtype)
-        return policy.to(device)
-    param_dtype = cast_frozen(policy, device, dtype)
-    return shard(policy.to(device), device, param_dtype)
+    """
+    Moves a whole policy to its device, sharded where FSDP is needed.
+
+    One process needs FSDP only for its casting: if weights of the base train, their masters are float32
+    while a GPU computes in bfloat16. An adapter casts its own weights (adapters.py), so one GPU holds
+    a LoRA policy without FSDP, and without the second copy of the layers that FSDP would make.
+    """
+    param_dtype = processes.compute_dtype(device, dtype)
+    cast_frozen(policy, param_dtype)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    trains_base = any(".lora_" not in name for name in trained)
+    policy = policy.to(device)
+    if processes.world_size() == 1 and (param_dtype == torch.float32 or not trains_base):
+        return policy
+    return shard(policy, device, param_dtype)
 
 
 def shard(policy, device, param_dtype):
     """
-    FSDP2: one unit a decoder layer (and a tower layer if towers train), the rest in the root.
+    FSDP2: each decoder layer is a unit (and each tower layer if towers train), the rest is the root.
 
-    Frozen towers stay whole on every rank, outside FSDP: who has no audio or no video to encode
-    does not call them, and nobody waits. What is frozen has param_dtype already.
+    Frozen towers stay whole on every rank, outside FSDP: a rank without audio or video to encode does
+    not call them, and no other rank waits. Frozen parameters have param_dtype already.
     """
     mesh = dist.init_device_mesh(device.type, (processes.world_size(),))
     ignored = {p for module in policy.frozen for p in module.parameters()}
@@ -88,23 +99,22 @@ def shard(policy, device, param_dtype):
     return fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=ignored)
 
 
-def cast_frozen(policy, device, dtype):
-    """-> FSDP's dtype of all parameters, which those have from here on that do not train."""
-    param_dtype = processes.compute_dtype(device, dtype)
-    cast_params((p for p in policy.parameters() if not p.requires_grad), param_dtype)
-    return param_dtype
+def cast_frozen(policy, dtype):
+    """Casts the parameters that do not train, but for parts that need float32."""
+    kept = {p for module in policy.float32_parts for p in module.parameters()}
+    cast_params([p for p in policy.parameters() if not p.requires_grad and p not in kept], dtype)
 
 
 def cast_params(parameters, dtype):
-    """Never a whole module: the rotary frequencies are buffers, and in bfloat16 they lose count."""
+    """Never `module.to(dtype)`: rotary frequencies are buffers, and need float32."""
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 
 
 def on_host(tensor):
     """
-    The tensor in the host's memory. From a GPU it comes without a wait, into memory that it can go
-    back from without one: only a copy back to the GPU may read it.
+    A copy in the host's memory. From a GPU the copy is asynchronous, into pinned memory, so only a copy
+    back to the GPU may read it: on the same stream it comes later.
     """
     if not tensor.is_cuda:
         return tensor.cpu()
@@ -115,12 +125,13 @@ def on_host(tensor):
 @contextmanager
 def unsharded(policy):
     """
-    Under FSDP, the layers whole from here to the end: gathered once a rollout, not once a token.
-    To be used inside the policy's forward, which does the same for the root unit. Nothing else
-    in a rollout talks to other ranks, so each ends in its own time.
+    Under FSDP, all layers stay gathered in this context: once per rollout instead of once per token.
+
+    To be used inside the policy's forward, which gathers the root. Nothing else in a rollout
+    communicates, so each rank may end at its own time.
     """
     units = [m for m in policy.modules() if hasattr(m, "unshard") and m is not policy]
-    policy.eval()  # in training, layers with gradient checkpointing cost time even here
+    policy.eval()  # in train mode, layers with gradient checkpointing cost time even without gradients
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()

@@ -81,10 +81,12 @@ def compute_dtype(device, dtype):
     return getattr(torch, dtype)
 
 
-def check_dtype(device, dtype):
-    """raises   UserError   --dtype cannot be trained in here, because FSDP does the casting"""
-    if dtype == "bfloat16" and device.type == "cpu" and world_size() == 1:
-        raise UserError("--dtype bfloat16 needs a GPU or several processes: leave it out")
+def check_dtype(device, dtype, lora_rank=0):
+    """raises   UserError   --dtype cannot be trained in here: FSDP casts whole weights, LoRA its own"""
+    if dtype == "bfloat16" and device.type == "cpu" and world_size() == 1 and not lora_rank:
+        raise UserError(
+            "--dtype bfloat16 needs a GPU, several processes or --lora-rank: leave it out"
+        )
 
 
 # ---- what all ranks know -----------------------------------------------------------------------

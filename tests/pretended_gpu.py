@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from models import policy
+from models import loading, policy
 from rl import hint_visits, micro_batches
 from run import processes
 
@@ -104,7 +104,13 @@ def operation(func, args, kwargs):
         return func(*values, **settings)
     if there and "device" in settings:
         settings = settings | dict(device=torch.device("cpu"))
-    kernel = {aten.bmm.dtype: bmm_to, FLASH: flash, FLASH_BACKWARD: flash_backward}.get(func, func)
+    imitated = {
+        aten.bmm.dtype: bmm_to,
+        aten.mm.dtype: mm_to,
+        FLASH: flash,
+        FLASH_BACKWARD: flash_backward,
+    }
+    kernel = imitated.get(func, func)
     Graph.waits += there and func in WAITS
     if Graph.capturing and there:
         out = Graph.capturing.add(func, kernel, given, values, settings)
@@ -137,6 +143,12 @@ def bmm_to(a, b, dtype):
     """bmm with another dtype of the result, which the CPU lacks."""
     assert a.dtype == b.dtype != dtype
     return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+def mm_to(a, b, dtype):
+    """mm with another dtype of the result, which the CPU lacks."""
+    assert a.dtype == b.dtype != dtype
+    return a.to(dtype) @ b.to(dtype)
 
 
 def flash(
@@ -225,7 +237,7 @@ class Graph:
         if not all(map(on_gpu, given)) or not given and func in COPIES:
             raise RuntimeError(f"{func} copies from the CPU inside a capture")
         self.needed += [weakref.ref(x) for x in given if x.graph is not self]
-        if func is not aten.bmm.dtype and func._schema.is_mutable:
+        if func not in (aten.bmm.dtype, aten.mm.dtype) and func._schema.is_mutable:
             self.kernels.append((kernel, values, settings, []))
             return settings.get("out", values[0])
         out = kernel(*values, **settings)
@@ -304,6 +316,9 @@ def pretended_gpu():
         for place in (policy, micro_batches, hint_visits, torch.nn.utils.rnn):
             patch.setattr(place, "pad_sequence", pad_sequence)
         patch.setattr(processes, "init", lambda device: GPU)
+        # computes in float32, so that results compare with a CPU's, with the kernels of bfloat16
+        patch.setattr(processes, "compute_dtype", lambda device, dtype: torch.float32)
+        patch.setattr(loading, "set_attention_kernel", lambda name, device, dtype: "flash")
         torch._C._ensureCUDADeviceGuardSet()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([1], device="cuda"): by a copy
         Graph.made = Graph.replays = Graph.waits = 0

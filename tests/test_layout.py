@@ -34,6 +34,7 @@ ALONE = [  # files that know nothing of ours: each can be copied as it is
     "data/clips.py",
     "data/toy_clips.py",
     "models/attention.py",
+    "models/head.py",
     "teachers/leaks.py",
     "evaluation/scores.py",
 ]

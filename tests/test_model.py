@@ -19,10 +19,11 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from data.rows import Rows
 from models import loading
+from models.head import head_logprobs
 from models.inputs import InputBuilder, Prompt, shared_clip_groups
 from models.loading import CHECKPOINT_ABOVE_PARAMS, load_policy, open_policies
 from models.paths import save_model
-from models.policy import completion_logprobs, head_logprobs
+from models.policy import completion_logprobs
 from models.rollout import rollout, sample
 from run import optim
 
@@ -241,7 +242,7 @@ def test_head_in_chunks_is_the_head(monkeypatch):
     )
     whole, entropy = head_logprobs(head, hidden, targets, 0.9)
     (grad,) = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr("models.policy.HEAD_CHUNK", 10)
+    monkeypatch.setattr("models.head.CHUNK", 10)
     chunked, chunked_entropy = head_logprobs(head, hidden, targets, 0.9)
     (chunked_grad,) = torch.autograd.grad(chunked.sum(), hidden)
     torch.testing.assert_close(chunked, whole)
