@@ -22,8 +22,16 @@ from pathlib import Path
 
 import toy
 from data.media_flags import add_media_flags, media_config_from
-from evaluation import benchmarks, protocol, tables
-from evaluation.protocol import SENSES, Protocol
+from evaluation import benchmarks, tables
+from evaluation.protocol import (
+    AUTHORS_MAX_NEW_TOKENS,
+    AUTHORS_QUESTIONS,
+    AUTHORS_SYSTEM,
+    SENSES,
+    Protocol,
+    read_system,
+    read_text,
+)
 from run import arguments
 from run.errors import UserError
 
@@ -171,25 +179,25 @@ MAX_MISSING_SHARE = 0.1
 
 def open_protocol(args):
     """The Protocol that the flags describe; reads the files of --template and --system."""
-    template = protocol.read_text("--template", args.template) if args.template else None
+    template = read_text("--template", args.template) if args.template else None
     if template and "{question}" not in template:
         where = "put it where the question goes"
         raise UserError(f"--template: no {{question}} in {args.template}: {where}")
     return Protocol(
         is_authors=args.protocol == "paper",
         template=template,
-        system=protocol.read_system(args.system),
+        system=read_system(args.system),
         audio_captions=args.audio_captions,
         without=tuple(sense for sense in SENSES if sense in args.without),
     )
 
 
-def recipe_of(args, folder, asked, dtype):
+def recipe_of(args, folder, protocol, dtype):
     """
     What a score depends on beside the items. It is kept with the scores, and a resumed evaluation
     must have the same.
 
-    asked    Protocol
+    protocol   Protocol
     """
     folders = {str(folder), base_model(folder)}  # a hub id holds no files
     files = [path for f in folders for path in Path(f).rglob("*") if path.is_file()]
@@ -200,11 +208,11 @@ def recipe_of(args, folder, asked, dtype):
         model=str(folder),
         weights=max((path.stat().st_mtime for path in files), default=None),  # time of the newest
         protocol=args.protocol,
-        template=asked.template,
-        without=list(asked.without),
+        template=protocol.template,
+        without=list(protocol.without),
         recipe=media_limits,
         audio="a video's own, where it has some",
-        audio_captions=asked.audio_captions,
+        audio_captions=protocol.audio_captions,
         temperature=args.temperature,
         seed=args.seed if args.temperature else None,  # greedy decoding draws nothing
         dtype=str(dtype),
@@ -214,11 +222,11 @@ def recipe_of(args, folder, asked, dtype):
         system=SYSTEM_PROMPT,
         instructions=INSTRUCTIONS,
     )
-    if asked.is_authors:
-        recipe["max_new_tokens"] = args.max_new_tokens or protocol.MAX_NEW_TOKENS
-        recipe |= dict(system=protocol.SYSTEM, instructions=protocol.QUESTIONS)
-    if asked.system is not None:
-        recipe["system"] = asked.system
+    if protocol.is_authors:
+        recipe["max_new_tokens"] = args.max_new_tokens or AUTHORS_MAX_NEW_TOKENS
+        recipe |= dict(system=AUTHORS_SYSTEM, instructions=AUTHORS_QUESTIONS)
+    if protocol.system is not None:
+        recipe["system"] = protocol.system
     return recipe
 
 
@@ -241,7 +249,7 @@ def load_sets(args, toy_tests):
         rows = Rows(file)
         sets[name_of(file)] = (rows.path.parent, [rows[i] for i in range(len(rows))])
     for name in chosen_benchmarks(args.benchmark or [], args.root):
-        if args.protocol == "paper" and name not in protocol.MAX_NEW_TOKENS:
+        if args.protocol == "paper" and name not in AUTHORS_MAX_NEW_TOKENS:
             raise UserError(f"--protocol paper: the authors published no script for {name}")
         sets[name] = benchmarks.load(name, args.root)
     return sets
@@ -313,14 +321,14 @@ def main():
         toy_files = [toy.write_defaults(stage, args.model, args.data) for stage in (1, 2, 3)]
         toy_tests, toy_model = [test for _, _, test in toy_files], toy_files[0][0]
     folder = resolve_run_dir(args.model or toy_model)
-    asked = open_protocol(args)
+    protocol = open_protocol(args)
     media_config = media_config_from(args)
     sets = load_sets(args, toy_tests)
     check_media(sets, media_config, args.allow_missing)
 
     # ---- the recipe: every score carries it, and a resumed evaluation has the same
     dtype = processes.compute_dtype(device, args.dtype)
-    recipe = recipe_of(args, folder, asked, dtype)
+    recipe = recipe_of(args, folder, protocol, dtype)
     if previous:
         changes = tables.recipe_changes(recipe, out, "model", "weights", "seed", "without")
         if changes:
@@ -334,7 +342,7 @@ def main():
         processes.print0(f"{out} also holds {', '.join(other_sets)}")
     to_ask = {}
     for name, (_, rows) in sets.items():
-        to_ask[name], settled_here = items.split_items(name, rows, by_id, asked)
+        to_ask[name], settled_here = items.split_items(name, rows, by_id, protocol)
         settled += settled_here
     num_again = sum((n, r["prompt_id"]) in by_id for n, pairs in to_ask.items() for _, r in pairs)
     if num_again:
@@ -355,19 +363,19 @@ def main():
         groups = sorted(items.group_by_clip(pairs), key=len)
         for group in groups[processes.rank() :: processes.world_size()]:
             clips.append(ClipItems(name, group, build.at(sets[name][0])))
-        max_new_tokens[name] = args.max_new_tokens or protocol.MAX_NEW_TOKENS[name]
+        max_new_tokens[name] = args.max_new_tokens or AUTHORS_MAX_NEW_TOKENS[name]
     start = time.perf_counter()
     answered = answer_items(
         policy,
         clips,
-        protocol=asked,
+        protocol=protocol,
         num_samples=1,
         temperature=args.temperature,
         max_new_tokens=max_new_tokens,
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    records = scored_records(answered, sum(len(clip.items) for clip in clips), build, asked, out)
+    records = scored_records(answered, sum(len(clip.items) for clip in clips), build, protocol, out)
     seconds = time.perf_counter() - start
 
     # ---- the scores of all ranks together
@@ -382,12 +390,12 @@ def main():
             print(f"wrote {page}")
 
 
-def scored_records(answered, num_items, build, asked, out):
+def scored_records(answered, num_items, build, protocol, out):
     """
     Scores the answers as they come and appends their records to this rank's file; -> the records.
 
     answered   iterator of lists of asking.Answered
-    asked      Protocol
+    protocol   Protocol
     """
     bar = tqdm(
         total=num_items, desc="eval", dynamic_ncols=True, disable=bool(processes.rank()) or None
@@ -406,7 +414,7 @@ def scored_records(answered, num_items, build, asked, out):
                         build.texts([completion])[0],
                         completion.truncated,
                         name=record["file"],
-                        protocol=asked,
+                        protocol=protocol,
                     )
                 file.write(json.dumps(record) + "\n")
                 records.append(record)

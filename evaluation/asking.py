@@ -109,8 +109,8 @@ def read_clip(clip, protocol):
                 use_audio = record["use_audio"]  # None: the clip decides
                 if use_audio is None and row.get("video") and not row.get("audio"):
                     use_audio = has_usable_sound(build.root, row, build.recipe)
-                heard = without_senses(row | dict(use_audio=use_audio), protocol.without)
-                decoded = decode_clip(heard, build.root, build.recipe)
+                reduced_row = without_senses(row | dict(use_audio=use_audio), protocol.without)
+                decoded = decode_clip(reduced_row, build.root, build.recipe)
             record["use_audio"] = bool(use_audio)
             words = prompt_words(clip.name, row | dict(use_audio=use_audio), protocol)
             if first is not None:

@@ -3,7 +3,7 @@ How an item is asked and how the reply is read: in our words or the authors' (`-
 
 Ours asks every model alike for reasoning and an answer in tags, and reads only what is certain. The
 authors' scripts (github.com/yogkul2000/AVATAR, eval/) ask for a capital letter and no other text,
-allow as many new tokens as MAX_NEW_TOKENS says, and take the last capital letter that stands alone.
+allow as many new tokens as AUTHORS_MAX_NEW_TOKENS says, and take the last capital letter that stands alone.
 We repeat their order, limits and reading. The wording of their questions is ours, as the scripts
 have no licence: `--template FILE` asks in any other words. We do not repeat two faults: here an item
 that fails counts as wrong, and a clip without sound changes no other clip.
@@ -33,7 +33,7 @@ class Protocol(NamedTuple):
 
 # ---- the authors' scripts ----------------------------------------------------------------------
 
-MAX_NEW_TOKENS = {  # of the authors' scripts; they have none for the other benchmarks
+AUTHORS_MAX_NEW_TOKENS = {  # of the authors' scripts; they have none for the other benchmarks
     "omnibench": 1024,
     "daily-omni": 4096,
     "av-counting": 1024,
@@ -53,10 +53,11 @@ QWEN = (  # the model's own, which two of the scripts use
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
     "perceiving auditory and visual inputs, as well as generating text and speech."
 )
-SYSTEM = {
-    name: QWEN if name in ("omnibench", "daily-omni") else ASSISTANT for name in MAX_NEW_TOKENS
+AUTHORS_SYSTEM = {
+    name: QWEN if name in ("omnibench", "daily-omni") else ASSISTANT
+    for name in AUTHORS_MAX_NEW_TOKENS
 }
-QUESTIONS = {
+AUTHORS_QUESTIONS = {
     "choice": "Choose the one best answer.\nQuestion: {question}\nReply with the capital letter of "
     "your choice and no other text.",
     "multi": "Choose every answer that applies.\nQuestion: {question}\nReply with the letters of "
@@ -88,7 +89,9 @@ def user_text(row, protocol):
     if protocol.template:
         return protocol.template.replace("{question}", question_and_options(row))
     if protocol.is_authors:
-        return QUESTIONS[row["answer_type"]].replace("{question}", question_and_options(row))
+        return AUTHORS_QUESTIONS[row["answer_type"]].replace(
+            "{question}", question_and_options(row)
+        )
     return question_text(row, protocol.audio_captions)
 
 
@@ -101,7 +104,7 @@ def system_prompt(name, protocol):
     """The system prompt for the items of the file or benchmark `name`; "": the model's default."""
     if protocol.system is not None:
         return protocol.system
-    return SYSTEM[name] if protocol.is_authors else SYSTEM_PROMPT
+    return AUTHORS_SYSTEM[name] if protocol.is_authors else SYSTEM_PROMPT
 
 
 def prompt_words(name, row, protocol):

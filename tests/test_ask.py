@@ -15,6 +15,7 @@ from benchmark_fixtures import media  # noqa: F401
 from conftest import RECIPE, assert_same_values, launch
 
 import ask
+import toy
 from data.clips import decode_clip
 from data.rows import Rows
 from evaluation import tables
@@ -149,10 +150,18 @@ def test_a_clip_is_decoded_encoded_and_read_once(toy_dir, monkeypatch):
     ]
 
 
-def test_a_prefix_read_before_changes_no_log_prob(toy_dir):
+@pytest.fixture(scope="module", params=["qwen", "qwen3", "ola"])
+def tiny_model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    toy.make_model(folder, toy.WEIGHTS if request.param == "qwen" else None, request.param)
+    return folder
+
+
+def test_a_prefix_read_before_changes_no_log_prob(tiny_model, toy_dir):
     rows = Rows(toy_dir / "stage2" / "test.jsonl")
-    build = InputBuilder(toy_dir / "model", RECIPE, rows.path.parent, False)
-    policy = load_policy(toy_dir / "model", 0, False)
+    media_config = RECIPE._replace(max_pixels=64 * 64)  # Ola's frames are multiples of 32
+    build = InputBuilder(tiny_model, media_config, rows.path.parent, False)
+    policy = load_policy(tiny_model, 0, False)
     first = build.from_clip(rows[0], decode_clip(rows[0], build.root, build.recipe))
     other = build.with_text(first, dict(rows[0], question="Which color is shown at the end?"))
     prefix = read_prefix(policy, first, build.media_length(first))
@@ -168,6 +177,18 @@ def test_a_prefix_read_before_changes_no_log_prob(toy_dir):
     with pytest.raises(AssertionError, match="another clip"):
         stranger = build.from_clip(rows[1], decode_clip(rows[1], build.root, build.recipe))
         rollout(policy, [stranger], [1], **settings, prefix=prefix)
+
+
+def test_every_backbone_answers_with_and_without_its_senses(tiny_model, toy_dir, tmp_path):
+    clip = toy_dir / "stage2" / "clips" / "test-00000.mp4"
+    flags = ("--model", tiny_model, "--max-new-tokens", 4)
+    assert "answer:" in launch("ask.py", clip, COUNT, *flags)
+    for without in (("sound",), ("video",), ("sound", "video")):
+        out = tmp_path / "-".join(without)
+        data = ("--data", toy_dir / "stage2" / "test.jsonl", "--out", out)
+        launch("eval.py", *flags, *data, "--without", *without)
+        records = tables.read_records(out)
+        assert len(records) == 8 and all(r["completion"] is not None for r in records)
 
 
 # ---- many rows

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 import answers
 import eval as evaluation
 import rewards
+import train_sft
 from data.rows import SYSTEM_PROMPT
 from data.thumbnails import encode_sound
 from evaluation import items, items_page, protocol, scores, tables
@@ -459,6 +460,12 @@ def test_a_template_that_opens_the_reasoning(toy_dir, tmp_path):
         ids = torch.tensor(build.tokenizer(says).input_ids)
         (text,) = build.texts([Completion(ids, torch.zeros(len(ids)), False)])
         assert rewards.format_reward(text) == expected
+        # and SFT does not teach the model to open it twice
+        row = dict(reasoning="red", answer="B")
+        ids = train_sft.encode_completion(build, row)
+        assert build.opened_tag + build.tokenizer.decode(ids[:-1]) == (
+            "<think>red</think><answer>B</answer>"
+        )
 
 
 # ---- tables
