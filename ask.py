@@ -357,6 +357,7 @@ def ask_about_files(args, policy, build, protocol):
 def answer_one(args, session, row):
     """Asks one question and prints the answer."""
     is_first = session.clip is None
+    start = time.perf_counter()
     prompt, seconds = session.prompt(row)
     description = describe_clip(session.clip)
     num_tokens = len(prompt.input_ids)
@@ -366,7 +367,6 @@ def answer_one(args, session, row):
     on_token = None
     if args.samples == 1 and not args.json:
         on_token = Stream(session.build).add
-    start = time.perf_counter()
     completions = session.answer(
         prompt,
         num_samples=args.samples,
@@ -375,7 +375,7 @@ def answer_one(args, session, row):
         seed=processes.seed(args.seed),
         on_token=on_token,
     )
-    seconds["answer"] = time.perf_counter() - start
+    seconds["answer"] = time.perf_counter() - start - sum(seconds.values())
     result = read_answers(row, session.build.texts(completions), completions)
     if args.json:
         result = dict(question=row["question"]) | result

@@ -21,7 +21,6 @@ from data import converters
 from data.media_flags import add_media_flags, media_config_from
 from run.arguments import PARSER, answer_early, check_bounds
 from run.errors import UserError
-from teachers import annotate
 
 OPEN_TYPES = ("auto", "text", "free-form")
 SOUND = {"auto": "auto", "true": True, "false": False}  # --use-audio -> a row's use_audio
@@ -121,14 +120,18 @@ def parse_args(argv=None):
     check.add_argument("--model", help="also count prompt tokens with this model's processor")
     add_media_flags(check, keeps_clips=False)
     captions = command("captions", "write audio_caption into every row that has sound (stage 2)")
-    annotate.add_flags(captions, "captioner")
+    add_frozen_model_flags(captions, "captioner")
     hints = command("hints", "write a hint into every row, one that does not give the answer away")
-    annotate.add_flags(hints, "teacher")
+    add_frozen_model_flags(hints, "teacher")
     hints.add_argument(
         "--attempts", type=int, default=5, help="replies to ask for a row, until one does not leak"
     )
 
     args = parser.parse_args(argv)
+    if args.command in ("captions", "hints"):
+        check_bounds(args, concurrency=1, retries=0, timeout=0.001)
+    if args.command == "hints":
+        check_bounds(args, attempts=1)
     if args.command == "rows":
         check_bounds(args, max_answer_share=(0.01, 1), max_bad_frac=(0, 1), held_out=0, limit=0)
         try:
@@ -138,6 +141,28 @@ def parse_args(argv=None):
         if args.use_audio is None:
             args.use_audio = "false" if args.stage in (0, 1) else "auto"
     return args
+
+
+def add_frozen_model_flags(parser, role):
+    """role   "captioner" or "teacher": the flag that says which model is asked"""
+    flag = parser.add_argument
+    flag("--data", required=True, help="JSONL of rows")
+    flag("--out", required=True, help="JSONL to write, one row for each row")
+    flag(f"--{role}", required=True, help="URL of a chat server (http://host:8000/v1), or a folder")
+    flag(f"--{role}-model", help="the model's name on the server")
+    flag("--cache-dir", help="folder of the cached replies; OUT.answers if not given")
+    flag("--concurrency", type=int, default=16, help="requests at the same time")
+    flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
+    flag("--retries", type=int, default=4, help="attempts after the first")
+    formats = ["images", "video"]
+    help = "how frames are sent: one image each, or one video part for all (vLLM only)"
+    flag("--frame-format", choices=formats, default="images", help=help)
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for a folder's model")
+    add_media_flags(parser, keeps_clips=False)
+    # old names
+    hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    flag("--answers", dest="cache_dir", **hidden)
+    flag("--frames-as", dest="frame_format", choices=formats, **hidden)
 
 
 if __name__ == "__main__":
@@ -157,8 +182,11 @@ from data.rows import answer_spec, check_file, question_text
 from evaluation import benchmarks
 from evaluation.items_page import write_items_page
 from models.inputs import InputBuilder
+from run import processes
 from run.io import write_text
 from run.launch import run_main
+from teachers.annotate import annotate_rows, write_caption, write_hint
+from teachers.client import FrozenModel
 from teachers.leaks import hint_leak
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -306,28 +334,42 @@ def check(args):
 # ---- captions and hints ------------------------------------------------------------------------
 
 
+def open_frozen_model(args, where, model_name):
+    check_file(args.data)
+    return FrozenModel(
+        where,
+        model_name=model_name,
+        media_folder=Path(args.data).parent,
+        media_config=media_config_from(args),
+        cache_dir=args.cache_dir or f"{args.out}.answers",
+        timeout=args.timeout,
+        max_retries=args.retries,
+        frames_as=args.frame_format,
+        device=processes.choose_device(args.device),
+    )
+
+
 def captions(args):
-    model = annotate.open_model(args, args.captioner, args.captioner_model)
-    return annotate.annotate_rows(
+    model = open_frozen_model(args, args.captioner, args.captioner_model)
+    return annotate_rows(
         model,
         args.data,
         args.out,
         field="audio_caption",
-        write=lambda row: annotate.write_caption(model, row),
+        write=lambda row: write_caption(model, row),
         check=lambda row, caption: None,
         concurrency=args.concurrency,
     )
 
 
 def hints(args):
-    model = annotate.open_model(args, args.teacher, args.teacher_model)
-    num_attempts = max(args.attempts, 1)
-    return annotate.annotate_rows(
+    model = open_frozen_model(args, args.teacher, args.teacher_model)
+    return annotate_rows(
         model,
         args.data,
         args.out,
         field="hint",
-        write=lambda row: annotate.write_hint(model, row, num_attempts),
+        write=lambda row: write_hint(model, row, args.attempts),
         check=lambda row, hint: hint_leak(hint, *answer_spec(row)),
         concurrency=args.concurrency,
     )

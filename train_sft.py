@@ -70,9 +70,11 @@ from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 
 
-def encode_completion(tokenizer, row):
+def encode_completion(build, row):
     """The reasoning and the answer as tokens (T,), with the end token that a rollout stops at."""
-    return torch.tensor([*tokenizer(completion_text(row)).input_ids, tokenizer.eos_token_id])
+    # a Thinking model's template writes <think> into the prompt
+    text = completion_text(row).removeprefix(build.opened_tag)
+    return torch.tensor([*build.tokenizer(text).input_ids, build.tokenizer.eos_token_id])
 
 
 @out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
@@ -195,7 +197,7 @@ def main():
 
         # ---- the rows of the step
         step_rows, prompts = row_stream.next_rows(steps)
-        completions = [encode_completion(build.tokenizer, row) for row in step_rows[local]]
+        completions = [encode_completion(build, row) for row in step_rows[local]]
         row_stream.prefetch_next()
         clock.lap("data")
 

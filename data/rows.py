@@ -125,10 +125,10 @@ class Rows:
         return row_id(self._parse(i), f"{self.path} row {i}")
 
     def index(self, prompt_id):
-        index = int(self.indices(np.array([stable_hash(str(prompt_id))]))[0])
+        (index,) = self.indices(np.array([stable_hash(str(prompt_id))]))
         if index < 0:
             raise BadRow(f"{self.path} has no row {prompt_id!r}: give the file that it came from")
-        return index
+        return int(index)
 
     def indices(self, id_hashes):
         """(n,) int64, hashes of ids -> (n,) int64, the rows that have them; -1 where none has."""

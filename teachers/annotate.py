@@ -1,9 +1,8 @@
 """
-`prepare.py captions` and `prepare.py hints`: a frozen model writes one field of every row of a file.
-One row in, one row out, in order.
+A frozen model (teachers/client.py) writes one field of every row of a file: the caption of its sound, or
+a hint. One row in, one row out, in order. The commands are `prepare.py captions` and `prepare.py hints`.
 """
 
-import argparse
 import json
 import os
 import re
@@ -15,56 +14,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.clips import BadRow, has_sound_track
-from data.media_flags import add_media_flags, media_config_from
-from data.rows import RESERVED, TAGS, answer_spec, check_file, normalize_row, parse_line
-from run import processes
+from data.rows import RESERVED, TAGS, answer_spec, normalize_row, parse_line
 from run.errors import UserError
 from teachers.backends import ChatError
-from teachers.client import FrozenModel
 from teachers.leaks import hint_leak
-
-# ---- the flags of both commands ------------------------------------------------------------------
-
-
-def add_flags(parser, role):
-    """role   "captioner" or "teacher": the name of the flag that says which model is asked"""
-    flag = parser.add_argument
-    flag("--data", required=True, help="JSONL of rows")
-    flag("--out", required=True, help="JSONL to write, one row for each row")
-    flag(f"--{role}", required=True, help="URL of a chat server (http://host:8000/v1), or a folder")
-    flag(f"--{role}-model", help="the model's name on the server")
-    flag("--cache-dir", help="folder of the cached replies; OUT.answers if not given")
-    flag("--concurrency", type=int, default=16, help="requests at the same time")
-    flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
-    flag("--retries", type=int, default=4, help="attempts after the first")
-    formats = ["images", "video"]
-    help = "how frames are sent: one image each, or one video part for all (vLLM only)"
-    flag("--frame-format", choices=formats, default="images", help=help)
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for a folder's model")
-    add_media_flags(parser, keeps_clips=False)
-    # old names
-    hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    flag("--answers", dest="cache_dir", **hidden)
-    flag("--frames-as", dest="frame_format", choices=formats, **hidden)
-
-
-def open_model(args, where, model_name):
-    """-> the FrozenModel of such a command. Its flags are checked first."""
-    check_file(args.data)
-    if args.concurrency < 1 or args.retries < 0 or args.timeout <= 0:
-        raise UserError("--concurrency and --timeout must be over 0, --retries at least 0")
-    return FrozenModel(
-        where,
-        model_name=model_name,
-        media_folder=Path(args.data).parent,
-        media_config=media_config_from(args),
-        cache_dir=args.cache_dir or f"{args.out}.answers",
-        timeout=args.timeout,
-        max_retries=args.retries,
-        frames_as=args.frame_format,
-        device=processes.choose_device(args.device),
-    )
-
 
 # ---- captions ------------------------------------------------------------------------------------
 

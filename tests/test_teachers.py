@@ -247,8 +247,15 @@ def test_an_address_that_is_none_is_one_line(rows, where):
 
 
 def test_no_more_requests_at_once_than_allowed(rows):
-    with ChatServer(lambda r, n: "a tone", delay=0.1) as server:
-        caption(rows, server.url, "--concurrency", 3)
+    def reply(request, number):
+        deadline = time.monotonic() + 20
+        while server.most_at_once < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # in which a fourth would come
+        return "a tone"
+
+    with ChatServer(reply) as server:
+        caption(rows, server.url, "--concurrency", 3, "--timeout", 30)
         assert server.most_at_once == 3
 
 
