@@ -208,6 +208,48 @@ def test_the_same_command_at_two_commits_is_an_aa_pair():
     assert gap == pytest.approx(0.1)
 
 
+def test_committed_tables_by_other_code():
+    """Means, differences and intervals of tables.json from the results, in plain loops, with the textbook's t."""
+    t_of = {
+        5: 2.776,
+        4: 3.182,
+        3: 4.303,
+        2: 12.706,
+        6: 2.571,
+        7: 2.447,
+        8: 2.365,
+        9: 2.306,
+        10: 2.262,
+    }
+    folder = ROOT / "experiments/results"
+    numbers = json.loads((folder / "tables.json").read_text())
+    num_checked = 0
+    for name in commands.EXPERIMENTS:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        runs_of_name = json.loads(path.read_text())["runs"]
+        ends = {(one["label"], one["seed"]): one["accuracy"][-1][1] for one in runs_of_name}
+        for row in numbers[name]["differences"]:
+            if row["measure"] != "end":
+                continue
+            gaps = []
+            for (label, seed), end in ends.items():
+                if label == row["label"] and (row["minus"], seed) in ends:
+                    gaps.append(end - ends[row["minus"], seed])
+            mean = sum(gaps) / len(gaps)
+            assert row["seeds"] == len(gaps) and row["difference"] == pytest.approx(mean), row
+            if len(gaps) == 1:
+                assert row["low"] is None
+                continue
+            variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+            half = t_of[len(gaps)] * math.sqrt(variance / len(gaps))
+            assert row["high"] - mean == pytest.approx(half, rel=1e-3), row
+            assert mean - row["low"] == pytest.approx(half, rel=1e-3), row
+            num_checked += 1
+    assert num_checked >= 60
+
+
 def test_committed_results_are_those_of_the_commands():
     """Each command that a table lists is the one that runs.py would run for that label today."""
     folder = ROOT / "experiments/results"
