@@ -105,11 +105,11 @@ def read_hands(folder):
     photographs.sort()
 
     people = []
-    last_digit = 10
+    last_digit = 10  # above every digit: the first photograph begins a person
     for _, digit, path in photographs:
         if digit < last_digit:
             people.append({})
-        people[-1][digit] = path
+        people[-1][digit] = path  # of a digit that was photographed twice the later picture
         last_digit = digit
     people = [person for person in people if len(person) == len(DIGITS)]
     if len(people) < 2:
@@ -140,9 +140,9 @@ def read_voices(folder):
 def split_people(hands, voices):
     """-> (People to train on, People held out): no person is in both."""
     num_held_out = max(1, round(SHARE_OF_HELD_OUT_HANDS * len(hands)))
-    seen = People(hands[:-num_held_out], voices[:-NUM_HELD_OUT_SPEAKERS])
-    held_out = People(hands[-num_held_out:], voices[-NUM_HELD_OUT_SPEAKERS:])
-    return seen, held_out
+    train_people = People(hands[:-num_held_out], voices[:-NUM_HELD_OUT_SPEAKERS])
+    held_out_people = People(hands[-num_held_out:], voices[-NUM_HELD_OUT_SPEAKERS:])
+    return train_people, held_out_people
 
 
 # ---- pairs of a shown and a said digit -----------------------------------------------------------
@@ -185,7 +185,8 @@ def only_second(values, value):
 
 
 def choice(rng, answer, others):
-    """-> answer and three other digits as options, in random order"""
+    """-> answer and three other digits as options, in random order; digits of the clip come first"""
+    # a digit that the clip does not have would be ruled out without knowing when it comes
     wrong = [digit for digit in DIGITS if digit != answer]
     in_clip = [digit for digit in wrong if digit in others]
     rng.shuffle(wrong)
@@ -363,13 +364,13 @@ def make_row(rng, split, i, seconds_range):
     num_seconds = int(rng.integers(seconds_range[0], seconds_range[1] + 1))
     kinds = KINDS_OF_A_PAIR if split == "combinations" else KINDS
     kind = kinds[i % len(kinds)]
-    made = None
-    while made is None:
+    clip = None
+    while clip is None:  # until a clip has a clear answer
         if split == "combinations":
-            made = make_held_out_question(rng, kind, num_seconds)
+            clip = make_held_out_question(rng, kind, num_seconds)
         else:
-            made = make_question(rng, kind, num_seconds, TRAIN_PAIRS)
-    seconds, question = made
+            clip = make_question(rng, kind, num_seconds, TRAIN_PAIRS)
+    seconds, question = clip
     name = f"{split}-{i:05d}"
     row = {
         "prompt_id": f"hands-{name}",
@@ -432,6 +433,7 @@ def write_clip(path, seconds, people, rng):
     hand = people.hands[rng.integers(len(people.hands))]
     voice = people.voices[rng.integers(len(people.voices))]
     frames = []
+    # silence in no recording is perfect: a mel of exact zeros would mark the gaps
     audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
     for second, (shown, said) in zip(audio, seconds):
         photograph = read_photograph(hand[shown], FRAME_SIZE)
@@ -447,6 +449,7 @@ def write_split(folder, split, num_rows, people, seconds_range, seed):
     """Writes folder/SPLIT.jsonl and its clips -> the rows"""
     splits = ["sft", "train", "people", "combinations"]
     rng = np.random.default_rng([seed, splits.index(split)])
+    # a generator for each file: the number of rows in one does not change another
     rows = []
     for i in tqdm(range(num_rows), desc=f"{split} clips", disable=None, leave=False):
         row, seconds = make_row(rng, split, i, seconds_range)
@@ -483,6 +486,8 @@ def write_model(folder, ears_folder, seconds_range):
     config = toy_model.build_config(tokenizer)
     processor = toy_model.build_processor(tokenizer)
     torch.manual_seed(0)
+    # the toy's ears have 128 mels and width 128; Whisper's number of mels is needed in both the
+    # tower and the processor
     if ears_folder:
         audio_config, state = ears.read_ears(ears_folder)
         for name, value in audio_config.items():
@@ -499,10 +504,10 @@ def write_model(folder, ears_folder, seconds_range):
 
 def main():
     args = parse_args()
-    seen, held_out = split_people(read_hands(args.hands), read_voices(args.voices))
+    train_people, held_out_people = split_people(read_hands(args.hands), read_voices(args.voices))
     print(
-        f"people: {len(seen.hands)} hands and {len(seen.voices)} voices, "
-        f"held out {len(held_out.hands)} and {len(held_out.voices)}"
+        f"people: {len(train_people.hands)} hands and {len(train_people.voices)} voices, "
+        f"held out {len(held_out_people.hands)} and {len(held_out_people.voices)}"
     )
     if not args.ears:
         print("no --ears: the audio tower is random and has to be trained")
@@ -510,10 +515,10 @@ def main():
     (part / "clips").mkdir()
     write_model(part / "model", args.ears, args.seconds)
     for split, num_rows, people in (
-        ("sft", args.num_sft, seen),
-        ("train", args.num_train, seen),
-        ("people", args.num_test, held_out),
-        ("combinations", args.num_test, seen),
+        ("sft", args.num_sft, train_people),
+        ("train", args.num_train, train_people),
+        ("people", args.num_test, held_out_people),
+        ("combinations", args.num_test, train_people),
     ):
         rows = write_split(part, split, num_rows, people, args.seconds, args.seed)
         line = f"{split}.jsonl: {len(rows)} rows"

@@ -34,7 +34,9 @@ from run.errors import UserError
 from run.io import REPOSITORY, write_text
 from run.launch import run_main
 
-EFFECT = 0.02  # accuracy; for the power calculation
+EFFECT = (
+    0.02  # accuracy; for the power calculation. The differences that are claimed are about so large
+)
 
 TITLES = {
     "control": "The default run's first 40 steps, at equal completions and optimizer steps",
@@ -192,6 +194,7 @@ def pairs_of(name, runs):
 def difference_numbers(name, result):
     """-> list of dicts: label, minus, measure, seeds, difference, low, high, seeds_needed"""
     runs = by_label(result)
+    # paired by seed: a seed gives both sides the same rows in the same order, and the same start
     differences = []
     for label, reference in pairs_of(name, runs):
         for measure, value in measures(result).items():
@@ -230,6 +233,7 @@ def repeated_runs(results):
 
     returns  list of (experiment, other experiment, label, seed, difference of the last evaluation)
     """
+    # On one machine and commit they are equal to the bit; what differs is the order of float operations.
     first = {}  # (command, seed) -> experiment, run
     pairs = []
     for name, result in results.items():

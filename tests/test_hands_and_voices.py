@@ -151,11 +151,11 @@ def test_a_new_person_begins_where_the_digit_falls(tmp_path):
 def test_no_person_is_in_both_halves(folders):
     hands = hands_and_voices.read_hands(folders / "hands")
     voices = hands_and_voices.read_voices(folders / "voices")
-    seen, held_out = hands_and_voices.split_people(hands, voices)
-    assert len(seen.hands) == 4 and len(held_out.hands) == 1
-    assert len(seen.voices) == len(held_out.voices) == 2
-    for ours, theirs in zip(seen, held_out):
-        assert not [person for person in ours if person in theirs]
+    train_people, held_out_people = hands_and_voices.split_people(hands, voices)
+    assert len(train_people.hands) == 4 and len(held_out_people.hands) == 1
+    assert len(train_people.voices) == len(held_out_people.voices) == 2
+    for people, others in zip(train_people, held_out_people):
+        assert not [person for person in people if person in others]
 
 
 def test_held_out_pairs_are_only_in_their_file(folders):
