@@ -360,13 +360,15 @@ def draw(panel, curves):
         for which, place, name, x, y in curves:
             look = dict(color=f"C{place}", linestyle="--" if which else "-")
             mean = running_mean(y)
-            kept = thinned(y)
+            points = thinned(y)
             marker = "o" if len(y) <= 20 else None
             if mean is None:
-                axes.plot(x[kept], y[kept], **look, linewidth=1.3, marker=marker, markersize=2.5)
+                axes.plot(
+                    x[points], y[points], **look, linewidth=1.3, marker=marker, markersize=2.5
+                )
             else:
-                axes.plot(x[kept], y[kept], **look, linewidth=0.7, alpha=0.35)
-                axes.plot(x[kept], mean[kept], **look, linewidth=1.6)
+                axes.plot(x[points], y[points], **look, linewidth=0.7, alpha=0.35)
+                axes.plot(x[kept], mean[points], **look, linewidth=1.6)
             if not which:
                 axes.plot([], [], color=f"C{place}", label=name)
         if spans_decades([y for *_, y in curves]):
@@ -388,11 +390,11 @@ def thinned(y):
     """
     if len(y) <= 2 * NUM_STRETCHES:
         return np.arange(len(y))
-    kept = {0, len(y) - 1}
+    points = {0, len(y) - 1}
     for stretch in np.array_split(np.arange(len(y)), NUM_STRETCHES):
-        kept.add(stretch[y[stretch].argmin()])
-        kept.add(stretch[y[stretch].argmax()])
-    return np.array(sorted(kept))
+        points.add(stretch[y[stretch].argmin()])
+        points.add(stretch[y[stretch].argmax()])
+    return np.array(sorted(points))
 
 
 def running_mean(y):
