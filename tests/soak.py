@@ -10,8 +10,6 @@ SIGKILL at the same time. Compared are weights, metrics without the seconds, sam
 the last checkpoint holds: optimizer, buffer, hints, place in the data.
 """
 
-import run.before_torch  # noqa: F401  must come before torch
-
 import argparse
 import os
 import random
@@ -24,7 +22,8 @@ import time
 from pathlib import Path
 
 import conftest  # noqa: F401  puts the repository on the path
-from test_faults import children, same_end
+from test_faults import same_end
+from test_nodes import children
 from tqdm import tqdm
 
 import toy

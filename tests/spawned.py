@@ -28,7 +28,7 @@ PRELOADED = [
     "peft",
     "spawned",
 ]
-GRACE_S = 10.0  # between SIGTERM and SIGKILL for the other ranks, when one has failed
+GRACE_S = 30.0  # between SIGTERM and SIGKILL for the other ranks, when one has failed
 
 _context = multiprocessing.get_context("forkserver")
 

@@ -1,7 +1,7 @@
 """
 What happens to a run when it is killed, told to stop, or given a bad disk, clip or number.
 
-    python -m pytest tests/test_faults.py -q        # real processes and real signals, CPU, 2 minutes
+    python -m pytest tests/test_faults.py -q        # real processes and real signals, on a CPU
 """
 
 import json
@@ -232,7 +232,7 @@ def test_two_runs_on_one_folder(straight, toy_dir, tmp_path):
     _, flags = straight
     out = tmp_path / "run"
     process = start(*other_out(flags, out))
-    wait_for(process, lambda: (out / "run.json").exists())
+    wait_for(process, lambda: len(lines(out / "metrics.jsonl")) == 1)
     for more in ((), ("--resume",)):
         line = mistake(*other_out(flags, out), *more)
         assert f"in use by another run (process {process.pid} on" in line
