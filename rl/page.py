@@ -368,7 +368,7 @@ def draw(panel, curves):
                 )
             else:
                 axes.plot(x[points], y[points], **look, linewidth=0.7, alpha=0.35)
-                axes.plot(x[kept], mean[points], **look, linewidth=1.6)
+                axes.plot(x[points], mean[points], **look, linewidth=1.6)
             if not which:
                 axes.plot([], [], color=f"C{place}", label=name)
         if spans_decades([y for *_, y in curves]):
