@@ -164,7 +164,7 @@ from evaluation.items_page import write_items_page
 from models.inputs import InputBuilder
 from models.loading import load_to_answer
 from models.paths import base_model, resolve_run_dir
-from run import processes
+from run import devices, processes
 from run.io import write_text
 from run.launch import run_main
 from run.run_dir import git_commit, lock_run_dir
@@ -305,6 +305,7 @@ def main():
         print_tables(args.table, args.seed)
         return
     device = processes.init(args.device)
+    devices.check_fallback(args.device, device, processes.world_size(), toy.is_toy(args.model))
     out = Path(args.out)
     lock_run_dir(out)  # two evaluations would mix their records
     previous = tables.read_records(out)

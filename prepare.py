@@ -182,7 +182,7 @@ from data.rows import answer_spec, check_file, question_text
 from evaluation import benchmarks
 from evaluation.items_page import write_items_page
 from models.inputs import InputBuilder
-from run import processes
+from run import devices
 from run.io import write_text
 from run.launch import run_main
 from teachers.annotate import annotate_rows, write_caption, write_hint
@@ -345,7 +345,7 @@ def open_frozen_model(args, where, model_name):
         timeout=args.timeout,
         max_retries=args.retries,
         frames_as=args.frame_format,
-        device=processes.choose_device(args.device),
+        device=devices.choose_device(args.device),
     )
 
 

@@ -162,7 +162,7 @@ from rl.hint_visits import HintVisits
 from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 from rl.page import RunPage
 from rl.samples import SampleLog
-from run import checkpoint, logs, optim, processes
+from run import checkpoint, devices, logs, optim, processes
 from run.errors import out_of_memory_advice
 from run.launch import run_main
 from run.run_dir import open_run_dir
@@ -293,6 +293,7 @@ def add_gradient(
 def main():
     args, source, reward_weights = parse_args()
     device = processes.init(args.device)
+    devices.check_fallback(args.device, device, processes.world_size(), toy.is_toy(args.model))
     out = open_run_dir(
         args.out,
         arguments=vars(args),

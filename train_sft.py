@@ -63,7 +63,7 @@ from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
 from rl import guards, metrics
 from rl.page import RunPage
-from run import checkpoint, logs, optim, processes
+from run import checkpoint, devices, logs, optim, processes
 from run.errors import out_of_memory_advice
 from run.launch import run_main
 from run.run_dir import open_run_dir
@@ -117,6 +117,7 @@ def add_gradient(policy, prompts, completions, micro_tokens):
 def main():
     args, source = parse_args()
     device = processes.init(args.device)
+    devices.check_fallback(args.device, device, processes.world_size(), toy.is_toy(args.model))
     out = open_run_dir(
         args.out,
         arguments=vars(args),

@@ -12,7 +12,7 @@ from models.inputs import BACKBONES, config_of
 from models.paths import from_pretrained, is_adapter, run_final
 from models.policy import Policy
 from models.sharding import cast_frozen, load_sharded
-from run import processes
+from run import devices, processes
 from run.errors import UserError
 
 # weights above which activations are computed again in the backward pass: less memory, more time
@@ -78,15 +78,23 @@ def open_policies(
 
 
 def choose_attention(attn, device, dtype):
-    """Sets the attention kernel that --attn names; prints a line if `auto` cannot be flash."""
+    """Sets the attention kernel that --attn names; prints device, dtype and kernel."""
     try:
         kernel = set_attention_kernel(attn, device, dtype)
     except (ImportError, RuntimeError) as error:
         raise UserError(f"--attn {attn}: {error}: install it, or leave --attn out") from None
+    print_device(device, dtype, kernel)
     if attn == "auto" and kernel != "flash":
         processes.print0(
             "  attention without flash, which has no float32 kernel on a GPU: try --dtype bfloat16"
         )
+
+
+def print_device(device, dtype, kernel):
+    """What computes, so that a run on the wrong device is seen at its first line."""
+    name = devices.describe(device, processes.world_size())
+    dtype_name = str(dtype).removeprefix("torch.")
+    processes.print0(f"  {name}, {dtype_name}, attention {kernel}")
 
 
 def load_policy(
@@ -176,7 +184,8 @@ def load_to_answer(folder, device, dtype):
     dtype    torch.dtype to compute in
     """
     folder = run_final(folder)
-    set_attention_kernel("auto", device, dtype)
+    kernel = set_attention_kernel("auto", device, dtype)
+    print_device(device, dtype, kernel)
     # in float32 a 7B model takes 36 GB of the host's memory, in each process
     thinker = load_thinker(folder, torch.float32 if dtype == torch.float32 else AS_IN_FOLDER)
     policy = Policy(thinker, train_towers=False)

@@ -12,6 +12,7 @@ from datetime import timedelta
 import numpy as np
 from tqdm import tqdm
 
+from run import devices
 from run.errors import UserError
 
 # rank 0 may work for long while the others wait for it; if it dies, torchrun ends them all
@@ -40,23 +41,12 @@ def print0(*words):
 # ---- devices -----------------------------------------------------------------------------------
 
 
-def choose_device(device):
-    """--device -> "cpu" or "cuda"."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here: leave it out to run on the CPU")
-    return device
-
-
 def init(device):
     """-> torch.device. One process without torchrun, several with it."""
     import torch
     import torch.distributed as dist
 
-    device = choose_device(device)
+    device = devices.choose_device(device)
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(gpu)

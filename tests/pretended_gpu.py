@@ -306,6 +306,7 @@ def pad_sequence(sequences, batch_first=False, padding_value=0.0):
 def pretended_gpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "pretended GPU")
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "Event", Event)
