@@ -9,6 +9,8 @@ above it names the test that runs it: <!-- tested: tests/test_x.py -->
 
 import functools
 import importlib
+import itertools
+import json
 import re
 import shlex
 import shutil
@@ -18,9 +20,12 @@ import torch
 import yaml
 from conftest import ROOT, launch
 
+import rewards
 import toy
+from data import converters
+from models import inputs
 
-DONE = "method troubleshooting hyper-parameters glossary".split()
+DONE = "method troubleshooting hyper-parameters glossary metrics data evaluation results expected tutorial extend".split()
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DONE)]
 
 # appended to a command of the docs, so that it takes a second: the last of two equal flags counts
@@ -29,16 +34,17 @@ SHORT = {
     "train_sft.py": "--steps 1 --save-every 0 --batch-size 2",
     "train_rl.py": "--steps 1 --save-every 1 --eval-every 0 --prompts-per-step 2 --max-new-tokens 12",
     "eval.py": "--max-new-tokens 4",
+    "ask.py": "--max-new-tokens 4",
 }
 
 
 def blocks_of(page):
-    """-> (line number, commands, section before and with the block) of each bash block of a page."""
+    """-> (commands, section up to the end of the block) of each bash block of a page."""
     text = page.read_text()
     for match in re.finditer(r"^```bash\n(.*?)^```", text, re.M | re.S):
         heading = text.rfind("\n#", 0, match.start())
         section = text[max(heading, 0) : match.end()]
-        yield text.count("\n", 0, match.start()) + 1, match[1], section
+        yield match[1], section
 
 
 def commands_of(block):
@@ -58,38 +64,52 @@ def is_run_here(section):
     return not tested
 
 
-RUN_HERE = [
-    pytest.param(block, id=f"{page.name}:{line}")
+RUN_HERE = {
+    page.name: [block for block, section in blocks_of(page) if is_run_here(section)]
     for page in PAGES
-    for line, block, section in blocks_of(page)
-    if is_run_here(section)
-]
+}
+
+
+@pytest.fixture(scope="module")
+def finished_run(toy_dir, tmp_path_factory):
+    """A folder of a run of one step."""
+    out = tmp_path_factory.mktemp("runs") / "stage2"
+    flags = ("--data", toy_dir / "stage2" / "train.jsonl", "--model", toy_dir / "model")
+    launch("train_rl.py", *flags, "--out", out, *SHORT["train_rl.py"].split())
+    return out
 
 
 @pytest.fixture
-def workplace(toy_dir, tmp_path, monkeypatch):
-    """An empty folder with a small toy in it, from which the commands of the docs are run."""
+def workplace(toy_dir, finished_run, tmp_path, monkeypatch):
+    """A folder with a small toy, rows.jsonl with its clips, and a finished run in it."""
     monkeypatch.chdir(tmp_path)
     # a link for the paths of commands; relative media of its rows stay inside it
     (tmp_path / "toy").symlink_to(toy_dir)
     write_defaults = functools.partial(toy.write_defaults, root=toy_dir)
     monkeypatch.setattr(toy, "write_defaults", write_defaults)
+    shutil.copy(toy_dir / "stage2" / "test.jsonl", tmp_path / "rows.jsonl")
+    (tmp_path / "clips").symlink_to(toy_dir / "stage2" / "clips")
     return tmp_path
 
 
-@pytest.mark.parametrize("block", RUN_HERE)
-def test_commands_run(block, workplace):
-    for words in commands_of(block):
+@pytest.mark.parametrize("page", [name for name, blocks in RUN_HERE.items() if blocks])
+def test_commands_run(page, workplace, finished_run):
+    """All blocks of a page, in order, in one folder."""
+    if page != "README.md":  # its first command makes this run
+        (workplace / "runs").mkdir()
+        (workplace / "runs" / "stage2").symlink_to(finished_run)
+    for words in itertools.chain(*map(commands_of, RUN_HERE[page])):
         if TEST_SUITE in shlex.join(words):
             continue
         script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
-        if script:
-            flags = words[words.index(script) + 1 :]
-            launch(script, *flags, *SHORT.get(script, "").split())
-        else:
-            assert (
-                words[0] == "source" or words[:3] == "python3 -m venv".split() or "pip" in words[0]
-            ), words
+        if script is None:
+            assert words[0] == "source" or "pip" in words[0] or "venv" in words, words
+            continue
+        flags = words[words.index(script) + 1 :]
+        short = SHORT.get(script, "")
+        if "--resume" in flags:
+            short = "--steps 2"
+        launch(script, *flags, *short.split())
 
 
 # ---- README
@@ -137,6 +157,61 @@ def test_copied_files_work_as_the_readme_shows(tmp_path, monkeypatch):
     exec(example, names)
     names["loss"].backward()
     assert names["logprobs"].grad.abs().sum() > 0
+
+
+# ---- extend.md: its examples, as printed
+
+
+def examples(section):
+    """-> Python blocks of a section of extend.md."""
+    text = (ROOT / "docs" / "extend.md").read_text()
+    text = re.search(rf"^## {section}\n(.*?)(?=^## )", text, re.M | re.S)[1]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_own_reward_part(toy_dir, tmp_path, monkeypatch):
+    (example,) = examples("A reward part")
+    names, function, line = re.split(r"^# \d\..*\n", example, flags=re.M)[1:]
+    source = (ROOT / "rewards.py").read_text()
+    source = re.sub(r"^PARTS = .*\n", lambda _: names, source, flags=re.M)
+    source = source.replace("def reward_completions", f"{function}\ndef reward_completions")
+    judge = '        if "judge" in weights:\n'
+    assert source.count(judge) == 1
+    exec(source.replace(judge, line + judge), changed := {"__name__": "rewards"})
+    assert changed["brief_reward"]("x" * 300) == 0.5
+
+    for name in ("PARTS", "reward_completions"):
+        monkeypatch.setattr(rewards, name, changed[name])
+    weights = "format=.2,acc=.4,self=.2,brief=.2"
+    flags = f"--stage 2 --reward-weights {weights} {SHORT['train_rl.py']}".split()
+    flags += ["--model", toy_dir / "model", "--data", toy_dir / "stage2" / "train.jsonl"]
+    launch("train_rl.py", *flags, "--out", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < metrics["rewards/brief"] <= 1
+
+
+def test_own_data_format(workplace, monkeypatch):
+    (example,) = examples("A data format")
+    monkeypatch.setattr(converters, "FORMATS", dict(converters.FORMATS))
+    names = vars(converters) | {"FORMATS": converters.FORMATS}
+    names.setdefault("Format", lambda keys, convert: (keys, convert))
+    exec(example, names)
+    record = {"clip": "clips/test-00000.mp4", "ask": "Which?", "right": "a", "distractors": ["b"]}
+    (workplace / "quiz.json").write_text(json.dumps([record]))
+    launch("prepare.py", "rows", "quiz.json", "--stage", 2, "--out", "made.jsonl")
+    (row,) = map(json.loads, (workplace / "made.jsonl").read_text().splitlines())
+    assert (row["answer"], sorted(row["options"])) == ("a", ["a", "b"])
+
+
+def test_own_backbone(toy_dir, tmp_path, monkeypatch):
+    (example,) = examples("A backbone")
+    monkeypatch.setattr(inputs, "BACKBONES", dict(inputs.BACKBONES))
+    exec(example, {})
+    assert inputs.BACKBONES["my_omni"].SIDE == 56
+    interface = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "extend.md").read_text(), re.M)
+    for name in re.findall(r"`(\w+)`", " ".join(interface)):
+        assert hasattr(inputs.BACKBONES["my_omni"], name), name
+        assert re.search(rf"\b{name}\b", inputs.__doc__), name
 
 
 # ---- tables
