@@ -115,7 +115,10 @@ def merge_adapter(thinker, folder):
     before = {}
     for name, module in peft.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
-            before[f"{name}.weight"] = module.get_base_layer().weight.detach().clone()
+            name = name.replace(".base_layer", "")  # experts have a layer around a layer
+            base_layer = module.get_base_layer()
+            for part, weight in base_layer.named_parameters(recurse=False):
+                before[f"{name}.{part}"] = weight.detach().clone()
     return peft.merge_and_unload(), before
 
 

@@ -22,7 +22,8 @@ from transformers import (
 from whole_omni import write_whole_omni
 
 import export
-from data.rows import normalize_row
+import toy
+from data.rows import Rows, normalize_row
 from models.inputs import InputBuilder
 from models.loading import load_policy
 from models.policy import completion_logprobs
@@ -179,6 +180,25 @@ def test_a_run_that_trains_all_weights(toy_dir, tmp_path):
     assert "--dtype float32" in printed  # 1e-6 is far below a step of bfloat16
     with safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
         assert file.get_tensor("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_adapters_of_experts(toy_dir, tmp_path):
+    toy.make_model(tmp_path / "start", None, "qwen3")
+    launch(
+        "train_sft.py",
+        *("--model", tmp_path / "start", "--data", toy_dir / "stage0" / "train.jsonl"),
+        *("--out", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--save-every", 0),
+        *("--lora-rank", 2, "--lora-experts", "--lr", 1e-2),
+    )
+    assert "100.0% of what was learnt" in launch("export.py", tmp_path / "run", tmp_path / "out")
+    rows = Rows(toy_dir / "stage2" / "test.jsonl")
+    build = InputBuilder(tmp_path / "start", RECIPE, rows.path.parent, False)
+    prompt = build(rows[0]), [torch.arange(10, 22)]
+    before, trained, exported = (
+        our_logprobs(tmp_path / name, prompt) for name in ("start", "run", "out")
+    )
+    assert_same_values(exported, trained)
+    assert (trained - before).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements-tests.txt")
