@@ -322,32 +322,22 @@ def impatient(monkeypatch):
 
 
 def stage3(toy_dir, out, where, *more, code=0):
-    rows = toy_dir / "stage3"
-    flags = (
-        "--stage",
-        3,
-        "--model",
-        toy_dir / "model",
-        "--data",
-        rows / "train.jsonl",
-        "--judge",
-        where,
-        "--eval-every",
-        0,
-        "--out",
-        out,
-        "--steps",
-        3,
-        "--prompts-per-step",
-        4,
-        "--max-new-tokens",
-        64,
-        "--save-every",
-        1,
-    )
+    flags = {
+        "--stage": 3,
+        "--model": toy_dir / "model",
+        "--data": toy_dir / "stage3" / "train.jsonl",
+        "--judge": where,
+        "--eval-every": 0,
+        "--out": out,
+        "--steps": 2,
+        "--prompts-per-step": 4,
+        "--max-new-tokens": 64,
+        "--save-every": 1,
+    }
     if str(where).startswith("http"):
-        flags += ("--judge-model", "m")
-    return launch("train_rl.py", *flags, *more, code=code)
+        flags["--judge-model"] = "m"
+    words = [word for pair in flags.items() for word in pair]
+    return launch("train_rl.py", *words, *more, code=code)
 
 
 def same(metrics):
@@ -465,17 +455,8 @@ def test_a_local_folder_judges(toy_dir, tmp_path, monkeypatch):
     """InternVL's architecture with random weights, in this process: every reply is a verdict."""
     monkeypatch.setattr(judge, "DECOY_MAX", 1.0)  # such a judge cannot tell true from false
     write_internvl(tmp_path / "internvl")
-    stage3(
-        toy_dir,
-        tmp_path / "run",
-        tmp_path / "internvl",
-        "--steps",
-        1,
-        "--prompts-per-step",
-        2,
-        "--max-new-tokens",
-        24,
-    )
+    few = ("--steps", 1, "--prompts-per-step", 2, "--max-new-tokens", 24)
+    stage3(toy_dir, tmp_path / "run", tmp_path / "internvl", *few)
     for m in read_metrics(tmp_path / "run"):
         assert m["rewards/unjudged_frac"] == 0 and 0 <= m["rewards/judge"] <= 1
 
