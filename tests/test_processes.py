@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, launch
-from rl.gradient import gradient
 
+import train_rl
 import train_sft
 from models.policy import Policy
 from models.rollout import rollout
@@ -81,8 +81,9 @@ def out_of_memory(*_, **__):
 
 
 def in_the_update(monkeypatch):
-    monkeypatch.setattr(optim, "micro_batches", out_of_memory)
-    gradient(None, None, [], None, 1, SimpleNamespace(micro_tokens=1))
+    monkeypatch.setattr(train_rl, "completion_logprobs", out_of_memory)
+    batch = SimpleNamespace(prompts=[], completions=[])
+    train_rl.add_gradient(None, [batch], 1, temperature=1.0, tas={}, clip_eps=0.2, kl_coef=0.0)
 
 
 def in_stage_0(monkeypatch):
@@ -96,7 +97,8 @@ def in_the_rollout(monkeypatch):
 
 def in_the_hints(monkeypatch):
     monkeypatch.setattr("rl.hint_visits.completion_logprobs", out_of_memory)
-    stored_kls(None, {"q": (None, [])}, None, 1.0)
+    dummy = SimpleNamespace(prompt=None, entries=[])
+    stored_kls(None, {"q": (None, [])}, dummy, 1.0)
 
 
 def in_the_towers(monkeypatch):
