@@ -34,9 +34,9 @@ from run.errors import UserError
 from run.io import REPOSITORY, write_text
 from run.launch import run_main
 
-EFFECT = (
-    0.02  # accuracy; for the power calculation. The differences that are claimed are about so large
-)
+# accuracy, of the power calculation: the differences that are claimed are about so large
+EFFECT = 0.02
+BUSY_MACHINE = ["control"]  # run beside other work: their seconds say nothing
 
 TITLES = {
     "control": "The default run's first 40 steps, at equal completions and optimizer steps",
@@ -136,9 +136,9 @@ def optimizer_steps(command):
     return int(flag_value(command, "--steps")) * updates
 
 
-def same_machine_seconds(result):
-    """Whether seconds can be compared: all runs are of one commit."""
-    return len({one["commit"] for one in result["runs"]}) == 1
+def seconds_are_comparable(name, result):
+    """Whether all runs are of one commit, on a machine that did little else."""
+    return name not in BUSY_MACHINE and len({one["commit"] for one in result["runs"]}) == 1
 
 
 def mean_accuracy_at(curves, completions, stop):
@@ -149,7 +149,7 @@ def mean_accuracy_at(curves, completions, stop):
     return float(np.mean([accuracy_at(curve, completions) for curve in curves]))
 
 
-def label_numbers(result, label, label_runs):
+def label_numbers(name, result, label, label_runs):
     """A label's row of the first table."""
     stop = last_common(result)
     curves = [one["accuracy"] for one in label_runs]
@@ -168,7 +168,7 @@ def label_numbers(result, label, label_runs):
         "advantage_std": mean_series(label_runs, "advantage_std"),
         "seconds": None,
     }
-    if same_machine_seconds(result):
+    if seconds_are_comparable(name, result):
         numbers["seconds"] = float(np.mean([one["seconds"] for one in label_runs]))
     return numbers
 
@@ -291,7 +291,7 @@ def all_numbers(results):
         runs = by_label(result)
         numbers[name] = {
             "commit": result["commit"],
-            "labels": {label: label_numbers(result, label, runs[label]) for label in runs},
+            "labels": {label: label_numbers(name, result, label, runs[label]) for label in runs},
             "differences": difference_numbers(name, result),
             "floor": floors(result),
             "not_run": [label for label in EXPERIMENTS[name] if label not in runs],
