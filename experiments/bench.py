@@ -326,7 +326,8 @@ def our_step(args, policy, reference, optimizer, prompts, size, step):
         ]
         weight = 1 / (num_prompts * group_size)
         groups.append(WeightedGroup(prompt, entries, group_advantages(reward), weight))
-    batches = pack(groups, args.micro_tokens, dummy_group(prompts[0]))
+    two_tokens = Prompt(prompts[0].input_ids[:2], prompts[0].position_ids[:, :2], {})
+    batches = pack(groups, args.micro_tokens, dummy_group(two_tokens))
     entries = [group.entries for group in groups]
     add_ref_logprobs(policy, reference, batches, entries, args.temperature)
     train_rl.add_gradient(
