@@ -300,8 +300,9 @@ def print_report(report, out):
     if report["clips_in_two_files"]:
         count = report["clips_in_two_files"]
         lines.append(("clips in two of the files", count, "train and test overlap?"))
+    width = max(len(name) for name, _, _ in lines)
     for name, count, more in lines:
-        print(f"{name:40} {count:9}  {more}")
+        print(f"{name:{width}} {count:9}  {more}".rstrip())
     for warning in report["warnings"]:
         print(f"look: {warning}")
 

@@ -73,10 +73,12 @@ class Report:
     def num_broken(self):
         return sum(self.dropped[reason] for reason in BROKEN)
 
-    def causes(self):
-        """The broken records in words, the most frequent reason first, each with its remedy."""
+    def causes(self, reasons):
+        """Why records were dropped, in words: the most frequent reason first, each with its remedy."""
         parts = []
         for reason, count in self.dropped.most_common():
+            if reason not in reasons:
+                continue
             part = f"{count} {reason} ({self.examples[reason]})"
             remedy = REMEDIES.get(reason)
             parts.append(f"{part}: {remedy}" if remedy else part)
@@ -87,12 +89,14 @@ class Report:
         known = ", ".join(converters.FORMATS)
         forms = f"; known forms: {known} (docs/data.md)" if self.dropped[BROKEN[1]] else ""
         if num_rows == 0:
-            raise UserError(f"none of {self.num_read} records makes a row: {self.causes()}{forms}")
+            raise UserError(
+                f"none of {self.num_read} records makes a row: {self.causes(self.dropped)}{forms}"
+            )
         num_broken = self.num_broken()
         if num_broken > max_bad_frac * max(self.num_read, 1):
             raise UserError(
                 f"{num_broken} of {self.num_read} rows are broken, over --max-bad-frac "
-                f"{max_bad_frac:g}: {self.causes()}{forms}"
+                f"{max_bad_frac:g}: {self.causes(BROKEN)}{forms}"
             )
 
 

@@ -137,6 +137,8 @@ def music_avqa(record, context):
     """MUSIC-AVQA, and v2.0, whose added records have no question_id."""
     if record.get("question_deleted"):
         raise Dropped("deleted by its authors", record["question_content"])
+    if record.get("unmatch_audio"):  # v2.0 asks about a video with the sound of another
+        raise Dropped("its sound is another clip's", record["unmatch_audio"])
     question = _filled_template(record)
     answer = record["anser"] if "anser" in record else record["answer"]
     row = dict(question=question, answer=answer, use_audio=True, video=f"{record['video_id']}.mp4")
@@ -167,7 +169,9 @@ def music_avqa(record, context):
 def _filled_template(record):
     """ "Is the <Object> louder?", ["flute"] -> "Is the flute louder?"."""
     question = record["question_content"].strip()
-    values = json.loads(record["templ_values"])
+    values = record["templ_values"]
+    if isinstance(values, str):  # in v2.0 it may be the list itself
+        values = json.loads(values)
     slots = re.findall(r"<\w+>", question)
     if len(slots) != len(values):
         raise Dropped("a template with other values than slots", f"{question} {values}")

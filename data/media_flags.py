@@ -10,29 +10,58 @@ from run.errors import UserError
 
 
 def add_media_flags(parser, keeps_clips=True):
-    """The media limits, the same for every entry point; and, where clips come again, the cache."""
+    """
+    The media limits, the same for every command.
+
+    keeps_clips   whether the command reads clips again and again: then it has a cache
+    """
     flag = parser.add_argument_group("media").add_argument
     flag("--fps", type=float, default=2.0, help="video frames per second")
-    flag("--max-frames", type=int, default=32, help="even; more are thinned out (paper: 32)")
-    flag("--max-pixels", type=int, default=128 * 28 * 28, help="pixels per frame [U17]")
-    flag("--max-audio-seconds", type=float, default=120.0, help="of sound; longer is an error")
-    flag("--max-prompt-tokens", type=int, default=16384, help="longer is an error, never cut")
+    flag(
+        "--max-frames",
+        type=int,
+        default=32,
+        help="frames per video, an even number; a longer video is sampled less often (paper: 32)",
+    )
+    flag(
+        "--max-pixels",
+        type=int,
+        default=128 * 28 * 28,
+        help="pixels per frame after resizing [U17]",
+    )
+    flag(
+        "--max-audio-seconds",
+        type=float,
+        default=120.0,
+        help="seconds of sound; longer sound is an error, never cut",
+    )
+    flag(
+        "--max-prompt-tokens",
+        type=int,
+        default=16384,
+        help="tokens of a prompt; a longer one is an error, never cut",
+    )
     flag(
         "--allow-outside",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="media may lie outside the JSONL's folder (absolute paths, ..)",
+        help="allow media outside the JSONL's folder (absolute paths, ..)",
     )
     if keeps_clips:
         flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
 
 
 def media_config_from(args):
-    recipe = MediaConfig(**{k: v for k, v in vars(args).items() if k in MediaConfig._fields})
+    """The flags of add_media_flags -> MediaConfig. raises UserError"""
     check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
     check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
-    if recipe.max_frames % 2:
-        raise UserError(
-            f"--max-frames {recipe.max_frames}: give an even number: frames go in pairs"
-        )
-    return recipe
+    if args.max_frames % 2:
+        raise UserError(f"--max-frames {args.max_frames}: give an even number: frames go in pairs")
+    return MediaConfig(
+        fps=args.fps,
+        max_frames=args.max_frames,
+        max_pixels=args.max_pixels,
+        max_audio_seconds=args.max_audio_seconds,
+        max_prompt_tokens=args.max_prompt_tokens,
+        allow_outside=args.allow_outside,
+    )

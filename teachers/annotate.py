@@ -254,6 +254,8 @@ def with_prefix(raw, prefix):
         value = raw.get(key)
         if isinstance(value, list):
             raw[key] = [moved(path) for path in value]
+        elif isinstance(value, dict):  # AVQA-R1's path: {"image": ..., "audio": ...}
+            raw[key] = {kind: moved(path) for kind, path in value.items()}
         elif value:
             raw[key] = moved(value)
     return raw

@@ -117,19 +117,26 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
             dict(answer="electric bass", answer_type="choice"),
         ],
     ),
-    "music-avqa-v2": (  # its added records have no question_id
+    "music-avqa-v2": (  # its added records have no question_id, some a list of values
         [
             dict(
                 video_id="9G7EAFgjQyQ",
                 type="[]",
-                question_content="Are there <Object> and <Object> sound? ",
-                templ_values='["flute", "clarinet"]',
+                question_content=question,
+                templ_values=values,
                 anser="no",
+            )
+            for question, values in (
+                ("Are there <Object> and <Object> sound? ", '["flute", "clarinet"]'),
+                ("Is there a <Object> sound?", ["flute"]),
             )
         ],
         {"9G7EAFgjQyQ.mp4": "film"},
         2,
-        [dict(question="Are there flute and clarinet sound?", answer="no", answer_type="yesno")],
+        [
+            dict(question="Are there flute and clarinet sound?", answer="no", answer_type="yesno"),
+            dict(prompt_id="music-9G7EAFgjQyQ-2", question="Is there a flute sound?"),
+        ],
     ),
     "ave": (
         "Church bell&one&good&1&3\nBark&two&good&0&2\nBus&two&good&1&2\n",
@@ -663,6 +670,16 @@ def test_the_output_and_its_old_held_out_file(tmp_path, media):  # noqa: F811
     assert not list(tmp_path.glob("folder.*"))
     line = launch("train_rl.py", "--data", tmp_path / "in.json", "--out", tmp_path / "r", code=1)
     assert "prepare.py rows" in line
+
+
+def test_music_avqa_with_the_sound_of_another_clip_is_left_out(tmp_path, media):  # noqa: F811
+    records = [dict(video_id="1", question_content="Is it?", templ_values=[], anser="no")] * 2
+    records[1] = records[1] | dict(unmatch_audio="2")
+    media(tmp_path / "1.mp4", "film")
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    convert(tmp_path, "in.json")
+    assert len(rows_in(tmp_path)) == 1
+    assert report_of(tmp_path)["dropped"]["its sound is another clip's"]["count"] == 1
 
 
 def many_rows(folder, media, count=40):  # noqa: F811
