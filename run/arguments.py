@@ -118,10 +118,20 @@ def resumed_arguments(args):
     return {name: value for name, value in about["arguments"].items() if name in names}
 
 
+# flags that runs of earlier versions have by other names
+RENAMED = dict(keep="keep_checkpoints", hint_kl="hint_kl_threshold", max_ratio="max_seq_ratio")
+
+
 def read_run_json(out):
-    """What OUT/run.json holds; {} before there is one."""
+    """What OUT/run.json holds, flags by their present names; {} before there is one."""
     path = Path(out) / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    about = json.loads(path.read_text())
+    if "arguments" in about:
+        values = about["arguments"].items()
+        about["arguments"] = {RENAMED.get(name, name): value for name, value in values}
+    return about
 
 
 def as_flag(name):

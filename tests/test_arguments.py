@@ -19,8 +19,8 @@ import train_sft
 from run import arguments, run_dir
 from run.errors import Stopped, UserError
 
-COMMANDS = ["toy", "train_sft", "train_rl", "eval", "prepare"]
-FLAGS = {"prepare": ["check", "rows.jsonl"]}
+COMMANDS = ["toy", "train_sft", "train_rl", "eval", "prepare", "ask", "export"]
+FLAGS = {"prepare": ["check", "rows.jsonl"], "ask": ["README.md"], "export": ["run", "out"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,6 +93,16 @@ def test_old_spellings_are_hidden_aliases(capsys):
     printed = capsys.readouterr().out
     assert "--keep-checkpoints" in printed and "--keep " not in printed
     assert "None" not in printed and "SUPPRESS" not in printed
+
+
+def test_a_run_of_an_earlier_version_keeps_its_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_rl.py"])
+    old = dict(out="x", hint_kl=7.0, max_ratio=3.0, keep=5, lr=0.5)
+    about = dict(script="train_rl.py", arguments=old)
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    args, source, _ = train_rl.parse_args(["--out", str(tmp_path), "--resume"])
+    assert (args.hint_kl_threshold, args.max_seq_ratio, args.keep_checkpoints) == (7.0, 3.0, 5)
+    assert args.lr == 0.5 and source["lr"] == "run.json" and args.out == str(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
