@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
 
 from models.paths import is_adapter, read_config
 from run.errors import UserError
@@ -41,12 +42,15 @@ def new_adapter(policy, rank, *, lora_experts, folder, empty):
     lora_experts  whether the experts get an adapter too; the router gets none
     empty         without reading weights
     returns       PeftModel
-    raises        UserError    the adapter in the folder has another rank or other layers
+    raises        UserError    the adapter in the folder has another rank, or layers that cannot stay
     """
+    targets = target_modules(policy)
+    if is_adapter(folder):
+        targets = with_layers_of(folder, targets, policy.thinker)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=target_modules(policy),
+        target_modules=targets,
         target_parameters=target_parameters(policy) if lora_experts else None,
     )  # [D2]
     continues = is_adapter(folder)
@@ -83,6 +87,26 @@ def target_modules(policy):
     return [name for name, _ in policy.thinker.named_modules() if re.fullmatch(pattern, name)]
 
 
+def with_layers_of(folder, targets, thinker):
+    """
+    The targets, and the layers that the adapter in a folder has beside them: those of towers that trained
+    in an earlier stage and are frozen now. They stay as they are, and final/ has them too.
+    """
+    changed = {name.split(".lora_")[0] for name in load_peft_weights(str(folder), device="cpu")}
+    changed = {name.removeprefix("base_model.model.") for name in changed}
+    old = []
+    new = []
+    for name, module in thinker.named_modules():
+        is_target = name in targets
+        if isinstance(targets, str):
+            is_target = re.fullmatch(targets, name) is not None
+        if is_target:
+            new.append(name)
+        elif name in changed and isinstance(module, nn.Linear):
+            old.append(name)
+    return new + old if old else targets
+
+
 def target_parameters(policy):
     """The experts' parameters, each of which holds a matrix for every expert."""
     names = [name for name, _ in policy.thinker.named_parameters()]
@@ -116,7 +140,7 @@ def read_adapter(model, folder):
         if result.unexpected_keys:
             raise UserError(
                 f"{folder}: the adapter has layers such as {result.unexpected_keys[0]}, which this run "
-                "would drop: add --train-towers or --lora-experts, as it was trained with"
+                "would drop: add --lora-experts if it was trained with it"
             )
 
 

@@ -1,7 +1,7 @@
 """
 The network of Ola-7B (Liu et al., arXiv:2502.04328), which transformers lacks: Qwen2.5's text model; a
-SigLIP tower for pictures of any size; Whisper's encoder and BEATs, which hear the same windows of
-30 s, side by side; and projectors. What is a row to it stands in ola.py.
+SigLIP tower for pictures of any size; Whisper's encoder and BEATs, whose features of the same windows of
+30 s stand side by side; and projectors. How a row becomes its input stands in ola.py.
 
 T frames, h x w patches of a frame, W windows of sound, L places in them, C width of a tower, D of the
 text model, H heads, E head width.
@@ -41,7 +41,7 @@ class OlaConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     speech_config: dict | PreTrainedConfig | None = None
     music_config: dict | None = None  # keywords of Beats
-    # tokens of the vocabulary that nothing else uses: they only keep the places of features
+    # tokens of the vocabulary that nothing else uses, as placeholders of features
     image_token_id: int = 151655
     video_token_id: int = 151656
     audio_token_id: int = 151654
@@ -58,20 +58,26 @@ class OlaConfig(PreTrainedConfig):
 
 def by_frame(module, query, key, value, attention_mask, scaling, **_):
     """
-    Frames in one row, each of which sees itself. q, k, v (1, H, L, E) -> (1, L, H, E)
+    Attention within each frame of one packed row. q, k, v (1, H, L, E) -> (1, L, H, E)
 
     attention_mask   list of int    the frames' lengths, L in all
     """
-    runs = [(n, len(list(run))) for n, run in groupby(attention_mask)]
-    pieces = []
-    for (n, count), *qkv in zip(
-        runs, *(x.split([n * k for n, k in runs], 2) for x in (query, key, value))
-    ):
-        qkv = (x[0].unflatten(1, (count, n)).transpose(0, 1) for x in qkv)  # (count, H, n, E)
-        pieces.append(
-            F.scaled_dot_product_attention(*qkv, scale=scaling).transpose(1, 2).flatten(0, 1)
+    # successive frames of one length are one batch
+    runs = [(length, len(list(frames))) for length, frames in groupby(attention_mask)]
+    outs = []
+    start = 0
+    for length, count in runs:
+        end = start + length * count
+        q, k, v = (
+            x[0, :, start:end]
+            .unflatten(1, (count, length))
+            .transpose(0, 1)  # (count, H, length, E)
+            for x in (query, key, value)
         )
-    return torch.cat(pieces)[None], None
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(outs)[None], None
 
 
 AttentionInterface.register("by_frame", by_frame)
@@ -81,11 +87,11 @@ class VisionTower(nn.Module):
     def __init__(self, config, width):
         super().__init__()
         config._attn_implementation = "by_frame"
-        size, patch = config.hidden_size, config.patch_size
+        size = config.hidden_size
+        patch = config.patch_size
+        num_positions = (config.image_size // patch) ** 2  # of a square of patches
         self.patches = nn.Conv2d(3, size, kernel_size=patch, stride=patch)
-        self.positions = nn.Embedding(
-            (config.image_size // patch) ** 2, size
-        )  # of a square of them
+        self.positions = nn.Embedding(num_positions, size)
         self.layers = nn.ModuleList(
             SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
@@ -93,29 +99,39 @@ class VisionTower(nn.Module):
 
     def forward(self, clips):
         """A list of (T, 3, H, W) uint8, each with its own sizes -> a list of (T, h/2, w/2, D)."""
-        dtype, side = self.patches.weight.dtype, math.isqrt(self.positions.num_embeddings)
+        dtype = self.patches.weight.dtype
+        side = math.isqrt(self.positions.num_embeddings)
         table = self.positions.weight.T.unflatten(1, (side, side))[None]  # (1, C, side, side)
-        rows, sizes = [], []
+        rows = []
+        sizes = []  # (T, h, w) of each clip
+        frame_lengths = []
         for pixels in clips:
-            x = self.patches(((pixels.float() / 255 - 0.5) / 0.5).to(dtype))  # (T, C, h, w)
+            normalised = (pixels.float() / 255 - 0.5) / 0.5
+            x = self.patches(normalised.to(dtype))  # (T, C, h, w)
             x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
+            num_frames, _, height, width = x.shape
             rows.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
-            sizes.append((len(x), *x.shape[2:]))
-        lengths, x = [h * w for t, h, w in sizes for _ in range(t)], torch.cat(rows)[None]
+            sizes.append((num_frames, height, width))
+            frame_lengths += [height * width] * num_frames
+        x = torch.cat(rows)[None]
         for layer in self.layers:
-            x = layer(x, lengths)
-        pieces = x[0].split([t * h * w for t, h, w in sizes])  # there is no norm at the end
-        return [self.projector(x.unflatten(0, size)) for x, size in zip(pieces, sizes)]
+            x = layer(x, frame_lengths)
+        features = []  # there is no norm at the end
+        for part, size in zip(x[0].split([math.prod(size) for size in sizes]), sizes):
+            features.append(self.projector(part.unflatten(0, size)))
+        return features
 
 
 class VisionProjector(nn.Module):
-    """2 x 2 patches to one feature of the text model, weighed by what they are and their mean."""
+    """2 x 2 patches to one feature of the text model: a mean, weighted by a network of patch and mean."""
 
     def __init__(self, size, width):
         super().__init__()
-        self.proj1, self.proj2 = nn.Linear(size, width), nn.Linear(width, width)
-        linears = nn.Linear(2 * width, width), nn.Linear(width, width)
-        self.predictor = nn.Sequential(linears[0], nn.GELU(), linears[1])
+        self.proj1 = nn.Linear(size, width)
+        self.proj2 = nn.Linear(width, width)
+        self.predictor = nn.Sequential(
+            nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width)
+        )
         for name in ("begin", "newline", "sep", "end"):
             setattr(self, name, nn.Parameter(torch.randn(width) / width**0.5))
 
@@ -127,13 +143,19 @@ class VisionProjector(nn.Module):
         weights = self.predictor(torch.cat([cells, mean], dim=-1)).softmax(3)
         return self.proj2(F.gelu((cells * weights).sum(3)))
 
-    def laid_out(self, views, is_video):
-        """A list of (h, w, D) -> (n, D): a mark after each row, and after each frame or between views."""
+    def lay_out(self, views, is_video):
+        """
+        Features in the order of a prompt, with marks: after each row, after each frame of a video or
+        between the views of an image, at the begin and the end.  list of (h, w, D) -> (n, D)
+        """
         parts = []
         for view in views:
             newline = self.newline.expand(len(view), 1, -1)
-            parts += [torch.cat([view, newline], dim=1).flatten(0, 1), self.sep[None]]
-        return torch.cat([self.begin[None], *parts[: None if is_video else -1], self.end[None]])
+            parts.append(torch.cat([view, newline], dim=1).flatten(0, 1))
+            parts.append(self.sep[None])
+        if not is_video:
+            parts.pop()
+        return torch.cat([self.begin[None], *parts, self.end[None]])
 
 
 # ---- sound -------------------------------------------------------------------------------------
@@ -150,24 +172,32 @@ def fbank(wave):
 class BeatsLayer(nn.Module):
     def __init__(self, size, num_heads, intermediate_size, num_layers):
         super().__init__()
-        self.num_heads, self.alpha = num_heads, (2 * num_layers) ** 0.25  # deep-norm
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(size, size) for _ in range(4)
-        )
+        self.num_heads = num_heads
+        self.alpha = (2 * num_layers) ** 0.25  # deep-norm
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
         self.grep_linear = nn.Linear(size // num_heads, 8)
         self.grep_a = nn.Parameter(torch.ones(1, num_heads, 1, 1))
-        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.fc1, self.fc2 = nn.Linear(size, intermediate_size), nn.Linear(intermediate_size, size)
+        self.self_attn_layer_norm = nn.LayerNorm(size)
+        self.final_layer_norm = nn.LayerNorm(size)
+        self.fc1 = nn.Linear(size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, size)
 
     def forward(self, x, bias):
         """x (W, L, C), bias of distances (H, L, L) -> (W, L, C)"""
-        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)
-        # each query says how much distances count for it
-        a, b = self.grep_linear(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)
+        heads = (self.num_heads, -1)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (W, H, L, E)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        # gates of each query: how much distances count for it
+        gates = self.grep_linear(q).unflatten(-1, (2, 4)).sum(-1).sigmoid()
+        a, b = gates.chunk(2, dim=-1)
         bias = (a * (b * self.grep_a - 1) + 2) * bias  # (W, H, L, L)
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        x = self.self_attn_layer_norm(self.alpha * x + self.out_proj(heard))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        x = self.self_attn_layer_norm(self.alpha * x + out)
         return self.final_layer_norm(self.alpha * x + self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -191,37 +221,48 @@ class Beats(nn.Module):
         max_distance=800,
     ):
         super().__init__()
-        self.hidden_size, self.num_buckets, self.max_distance = (
-            hidden_size,
-            num_buckets,
-            max_distance,
-        )
+        self.hidden_size = hidden_size
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
         self.patches = nn.Conv2d(1, embed_size, patch_size, stride=patch_size, bias=False)
-        self.patch_norm, self.patch_proj = (
-            nn.LayerNorm(embed_size),
-            nn.Linear(embed_size, hidden_size),
+        self.patch_norm = nn.LayerNorm(embed_size)
+        self.patch_proj = nn.Linear(embed_size, hidden_size)
+        self.pos_conv = nn.Conv1d(
+            hidden_size, hidden_size, conv_pos, padding=conv_pos // 2, groups=conv_pos_groups
         )
-        sizes = hidden_size, hidden_size, conv_pos
-        self.pos_conv = nn.Conv1d(*sizes, padding=conv_pos // 2, groups=conv_pos_groups)
-        self.norm, self.distances = nn.LayerNorm(hidden_size), nn.Embedding(num_buckets, num_heads)
-        sizes = hidden_size, num_heads, intermediate_size, num_layers
-        self.layers = nn.ModuleList(BeatsLayer(*sizes) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.distances = nn.Embedding(num_buckets, num_heads)
+        self.layers = nn.ModuleList(
+            BeatsLayer(hidden_size, num_heads, intermediate_size, num_layers)
+            for _ in range(num_layers)
+        )
 
     def bias(self, length, device):
-        """Of each pair of places by their distance, far ones in ever wider buckets: (H, L, L)."""
-        place, half = torch.arange(length, device=device), self.num_buckets // 2
-        away, near = place[None, :] - place[:, None], half // 2  # near: a bucket for each distance
-        wide = torch.log(away.abs().clamp(min=1) / near) / math.log(self.max_distance / near)
-        wide = (near + (wide * (half - near)).long()).clamp(max=half - 1)
-        bucket = torch.where(away.abs() < near, away.abs(), wide) + half * (away > 0)
+        """
+        A bias for each pair of places, by the bucket of their distance: a bucket for each near distance,
+        ever wider ones for far distances, and other ones for keys after the query.  -> (H, L, L)
+        """
+        num_per_sign = self.num_buckets // 2
+        num_near = num_per_sign // 2
+        place = torch.arange(length, device=device)
+        offset = place[None, :] - place[:, None]
+        distance = offset.abs()
+        log_ratio = torch.log(distance.clamp(min=1) / num_near)
+        far = log_ratio / math.log(self.max_distance / num_near)
+        far_bucket = num_near + (far * (num_per_sign - num_near)).long()
+        far_bucket = far_bucket.clamp(max=num_per_sign - 1)
+        bucket = torch.where(distance < num_near, distance, far_bucket)
+        bucket = bucket + num_per_sign * (offset > 0)
         return self.distances(bucket).permute(2, 0, 1)
 
     def forward(self, fbank):
         """(W, frames of 10 ms, 128) -> (W, L, C), patches in the order of the time"""
         x = self.patches(fbank.float()[:, None]).flatten(2).transpose(1, 2)
         x = self.patch_proj(self.patch_norm(x))
-        around = self.pos_conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even width gives one more
-        x, bias = self.norm(x + F.gelu(around).transpose(1, 2)), self.bias(x.shape[1], x.device)
+        length = x.shape[1]
+        positions = self.pos_conv(x.transpose(1, 2))[..., :length]  # an even width gives one more
+        x = self.norm(x + F.gelu(positions).transpose(1, 2))
+        bias = self.bias(length, x.device)
         for layer in self.layers:
             x = layer(x, bias)
         return x
@@ -231,10 +272,8 @@ class SoundProjector(nn.Module):
     def __init__(self, size, inner, width, frames_per_token):
         super().__init__()
         self.frames_per_token = frames_per_token
-        self.linear1, self.linear2 = (
-            nn.Linear(size * frames_per_token, inner),
-            nn.Linear(inner, width),
-        )
+        self.linear1 = nn.Linear(size * frames_per_token, inner)
+        self.linear2 = nn.Linear(inner, width)
         for name in ("begin", "newline", "end"):
             setattr(self, name, nn.Parameter(torch.randn(width) / width**0.5))
 
@@ -250,21 +289,29 @@ class SoundProjector(nn.Module):
 class SoundTower(nn.Module):
     def __init__(self, config):
         super().__init__()
-        speech, width = config.speech_config, config.text_config.hidden_size
-        self.speech, self.music = WhisperEncoder(speech), Beats(**(config.music_config or {}))
-        sizes = speech.d_model + self.music.hidden_size, config.projector_size, width
-        self.projector = SoundProjector(*sizes, config.frames_per_token)
+        self.speech = WhisperEncoder(config.speech_config)
+        self.music = Beats(**(config.music_config or {}))
+        self.projector = SoundProjector(
+            config.speech_config.d_model + self.music.hidden_size,
+            config.projector_size,
+            config.text_config.hidden_size,
+            config.frames_per_token,
+        )
 
     @torch.no_grad()  # the original never trains its sound encoders either
     def encode(self, mel, fbank):
         """(W, 128, 3000), (W, 2998, 128) -> (W, L, C), both encoders' frames side by side"""
-        dtype, windows = self.projector.linear1.weight.dtype, []
-        for m, f in zip(mel.split(1), fbank.split(1)):  # the bias of one window is 100 MB
-            speech = self.speech(m.to(self.speech.conv1.weight.dtype)).last_hidden_state
-            both = speech, self.music(f)
-            length = max(x.shape[1] for x in both)
-            both = [F.pad(x, (0, 0, 0, length - x.shape[1])).to(dtype) for x in both]
-            windows.append(torch.cat(both, dim=-1))
+        dtype = self.projector.linear1.weight.dtype
+        speech_dtype = self.speech.conv1.weight.dtype
+        windows = []
+        # one window at a time: the bias of one takes 100 MB
+        for mel_one, fbank_one in zip(mel.split(1), fbank.split(1)):
+            speech = self.speech(mel_one.to(speech_dtype)).last_hidden_state
+            music = self.music(fbank_one)
+            length = max(speech.shape[1], music.shape[1])
+            speech = F.pad(speech, (0, 0, 0, length - speech.shape[1])).to(dtype)
+            music = F.pad(music, (0, 0, 0, length - music.shape[1])).to(dtype)
+            windows.append(torch.cat([speech, music], dim=-1))
         return torch.cat(windows)
 
 
@@ -272,7 +319,7 @@ class SoundTower(nn.Module):
 
 
 class TextModel(Qwen2Model):
-    """Qwen2.5's, its plain positions given as three equal rows: those of every backbone are three."""
+    """Qwen2.5's. Positions come as three rows, as those of every backbone; here all three are equal."""
 
     def forward(self, position_ids, **kwargs):
         """position_ids (3, B, L)"""
@@ -297,7 +344,8 @@ class OlaForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model, text = Core(config), config.text_config
+        text = config.text_config
+        self.model = Core(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
@@ -306,7 +354,7 @@ class OlaForConditionalGeneration(PreTrainedModel):
 
 
 class PublishedConfig(Qwen2Config):
-    """Of the published folder, which lacks the sound encoders' sizes: so that it is told by its name."""
+    """Of the published folder, which lacks the sound encoders' sizes: AutoConfig knows it by its name."""
 
     model_type = "ola_qwen"
 

@@ -1,18 +1,18 @@
 """
-Ola-7B: a row as what it takes, what its towers make of a clip, which of its layers train and are
-sharded, and one standard folder of the published weights:
+Ola-7B as a backbone (what inputs.py asks of one), and the published weights as one standard folder:
 
     python -m models.ola convert OLA_FOLDER ENCODERS_FOLDER --out FOLDER
 
-Only this file and its network (modeling_ola.py) know the backbone by name. In a prompt, frames come
-first, then the sound, and positions are plain ones.
+Only this file and its network (modeling_ola.py) know the model by name. In a prompt frames come first,
+then the sound. Positions are plain ones: 0, 1, 2, ...
 
-T frames, W windows of sound, P prompt tokens, D width of the text model.
+T frames, W windows of sound, P prompt tokens, n features of one medium, D width of the text model.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -40,19 +40,23 @@ from run.errors import UserError
 from run.io import temp_dir
 from run.launch import run_main
 
-# linear layers that get a LoRA adapter: of the text model, of the towers
+# ---- which layers train and are sharded ----------------------------------------------------------
+
+# linear layers that get a LoRA adapter
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 TOWER_LAYERS = r"visual\.(.*\.)?([qkv]_proj|out_proj|fc[12]|proj[12]|predictor\.[02])"
 TOWER_LAYERS += r"|audio_tower\.projector\.linear[12]"
 EXPERTS = ()
-TEXT_UNITS, TOWER_UNITS = (
-    (Qwen2DecoderLayer,),
-    (SiglipEncoderLayer,),
-)  # what FSDP gathers at one time
+# what FSDP gathers one at a time
+TEXT_UNITS = (Qwen2DecoderLayer,)
+TOWER_UNITS = (SiglipEncoderLayer,)
 # the sound encoders never train, as in the original
 FROZEN = ("audio_tower.speech", "audio_tower.music")
-SIDE = 32  # pixels; of a frame both sides are multiples: patches of 16, pooled 2 x 2
+SIDE = 32  # pixels; both sides of a frame are multiples of it: patches of 16, pooled 2 x 2
 MAX_WINDOWS = 25  # of one sound
+
+
+# ---- classes -------------------------------------------------------------------------------------
 
 
 class OlaProcessor(ProcessorMixin):
@@ -60,15 +64,23 @@ class OlaProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
 
-Thinker, Processor, MODEL_TYPES = OlaForConditionalGeneration, OlaProcessor, ("ola",)
+MODEL_TYPES = ("ola",)
+Thinker = OlaForConditionalGeneration
+Processor = OlaProcessor
 
 
 # ---- a row as a prompt -------------------------------------------------------------------------
 
 
 def chat_template(tokens):
-    """A chat of Qwen with one token for each medium; tokens: {kind: token}. Media end with a new line."""
-    media = "".join(f"{{% elif c['type'] == '{kind}' %}}{token}" for kind, token in tokens.items())
+    """
+    Qwen's chat template, in Jinja, with one token for each medium. Media end with a new line.
+
+    tokens   {"image" | "video" | "audio": token}
+    """
+    media = ""
+    for kind, token in tokens.items():
+        media += f"{{% elif c['type'] == '{kind}' %}}{token}"
     return (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -92,36 +104,54 @@ def media_ends(tokenizer, config):
 
 def inputs(processor, config, text, clip, name):
     """
-    text      the prompt, a token of `media_ends` for each medium; none for the sound of a video, whose
-              features follow those of its frames
+    text      the prompt, with one token of `media_ends` for each medium; none for the sound of a video,
+              whose features follow those of its frames
     returns   input_ids (P,), position_ids (3, P), media
     """
-    media, places = {}, {}  # places: token of a medium -> for each of them, the tokens it becomes
     image, video, audio = config.image_token_id, config.video_token_id, config.audio_token_id
+    media = {}
+    placeholders = {}  # token of a modality -> for each medium in the text, the tokens it becomes
     if clip.images:
-        pairs = [(resized(x, config.low_view_pixels), checked(x, name)) for x in clip.images]
-        media["image"] = dict(views=pairs)
-        places[image] = [[image] * (1 + sum(map(num_tokens, pair))) for pair in pairs]
+        views = []
+        placeholders[image] = []
+        for picture in clip.images:
+            pair = resized(picture, config.low_view_pixels), checked(picture, name)
+            views.append(pair)
+            length = 1 + num_tokens(pair[0]) + num_tokens(pair[1])
+            placeholders[image].append([image] * length)
+        media["image"] = dict(views=views)
     if clip.frames is not None:
         frames = checked(clip.frames, name)
         if frames.shape[2] * frames.shape[3] < config.min_frame_pixels:
             frames = resized(frames, config.min_frame_pixels)
         media["video"] = dict(pixels=frames)
-        places[video] = [[video] * (2 + len(frames) * num_tokens(frames))]
+        length = 2 + len(frames) * num_tokens(frames)
+        placeholders[video] = [[video] * length]
     if clip.sounds:
-        media["audio"] = heard(clip.sounds, processor.feature_extractor, name)
-        per_window = media["audio"]["mel"].shape[2] // 2 // config.frames_per_token + 1
-        places[audio] = [[audio] * (2 + count * per_window) for count in media["audio"]["counts"]]
+        media["audio"] = sound_windows(clip.sounds, processor.feature_extractor, name)
+        # mel frames of 10 ms, encoder frames of 20 ms, and a mark after each window
+        num_frames = media["audio"]["mel"].shape[2] // 2
+        per_window = num_frames // config.frames_per_token + 1
+        placeholders[audio] = []
+        for num_windows in media["audio"]["counts"]:
+            length = 2 + num_windows * per_window
+            placeholders[audio].append([audio] * length)
     if clip.use_audio:
-        places[video][0] += places.pop(audio)[0]
-    places = {token: iter(runs) for token, runs in places.items()}
-    tokens = processor.tokenizer(text).input_ids
-    ids = [i for t in tokens for i in (next(places[t]) if t in places else [t])]
-    return torch.tensor(ids), torch.arange(len(ids)).expand(3, -1), media
+        placeholders[video][0] += placeholders.pop(audio)[0]
+
+    next_of = {token: iter(runs) for token, runs in placeholders.items()}
+    ids = []
+    for token in processor.tokenizer(text).input_ids:
+        if token in next_of:
+            ids += next(next_of[token])
+        else:
+            ids.append(token)
+    position_ids = torch.arange(len(ids)).expand(3, -1)
+    return torch.tensor(ids), position_ids, media
 
 
 def checked(pixels, name):
-    """(..., H, W), as it is, if both sides have an even number of patches."""
+    """Pixels (..., H, W) as they are; raises BadRow if a side has an odd number of patches."""
     height, width = pixels.shape[-2:]
     if height % SIDE or width % SIDE:
         raise BadRow(f"{name}: a frame of {width} x {height} pixels: Ola takes multiples of {SIDE}")
@@ -129,7 +159,7 @@ def checked(pixels, name):
 
 
 def resized(pixels, area):
-    """(..., 3, H, W) uint8, enlarged or reduced to about `area` pixels, in multiples of SIDE."""
+    """(..., 3, H, W) uint8 -> the same picture with about `area` pixels; sides are multiples of SIDE"""
     scale = (area / (pixels.shape[-2] * pixels.shape[-1])) ** 0.5
     size = [max(SIDE, int(side * scale / SIDE) * SIDE) for side in pixels.shape[-2:]]
     x = pixels.float().reshape(-1, *pixels.shape[-3:])
@@ -138,26 +168,33 @@ def resized(pixels, area):
 
 
 def num_tokens(pixels):
-    """Of a frame or view: pooled patches, a mark after each row of them, and one after it."""
+    """Features of a frame or view: pooled patches, a mark after each row of them, one at the end."""
     height, width = (side // SIDE for side in pixels.shape[-2:])
     return height * (width + 1) + 1
 
 
-def heard(sounds, extractor, name):
-    """Sounds (S,) -> what both encoders take of their windows, the last of each padded with silence."""
+def sound_windows(sounds, extractor, name):
+    """
+    What both encoders take of sounds: windows of 30 s, the last of each sound padded with silence.
+
+    sounds   list of (S,) at AUDIO_RATE
+    returns  mel (W, bands, 3000) for Whisper, fbank (W, 2998, 128) for BEATs, counts: windows per sound
+    """
     size = extractor.n_samples
-    counts = [-(-len(sound) // size) for sound in sounds]
+    counts = [math.ceil(len(sound) / size) for sound in sounds]
     if max(counts) > MAX_WINDOWS:
-        told = (
-            f"{max(map(len, sounds)) / AUDIO_RATE:.0f} s of sound: Ola takes {MAX_WINDOWS} windows"
+        seconds = max(len(sound) for sound in sounds) / AUDIO_RATE
+        raise BadRow(
+            f"{name}: {seconds:.0f} s of sound: Ola takes {MAX_WINDOWS} windows of "
+            f"{size // AUDIO_RATE} s: set start and end"
         )
-        raise BadRow(f"{name}: {told} of {size // AUDIO_RATE} s: set start and end")
-    waves = [np.pad(sound, (0, n * size - len(sound))) for sound, n in zip(sounds, counts)]
-    waves = torch.from_numpy(np.concatenate(waves)).float().view(-1, size)
-    mel = extractor(
-        list(waves.numpy()), sampling_rate=AUDIO_RATE, return_tensors="pt"
-    ).input_features
-    return dict(mel=mel, fbank=torch.stack([fbank(wave) for wave in waves]), counts=counts)
+    padded = []
+    for sound, count in zip(sounds, counts):
+        padded.append(np.pad(sound, (0, count * size - len(sound))))
+    waves = torch.from_numpy(np.concatenate(padded)).float().view(-1, size)  # (W, size)
+    batch = extractor(list(waves.numpy()), sampling_rate=AUDIO_RATE, return_tensors="pt")
+    banks = torch.stack([fbank(wave) for wave in waves])
+    return dict(mel=batch.input_features, fbank=banks, counts=counts)
 
 
 # ---- towers ------------------------------------------------------------------------------------
@@ -165,35 +202,54 @@ def heard(sounds, extractor, name):
 
 def encode(core, prompts, device, train_towers):
     """
-    The towers' outputs; the vision tower is run once for all prompts.
+    The towers' outputs; the vision tower runs once for all prompts.
 
-    returns  list, a prompt each, of modality -> (n, D); what was encoded before passes through
+    returns  list of {modality: (n, D)}, one per prompt, and a dummy one where towers train on several
+             processes; media that are encoded already pass through
     """
-    out = [dict(p.media) for p in prompts]
-    sound = core.audio_tower
+    features = [dict(prompt.media) for prompt in prompts]
     if train_towers and dist.is_initialized():
-        # sharded towers: a rank that skips one leaves the others waiting in its collectives
-        size = sound.projector.linear1.in_features // sound.projector.frames_per_token
-        frame = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
-        silence = sound.projector.newline.new_zeros(1, sound.projector.frames_per_token, size)
-        out.append(dict(video=dict(pixels=frame), audio=sound.projector(silence)))
-    seen = []
-    for o in out:
-        if isinstance(o.get("image"), dict):
-            seen += [view[None] for pair in o["image"]["views"] for view in pair]
-        if isinstance(o.get("video"), dict):
-            seen.append(o["video"]["pixels"])
-    views = iter(core.visual([x.to(device) for x in seen]) if seen else ())
-    for o in out:
-        if isinstance(o.get("image"), dict):
-            pairs = [[next(views)[0], next(views)[0]] for _ in o["image"]["views"]]
-            o["image"] = torch.cat([core.visual.projector.laid_out(pair, False) for pair in pairs])
-        if isinstance(o.get("video"), dict):
-            o["video"] = core.visual.projector.laid_out(next(views), True)
-        if isinstance(audio := o.get("audio"), dict):
-            both = sound.encode(audio["mel"].to(device), audio["fbank"].to(device))
-            o["audio"] = torch.cat([sound.projector(x) for x in both.split(audio["counts"])])
-    return out
+        features.append(dummy_media(core))
+    pictures = []
+    for media in features:
+        if isinstance(media.get("image"), dict):
+            for low_view, high_view in media["image"]["views"]:
+                pictures += [low_view[None], high_view[None]]
+        if isinstance(media.get("video"), dict):
+            pictures.append(media["video"]["pixels"])
+    encoded = iter(())
+    if pictures:
+        encoded = iter(core.visual([pixels.to(device) for pixels in pictures]))
+
+    layout = core.visual.projector.lay_out
+    for media in features:
+        if isinstance(media.get("image"), dict):
+            parts = []
+            for _ in media["image"]["views"]:
+                views = [next(encoded)[0], next(encoded)[0]]
+                parts.append(layout(views, is_video=False))
+            media["image"] = torch.cat(parts)
+        if isinstance(media.get("video"), dict):
+            media["video"] = layout(next(encoded), is_video=True)
+        if isinstance(media.get("audio"), dict):
+            media["audio"] = encode_sounds(core.audio_tower, media["audio"], device)
+    return features
+
+
+def encode_sounds(tower, audio, device):
+    """What sound_windows gives -> (n, D)"""
+    frames = tower.encode(audio["mel"].to(device), audio["fbank"].to(device))  # (W, L, C)
+    parts = [tower.projector(windows) for windows in frames.split(audio["counts"])]
+    return torch.cat(parts)
+
+
+def dummy_media(core):
+    """A frame and a moment of silence: if a rank skipped a sharded tower, the others would wait for ever."""
+    projector = core.audio_tower.projector
+    size = projector.linear1.in_features // projector.frames_per_token
+    silence = projector.newline.new_zeros(1, projector.frames_per_token, size)
+    frame = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+    return dict(video=dict(pixels=frame), audio=projector(silence))
 
 
 # ---- published weights -------------------------------------------------------------------------
@@ -246,21 +302,26 @@ UNUSED = r"model\.speech_encoder\.|speech\.decoder\.|music\.predictor\.|.*layers
 
 def renamed(published):
     """{published name: tensor} -> {our name: tensor}; the encoders' names begin with speech., music."""
-    state, ours = {}, {}
+    state = {}
     for name, value in published.items():
         if name.endswith("pos_embed"):
             value = value[0]
         if ".attn.qkv." in name:  # one matrix there, three here
-            parts = zip(("query", "key", "value"), value.chunk(3))
-            state |= {name.replace("qkv", part): rows for part, rows in parts}
+            query, key, value = value.chunk(3)
+            state[name.replace("qkv", "query")] = query
+            state[name.replace("qkv", "key")] = key
+            state[name.replace("qkv", "value")] = value
         elif not re.match(UNUSED, name):
             state[name] = value
-    if "music.encoder.pos_conv.0.weight_v" in state:  # frozen: its norm need not stand apart
-        scale, v = (state.pop(f"music.encoder.pos_conv.0.weight_{x}") for x in "gv")
-        state["music.encoder.pos_conv.0.weight"] = v * scale / v.norm(dim=(0, 1), keepdim=True)
+    conv = "music.encoder.pos_conv.0.weight"
+    if f"{conv}_v" in state:  # weight-normalised; it is frozen, so the norm need not stand apart
+        scale = state.pop(f"{conv}_g")
+        direction = state.pop(f"{conv}_v")
+        state[conv] = direction * scale / direction.norm(dim=(0, 1), keepdim=True)
+    ours = {}
     for name, value in state.items():
-        for pattern, ours_is in RENAMED:
-            name = re.sub(pattern, ours_is, name)
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
         ours[name] = value
     return ours
 
@@ -289,97 +350,123 @@ def config_of(published, whisper, beats, tokenizer=None, num_blocks=27):
     music = {ours: beats[theirs] for ours, theirs in BEATS_KEYS.items()}
     rate = published["speech_encoder_ds_rate"]
     configs = dict(text_config=text, vision_config=vision, speech_config=speech, music_config=music)
-    ids = (
-        {}
-        if tokenizer is None
-        else {
-            f"{kind}_token_id": tokenizer.convert_tokens_to_ids(token)
-            for kind, token in PLACES.items()
-        }
-    )
+    ids = {}
+    if tokenizer is not None:
+        for kind, token in PLACES.items():
+            ids[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(token)
     return OlaConfig(**configs, frames_per_token=rate, **ids)
 
 
 def tensors_of(path, keys):
-    """What a published encoder's file holds: tensors and plain values; nothing in it is executed."""
+    """These entries of a published encoder's file: tensors and plain values; nothing is executed."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file: it is one of Ola's two sound encoders: fetch it")
+        raise UserError(f"{path}: no such file. It is one of Ola's two sound encoders: download it")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of its own kind for each way in which a file can be broken
-        told = f"{path} does not load as tensors alone ({type(error).__name__}): fetch it again, or"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each way in which a file can be broken has a class of its own
         raise UserError(
-            f"{told} where you trust it, save its {keys} anew with torch.save"
+            f"{path} does not load as tensors alone ({type(error).__name__}): download it again, or if "
+            f"you trust it, save its {keys} anew with torch.save"
         ) from None
-    if not isinstance(found, dict) or not set(keys) <= set(found):
+    if not isinstance(state, dict) or not set(keys) <= set(state):
         raise UserError(f"{path} has no {' and '.join(keys)}: give the encoder as published")
-    return [found[key] for key in keys]
+    return [state[key] for key in keys]
 
 
 def convert(ola_folder, encoders_folder, out):
     """Writes one standard folder of the published weights and the two sound encoders' files."""
-    ola, out = Path(ola_folder), Path(out)
+    ola = Path(ola_folder)
+    out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists: give another --out")
-    if not (ola / "config.json").is_file():
-        raise UserError(f"{ola}: no model's folder: it has no config.json")
-    published = read_config(ola / "config.json")
-    kind = (
-        published.get("model_type"),
-        published.get("mm_projector_type"),
-        published.get("speech_encoder_type"),
+    published = read_published_config(ola)
+    speech_path = Path(encoders_folder) / Path(published["speech_encoder"]).name
+    music_path = Path(encoders_folder) / Path(published["music_encoder"]).name
+    whisper_dims, whisper = tensors_of(speech_path, ("dims", "model_state_dict"))
+    beats_config, beats = tensors_of(music_path, ("cfg", "model"))
+    check_encoders(published, speech_path, whisper_dims, music_path, beats_config)
+
+    published_state = {}
+    for path in sorted(ola.glob("*.safetensors")):
+        published_state |= load_file(path)
+    for name, value in whisper.items():
+        published_state[f"speech.{name}"] = value
+    for name, value in beats.items():
+        published_state[f"music.{name}"] = value
+    state = renamed(published_state)
+
+    tokenizer = AutoTokenizer.from_pretrained(ola)
+    unknown = (None, tokenizer.unk_token_id)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in PLACES.values()}
+    missing = [token for token, id in ids.items() if id in unknown]
+    if missing:
+        raise UserError(
+            f"{ola}: its tokenizer lacks {', '.join(missing)}, which every tokenizer of Qwen2.5 has"
+        )
+    num_blocks = sum(name.endswith("layer_norm1.bias") for name in state)
+    config = config_of(published, whisper_dims, beats_config, tokenizer, num_blocks)
+    with torch.device("meta"):
+        model = OlaForConditionalGeneration(config)
+    check_shapes(model.state_dict(), state, ola)
+    model.load_state_dict(state, assign=True)
+
+    extractor = WhisperFeatureExtractor(
+        feature_size=whisper_dims["n_mels"], chunk_length=whisper_dims["n_audio_ctx"] // 50
     )
+    processor = OlaProcessor(extractor, tokenizer, chat_template=chat_template(PLACES))
+    temporary = temp_dir(out)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    temporary.rename(out)
+    num_weights = sum(value.numel() for value in state.values())
+    print(f"{out}: {num_weights / 1e6:.0f} M weights")
+
+
+def read_published_config(ola):
+    """config.json of the published folder; raises UserError if it is another model's."""
+    if not (ola / "config.json").is_file():
+        raise UserError(f"{ola} is not a model's folder: it has no config.json")
+    published = read_config(ola / "config.json")
+    keys = ("model_type", "mm_projector_type", "speech_encoder_type")
+    kind = tuple(published.get(key) for key in keys)
     if kind != ("ola_qwen", "ola_mlp", "dual"):
         raise UserError(
-            f"{ola}: no Ola as published (ola_qwen, ola_mlp, dual): its config.json says {kind}"
+            f"{ola} is not Ola as published (ola_qwen, ola_mlp, dual): its config.json says {kind}"
         )
-    paths = [
-        Path(encoders_folder) / Path(published[f"{x}_encoder"]).name for x in ("speech", "music")
+    return published
+
+
+def check_encoders(published, speech_path, whisper_dims, music_path, beats_config):
+    """Raises UserError if the sound encoders are not those that Ola was trained with."""
+    needed = (*BEATS_KEYS.values(), "deep_norm", "gru_rel_pos")
+    missing = [key for key in needed if not beats_config.get(key)]
+    if missing or beats_config.get("layer_norm_first"):
+        raise UserError(f"{music_path}: not the kind of BEATs that Ola uses: {missing} missing")
+    speech_size = whisper_dims["n_audio_state"]
+    music_size = beats_config["encoder_embed_dim"]
+    expected = published["speech_encoder_hidden_size"]
+    if speech_size + music_size != expected:
+        raise UserError(
+            f"{speech_path.name} and {music_path.name} give {speech_size} + {music_size} numbers a "
+            f"frame, not {expected}: give the encoders as published"
+        )
+
+
+def check_shapes(expected_state, state, ola):
+    """Raises UserError unless the names and shapes of both are the same."""
+    expected = {name: tuple(value.shape) for name, value in expected_state.items()}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [
+        name
+        for name in sorted(expected.keys() | shapes.keys())
+        if expected.get(name) != shapes.get(name)
     ]
-    dims, whisper = tensors_of(paths[0], ("dims", "model_state_dict"))
-    cfg, beats = tensors_of(paths[1], ("cfg", "model"))
-    missing = [x for x in (*BEATS_KEYS.values(), "deep_norm", "gru_rel_pos") if not cfg.get(x)]
-    if missing or cfg.get("layer_norm_first"):
-        raise UserError(f"{paths[1]}: no BEATs of the kind that Ola hears with: {missing} missing")
-    sizes = dims["n_audio_state"], cfg["encoder_embed_dim"]
-    if sum(sizes) != published["speech_encoder_hidden_size"]:
-        told = f"give {sizes[0]} + {sizes[1]} numbers a frame, not {published['speech_encoder_hidden_size']}"
+    if wrong:
+        first = wrong[0]
         raise UserError(
-            f"{paths[0].name} and {paths[1].name} {told}: give the encoders as published"
+            f"{ola}: {len(wrong)} weights are not as Ola's, such as {first}: {shapes.get(first)}, not "
+            f"{expected.get(first)}"
         )
-    state = {}
-    for path in sorted(ola.glob("*.safetensors")):
-        state |= load_file(path)
-    for prefix, encoder in (("speech", whisper), ("music", beats)):
-        state |= {f"{prefix}.{name}": value for name, value in encoder.items()}
-    state = renamed(state)
-    tokenizer = AutoTokenizer.from_pretrained(ola)
-    unknown = None, tokenizer.unk_token_id
-    if lost := [
-        token for token in PLACES.values() if tokenizer.convert_tokens_to_ids(token) in unknown
-    ]:
-        raise UserError(f"{ola}: its tokenizer lacks {', '.join(lost)}, as no Qwen2.5's does")
-    with torch.device("meta"):
-        num_blocks = sum(name.endswith("layer_norm1.bias") for name in state)
-        model = OlaForConditionalGeneration(config_of(published, dims, cfg, tokenizer, num_blocks))
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if wrong := sorted(
-        name for name in expected.keys() | found if expected.get(name) != found.get(name)
-    ):
-        sizes = f"{found.get(wrong[0])}, not {expected.get(wrong[0])}"
-        raise UserError(
-            f"{ola}: {len(wrong)} weights are not as Ola's, such as {wrong[0]}: {sizes}"
-        )
-    model.load_state_dict(state, assign=True)
-    extractor = WhisperFeatureExtractor(
-        feature_size=dims["n_mels"], chunk_length=dims["n_audio_ctx"] // 50
-    )
-    part = temp_dir(out)
-    model.save_pretrained(part)
-    OlaProcessor(extractor, tokenizer, chat_template=chat_template(PLACES)).save_pretrained(part)
-    part.rename(out)
-    print(f"{out}: {sum(value.numel() for value in state.values()) / 1e6:.0f} M weights")
 
 
 def main(argv=None):

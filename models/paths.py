@@ -113,6 +113,10 @@ def save_model(policy, folder, processor):
         ignore_frozen_params=policy.has_adapter,  # an adapter's base is not written, so not gathered
     )
     state = get_model_state_dict(policy, options=options)
+    for name, parameter in policy.named_parameters():
+        # an adapter of towers that trained in an earlier stage; frozen towers are whole on every rank
+        if ".lora_" in name and ".default." in name and not parameter.requires_grad:
+            state[name] = parameter.detach().cpu()
     if processes.rank() == 0:
         state = {name.removeprefix("model."): value for name, value in state.items()}
         temporary = temp_dir(folder)

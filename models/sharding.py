@@ -100,9 +100,14 @@ def shard(policy, device, param_dtype):
 
 
 def cast_frozen(policy, dtype):
-    """Casts the parameters that do not train, but for parts that need float32."""
+    """Casts the parameters that do not train, but for adapters and parts that need float32."""
     kept = {p for module in policy.float32_parts for p in module.parameters()}
-    cast_params([p for p in policy.parameters() if not p.requires_grad and p not in kept], dtype)
+    to_cast = []
+    for name, parameter in policy.named_parameters():
+        is_adapter = ".lora_" in name  # small; lora_forward casts it
+        if not parameter.requires_grad and not is_adapter and parameter not in kept:
+            to_cast.append(parameter)
+    cast_params(to_cast, dtype)
 
 
 def cast_params(parameters, dtype):
