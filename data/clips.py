@@ -392,7 +392,7 @@ def _frames_at(container, stream, times):
 # ---- sound -------------------------------------------------------------------------------------
 
 
-def decode_audio(path, name, start, end, config, of_video):
+def decode_audio(path, name, start, end, config, *, of_video):
     """
     -> (S,) float32, mono, 16 kHz.
 

@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from answers import ANSWER_TYPES
 from data import converters, readers
 from data.clips import BadRow
 from data.converters import Dropped
 from data.row_check import check_rows
 from data.rows import (
-    INSTRUCTIONS,
     check_file,
     clip_of,
     correct_letter,
     media_paths,
     normalize_row,
+    stable_hash,
 )
 from run.errors import UserError
 
@@ -62,7 +63,6 @@ class Report:
         self.num_read = 0
         self.dropped = Counter()  # reason -> records
         self.examples = {}  # reason -> the first example
-        self.keys = {}  # reason -> the keys of the first such record
         self.answer_types = Counter()
         self.warnings = []
 
@@ -119,7 +119,7 @@ class Conversion:
         self.clips = array("q")  # digest of the clip
         self.ranks = array("q")  # which rows --limit and --max-answer-share take first
         self.answers = array("q")  # digest of the answer's type and the answer
-        self.types = array("b")  # place of the answer_type in INSTRUCTIONS
+        self.types = array("b")  # place of the answer_type in ANSWER_TYPES
         self.kept = None  # (rows,) bool
         self.held_out = None  # (rows,) bool
         self.has_sound = None  # (rows,) bool, once the media are checked
@@ -178,7 +178,7 @@ class Conversion:
         if row["answer_type"] == "choice":
             answer = correct_letter({"options": None, **row})
         self.answers.append(digest(row["answer_type"], answer))
-        self.types.append(list(INSTRUCTIONS).index(row["answer_type"]))
+        self.types.append(ANSWER_TYPES.index(row["answer_type"]))
         self.num_auto += row.get("use_audio") == "auto"
         self.has_media_outside |= any(is_outside(path) for path in media_paths(row))
 
@@ -197,30 +197,29 @@ class Conversion:
                     yield file, row
 
     def _rows_of_record(self, record, where):
-        """The rows that a record makes. It counts as read once, or once for each of its rows."""
+        """
+        The rows that a record makes. It counts as read once for each of its rows, and once for what
+        could not be made of it.
+        """
         report = self.report
-        num_rows = 0
         try:
             if isinstance(record, BadRow):
                 raise Dropped("unreadable", record)
             record = extract_media(record, self.out.parent / "media")
             for row in self._convert(record):
                 report.num_read += 1
-                num_rows += 1
                 yield row
         except Dropped as dropped:
             report.num_read += 1
             reason, *example = dropped.args
             report.drop(reason, f"{where}: {example[-1]}" if example else where)
         except KeyError as error:
-            if not num_rows:
-                report.num_read += 1
+            report.num_read += 1
             keys = ", ".join(str(key) for key in record)
             reason = f"no {error} among its keys: {keys}"
             report.drop("not as published", f"{where}: {reason}: give another --from, or none")
         except (TypeError, ValueError, AttributeError, IndexError) as error:
-            if not num_rows:
-                report.num_read += 1
+            report.num_read += 1
             report.drop("not as published", f"{where}: {type(error).__name__} {error}")
 
     def _convert(self, record):
@@ -283,7 +282,7 @@ class Conversion:
             allowed = int(max_share * num_others / (1 - max_share)) if max_share < 1 else count
             if not num_others or count <= allowed:
                 continue
-            index = list(INSTRUCTIONS).index(answer_type)
+            index = ANSWER_TYPES.index(answer_type)
             rows = np.flatnonzero(self.kept & (types == index) & (answers == common))
             surplus = self._in_order(rows)[allowed:]
             self.kept[surplus] = False
@@ -317,7 +316,7 @@ class Conversion:
         """-> {answer_type: (digest of its commonest answer, rows that have it, rows of the type)}"""
         types, answers = np.array(self.types), np.array(self.answers)
         result = {}
-        for index, answer_type in enumerate(INSTRUCTIONS):
+        for index, answer_type in enumerate(ANSWER_TYPES):
             of_type = answers[self.kept & (types == index)]
             if len(of_type):
                 values, counts = np.unique(of_type, return_counts=True)
@@ -405,9 +404,8 @@ class Conversion:
 
 
 def digest(*words):
-    """A 64-bit number, the same in every process."""
-    content = repr(words).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+    """A 64-bit number of some texts and numbers, the same in every process."""
+    return stable_hash(repr(words))
 
 
 def make_id_unique(row, ids):
