@@ -6,6 +6,8 @@ process with torchrun's variables, and if one fails, the others are ended.
 What a test needs of a Popen is here too: pid, poll, wait, kill, send_signal, communicate, returncode.
 """
 
+import functools
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -31,6 +33,13 @@ PRELOADED = [
 GRACE_S = 30.0  # between SIGTERM and SIGKILL for the other ranks, when one has failed
 
 _context = multiprocessing.get_context("forkserver")
+_count = itertools.count()
+
+
+@functools.cache
+def _logs():
+    """A folder that goes when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="spawned-")
 
 
 def start(script, *flags, processes=1, env=None, patches=None, max_file_bytes=None):
@@ -42,8 +51,8 @@ def start(script, *flags, processes=1, env=None, patches=None, max_file_bytes=No
     max_file_bytes    a write beyond it fails, as on a full disk
     """
     argv = [str(word) for word in (script, *flags)]
-    handle, log = tempfile.mkstemp(suffix=".log")
-    os.close(handle)
+    log = Path(_logs().name) / f"{next(_count)}.log"
+    log.touch()
     _start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,11 +70,11 @@ def start(script, *flags, processes=1, env=None, patches=None, max_file_bytes=No
                 MASTER_PORT=str(port),
             )
         process = _context.Process(
-            target=_run, args=(argv, variables, log, patches or {}, max_file_bytes)
+            target=_run, args=(argv, variables, str(log), patches or {}, max_file_bytes)
         )
         process.start()
         ranks.append(process)
-    return Running(ranks, Path(log))
+    return Running(ranks, log)
 
 
 def _start_server():
@@ -86,8 +95,14 @@ def _run(argv, variables, log, patches, max_file_bytes):
     """In the new process: the command, as Python would run it."""
     import importlib
     import resource
+    import threading
 
     import torch
+    from tqdm import tqdm
+
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own lock between processes would be left behind by a kill
 
     os.environ.clear()
     os.environ.update(variables)
