@@ -86,8 +86,9 @@ class Report:
 
     def stop_if_useless(self, num_rows, max_bad_frac):
         """Raises UserError if nothing is left, or too much is broken."""
-        known = ", ".join(converters.FORMATS)
-        forms = f"; known forms: {known} (docs/data.md)" if self.dropped[BROKEN[1]] else ""
+        forms = ""
+        if self.dropped["a form that is not known"]:
+            forms = f"; known forms: {', '.join(converters.FORMATS)} (docs/data.md)"
         if num_rows == 0:
             raise UserError(
                 f"none of {self.num_read} records makes a row: {self.causes(self.dropped)}{forms}"
@@ -136,7 +137,7 @@ class Conversion:
         files        of records
         benchmarks   {name: fingerprints}: rows of these are dropped
         """
-        seen, ids = set(), set()
+        rows_so_far, ids = set(), set()
         file_of_clip, in_two_files = {}, set()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with open(self.part, "w", encoding="utf-8") as part:
@@ -154,10 +155,10 @@ class Conversion:
 
                 clip = digest(*clip_of(row)[:-2])
                 same = digest(clip, row["question"], row["answer"])
-                if same in seen:
+                if same in rows_so_far:
                     self.report.drop("the same question about the same clip", row["prompt_id"])
                     continue
-                seen.add(same)
+                rows_so_far.add(same)
                 benchmark = benchmark_of(row, benchmarks)
                 if benchmark:
                     self.report.drop(f"in {benchmark}", row["prompt_id"])

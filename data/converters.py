@@ -541,8 +541,8 @@ def parse_columns(text):
     for part in text.split(","):
         field, separator, column = (piece.strip() for piece in part.partition("="))
         if not separator or not column or field not in FIELDS:
-            known = ", ".join(sorted(FIELDS))
-            raise ValueError(f"{part!r} is no FIELD=COLUMN; fields: {known}")
+            fields = ", ".join(sorted(FIELDS))
+            raise ValueError(f"{part!r} is no FIELD=COLUMN; fields: {fields}")
         columns[field] = column
     missing = [field for field in ("question", "answer") if field not in columns]
     if missing:

@@ -49,28 +49,29 @@ def split_question(question):
         starts = option_lines(lines, pattern, marks)
         if starts:
             return _split_at_lines(lines, starts, pattern)
-    found = _split_inline(lines)
-    if found:
-        return found
+    split = _split_inline(lines)
+    if split:
+        return split
     text, removed = without_instructions(question)
     return SplitQuestion(text, [], removed)
 
 
 def cut_options(question):
     """A question that holds its options -> the question, the options (a list of str)."""
-    found = split_question(question)
-    return (found.text, found.options) if found.options else (question, [])
+    split = split_question(question)
+    return (split.text, split.options) if split.options else (question, [])
 
 
 def option_lines(lines, pattern, marks):
     """-> the numbers of the lines that begin with an option; [] if marks do not follow their order."""
-    starts, seen = [], []
+    starts, marks_of_lines = [], []
     for number, line in enumerate(lines):
         match = pattern.match(line)
         if match:
             starts.append(number)
-            seen.append(_mark_of(match, pattern))
-    in_order = len(seen) > 1 and seen == list(marks[: len(seen)])
+            marks_of_lines.append(_mark_of(match, pattern))
+    count = len(marks_of_lines)
+    in_order = count > 1 and marks_of_lines == list(marks[:count])
     return starts if in_order and starts[0] > 0 else []
 
 
@@ -224,9 +225,9 @@ def name_placeholders(texts, num_media):
     cut = [_kind(kind, num_media) for _, kinds in edges for kind in kinds]
     if cut and _fit({kind: cut.count(kind) for kind in NAMES}, num_media):
         return [text for text, _ in edges]
-    found = ", ".join(f"{n} <{kind}>" for kind, n in counts.items() if n)
+    in_texts = ", ".join(f"{n} <{kind}>" for kind, n in counts.items() if n)
     media = ", ".join(f"{n} {kind}" for kind, n in num_media.items() if n) or "none"
-    raise PlaceholderError(f"placeholders: {found}; media: {media}")
+    raise PlaceholderError(f"placeholders: {in_texts}; media: {media}")
 
 
 def _kind(name, num_media):
@@ -259,7 +260,7 @@ def _cut_edges(text):
 
 
 def _named(texts, num_media):
-    seen = dict.fromkeys(NAMES, 0)
+    numbers = dict.fromkeys(NAMES, 0)  # of the placeholders so far
     result = []
     for text in texts:
         head = AT_HEAD.match(text)
@@ -267,14 +268,14 @@ def _named(texts, num_media):
         tail = AT_TAIL.search(text, start)
         end = tail.start() if tail else len(text)
         for match in PLACEHOLDER.finditer(text, 0, start):
-            seen[_kind(match[1], num_media)] += 1
+            numbers[_kind(match[1], num_media)] += 1
 
         pieces, position = [], start
         for match in PLACEHOLDER.finditer(text, start, end):
             kind = _kind(match[1], num_media)
-            seen[kind] += 1
+            numbers[kind] += 1
             name = NAMES[kind]
-            words = f"{name} {seen[kind]}" if num_media[kind] > 1 else f"the {name}"
+            words = f"{name} {numbers[kind]}" if num_media[kind] > 1 else f"the {name}"
             before = text[position : match.start()]
             after = text[match.end() : match.end() + 1]
             pieces += [before, "" if not before or before[-1].isspace() else " ", words]
@@ -282,6 +283,6 @@ def _named(texts, num_media):
             position = match.end()
         pieces.append(text[position:end])
         for match in PLACEHOLDER.finditer(text, end):
-            seen[_kind(match[1], num_media)] += 1
+            numbers[_kind(match[1], num_media)] += 1
         result.append("".join(pieces).strip())
     return result

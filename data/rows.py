@@ -217,8 +217,8 @@ def from_video_r1(record):
     """
     problem_type = str(record.get("problem_type"))
     if problem_type not in PROBLEM_TYPES:
-        known = ", ".join(PROBLEM_TYPES)
-        raise ValueError(f"problem_type {problem_type:.40}: one of {known}")
+        types = ", ".join(PROBLEM_TYPES)
+        raise ValueError(f"problem_type {problem_type:.40}: one of {types}")
     row = dict(question=record["problem"], answer_type=PROBLEM_TYPES[problem_type])
 
     solution = record.get("solution")

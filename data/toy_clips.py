@@ -82,7 +82,9 @@ def random_seconds(rng, num_seconds, max_shapes):
 
 
 def describe(shapes, tone, words):
-    """One second in words: `words` says which of place, color, shape and tone are told."""
-    keep = [i for i, word in enumerate(("place", "color", "shape")) if word in words]
-    seen = ", ".join(" ".join(s[i] for i in keep) for s in shapes) or "nothing"
-    return f"{seen}; {tone or 'no'} tone" if "tone" in words else seen
+    """One second in words. words: which of "place", "color", "shape" and "tone" to name."""
+    named = [i for i, word in enumerate(("place", "color", "shape")) if word in words]
+    picture = ", ".join(" ".join(shape[i] for i in named) for shape in shapes) or "nothing"
+    if "tone" not in words:
+        return picture
+    return f"{picture}; {tone or 'no'} tone"

@@ -487,8 +487,8 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, media):  # noqa: F811
     ]
     lines = [json.dumps(record) for record in records]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines, "{broken", "[1]"]) + "\n")
-    told = convert(tmp_path, "in.jsonl", code=1)
-    assert "over --max-bad-frac" in told and "Traceback" not in told
+    line = convert(tmp_path, "in.jsonl", code=1)
+    assert "over --max-bad-frac" in line and "Traceback" not in line
     assert not (tmp_path / "rows.jsonl").exists() and not list(tmp_path.glob("*.part*"))
     convert(tmp_path, "in.jsonl", "--max-bad-frac", 1)
     report = report_of(tmp_path)
@@ -723,8 +723,8 @@ def test_what_a_benchmark_holds_is_dropped(tmp_path, media):  # noqa: F811
     kept = {row["question"] for row in rows_in(tmp_path)}
     assert report_of(tmp_path)["dropped"]["in daily-omni"]["count"] == 1
     assert len(kept) == 39 and "Question 9?" not in kept  # clips are called 3_video there
-    told = convert(tmp_path, "in.json", "--exclude-benchmarks", tmp_path / "Set", "--force", code=1)
-    assert "--exclude-benchmarks" in told
+    line = convert(tmp_path, "in.json", "--exclude-benchmarks", tmp_path / "Set", "--force", code=1)
+    assert "--exclude-benchmarks" in line
 
 
 def test_clips_that_cannot_be_decoded_and_a_page(tmp_path, media):  # noqa: F811

@@ -41,8 +41,8 @@ def test_check_names_every_bad_row_and_counts(media):
     checks = row_check.check_rows(path, RECIPE, None, 1)
     assert [check.problem for check in checks if check.problem] == lines[:7]
     fine = write_jsonl(media / "fine.jsonl", [rows[0], rows[7]])
-    told = launch("prepare.py", "check", fine, "--allow-outside")
-    assert told == "2 rows, 0 would not train\n"
+    printed = launch("prepare.py", "check", fine, "--allow-outside")
+    assert printed == "2 rows, 0 would not train\n"
 
 
 def test_check_counts_tokens_with_a_model(media, toy_dir):
