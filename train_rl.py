@@ -184,7 +184,10 @@ def draw_replayed(buffer, args, step, update=0):
     """
     groups = []
     if args.num_off > 0:
-        rng = np.random.default_rng([args.seed, step, update, 1] if update else [args.seed, step])
+        words = [args.seed, step]
+        if update > 0:
+            words += [update, 1]  # the 1: numpy takes [seed, step, 0] for [seed, step]
+        rng = np.random.default_rng(words)
         groups = buffer.draw(args.prompts_per_step, args.num_off, step, rng)
     return groups + [[]] * (args.prompts_per_step - len(groups))
 
@@ -315,7 +318,7 @@ def main():
     folder = resolve_start_model(args.model or toy_model, args.lora_rank)
     media_config = media_config_from(args)
     root = rows.path.parent
-    build = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]
+    builder = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]
     judge = None
     if "judge" in reward_weights:
         judge = judges.open_judge(
@@ -338,7 +341,7 @@ def main():
         with_reference=args.kl_coef > 0,
     )
     optimizer = optim.adamw(policy, args.lr)
-    dummy = dummy_group(build.filler)
+    dummy = dummy_group(builder.filler)
 
     # ---- clips: decoded ahead of the loop, encoded once if the towers are frozen
     eval_file = args.eval_data
@@ -349,18 +352,19 @@ def main():
     cache_bytes = int(args.cache_gb * 1e9)
     if is_evaluated:
         cache_bytes //= 2
-    clip_cache = ClipCache(build, cache_bytes, encoder)
+    clip_cache = ClipCache(builder, cache_bytes, encoder)
     held_out = None
     if is_evaluated:
         held_out = HeldOut(
             eval_file,
             policy,
-            build,
+            builder,
             cache_bytes=cache_bytes,
             encoder=encoder,
             num_samples=args.eval_samples,
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
+            micro_tokens=args.micro_tokens,
             seed=args.seed,
         )
 
@@ -377,12 +381,21 @@ def main():
             start_step = state["step"]
             progress = {name: state[name] for name in progress}
             checkpoint.restore(
-                state, buffer=buffer, hints=hint_schedule, rows=row_stream, health=guard
+                state,
+                buffer=buffer,
+                hint_schedule=hint_schedule,
+                row_stream=row_stream,
+                guard=guard,
             )
 
-    def small_state():
-        """What a step changes before it is sure to count: all but the buffer and the weights."""
-        return progress | checkpoint.states(hints=hint_schedule, rows=row_stream, health=guard)
+    def state_without_buffer():
+        """
+        What a checkpoint holds beside weights and buffer. Taken before each step: if the step must
+        not count, this is saved.
+        """
+        return progress | checkpoint.states(
+            hint_schedule=hint_schedule, row_stream=row_stream, guard=guard
+        )
 
     def save(step, state):
         state = state | checkpoint.states(buffer=buffer)
@@ -412,7 +425,7 @@ def main():
         trackers=args.log,
     )
     run_page = RunPage(out)
-    sample_log = SampleLog(out, rows, build, num_steps)
+    sample_log = SampleLog(out, rows, builder, num_steps)
     processes.print0(
         f"  {len(rows)} rows, {num_steps} steps of {args.prompts_per_step} prompts, from step {start_step}"
     )
@@ -427,7 +440,7 @@ def main():
     steps = processes.Steps(start_step, num_steps, f"stage {args.stage} {args.algo}")
     for step in steps:
         clock = metrics.Clock()
-        save_before = functools.partial(save, step - 1, small_state())
+        save_before = functools.partial(save, step - 1, state_without_buffer())
         step_rows, prompts = row_stream.next_rows(steps)
         prompt_ids = [row["prompt_id"] for row in step_rows]
 
@@ -451,7 +464,7 @@ def main():
             num_fresh[local],
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
-            eos_ids=build.eos_ids,
+            eos_ids=builder.eos_ids,
             seeds=seeds[local],
             micro_tokens=args.micro_tokens,
         )
@@ -459,7 +472,7 @@ def main():
         clock.lap("rollout")
 
         # ---- rewards; from here on every rank has the fresh completions of all ranks
-        texts = [build.texts(group) for group in completions]
+        texts = [builder.texts(group) for group in completions]
         fresh = score(  # [R.stage]
             step_rows[local],
             completions,
@@ -481,40 +494,32 @@ def main():
             stored = flatten(replayed)
 
             # ---- advantages: a fresh completion against its group, a replayed one against R̄(q)
-            advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
+            on_advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
             mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in stored])
             off_advantages = replay_advantages(rewards_of(stored), mean_rewards)  # [VCRS.A]
             off_advantages = off_advantages.split([len(group) for group in replayed])
 
             # ---- weights in J: the mean over all fresh, alpha times the mean over all replayed
-            weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
+            on_weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
             off_weight = args.off_policy_coef / max(len(stored), 1)  # [J.off]
-            fresh_batches = pack(
-                [
-                    WeightedGroup(prompt, fresh[i], advantages[i], weight)
-                    for i, prompt in enumerate(prompts, start=local.start)
-                ],
-                args.micro_tokens,
-                dummy,
-            )
-            replayed_batches = pack(
-                [
-                    WeightedGroup(prompt, replayed[i], off_advantages[i], off_weight)
-                    for i, prompt in replayed_prompts.items()
-                ],
-                args.micro_tokens,
-                dummy,
-            )
+            on_groups = []
+            for i, prompt in enumerate(prompts, start=local.start):  # i: place among all P
+                on_groups.append(WeightedGroup(prompt, fresh[i], on_advantages[i], on_weight))
+            off_groups = []
+            for i, prompt in replayed_prompts.items():
+                off_groups.append(WeightedGroup(prompt, replayed[i], off_advantages[i], off_weight))
+            on_batches = pack(on_groups, args.micro_tokens, dummy)
+            off_batches = pack(off_groups, args.micro_tokens, dummy)
 
             # ---- log pi_ref, once per completion                                       [U15]
             if args.kl_coef > 0:
-                add_ref_logprobs(policy, reference, replayed_batches, replayed, args.temperature)
-                add_ref_logprobs(policy, reference, fresh_batches, fresh, args.temperature)
+                add_ref_logprobs(policy, reference, off_batches, replayed, args.temperature)
+                add_ref_logprobs(policy, reference, on_batches, fresh, args.temperature)
 
             # ---- the gradient of J: log-probs, [TAS.A], [RATIO], [KL], loss
             infos = add_gradient(
                 policy,
-                replayed_batches + fresh_batches,
+                off_batches + on_batches,
                 step,
                 temperature=args.temperature,
                 tas=tas,
@@ -523,20 +528,27 @@ def main():
                 sequence_ratio=args.algo == "avatar-gspo",  # [U22]
             )
 
-            # ---- guards (not in the paper): numbers with which the weights must not move
+            # ---- guard (not in the paper): numbers with which the weights must not move
             info = metrics.gather_infos(infos)
             grad_norm = optim.clip_grad_norm(policy)
             if update == 0:
                 first_update = metrics.UpdateRecord(
-                    info, fresh, advantages, replayed, off_advantages, grad_norm
+                    info=info,
+                    fresh=fresh,
+                    on_advantages=on_advantages,
+                    replayed=replayed,
+                    off_advantages=off_advantages,
+                    grad_norm=grad_norm,
                 )
-                guard.report_grad_spike(info, grad_norm, steps.tell)
-            problem = guard.bad_step(
-                info["loss"].sum().item(), grad_norm, guards.worst_ratio(info), update
-            )
-            save_state = save_before if update == 0 else None
-            ids = {*prompt_ids, *info["prompt_id"]}
-            if guard.handle_bad_step(problem, ids, steps, args.on_bad_step, save_state):
+            if guard.rejects(
+                info,
+                grad_norm,
+                update=update,
+                prompt_ids=prompt_ids,
+                steps=steps,
+                on_bad_step=args.on_bad_step,
+                save_before=save_before,
+            ):
                 optimizer.zero_grad()
                 break
 
@@ -544,8 +556,10 @@ def main():
             optim.step(optimizer, args.lr, step, num_steps, cosine=False)
         clock.lap("update")
 
+        # ---- samples for the run's page (not in the paper), with R̄(q) as it was in this step
+        sample_log.write(step, buffer, first_update)
+
         # ---- remember: R̄(q) of unhinted prompts, then all fresh completions
-        sample_log.write(step, buffer, first_update)  # before R̄(q) changes
         for group in fresh:
             if group and not group[0].hinted:  # R̄(q) is what the policy earns by itself   [U8]
                 buffer.observe(group[0].prompt_id, [e.reward for e in group])  # [R.mean]
@@ -555,17 +569,20 @@ def main():
 
         # ---- report, and save when it is time to
         step_s = clock.total()
+        judge_s, judge_wait_s = judge.end_step() if judge else (0.0, 0.0)
         is_eval_step = is_evaluated and (step % args.eval_every == 0 or step == num_steps)
         if is_eval_step:
             accuracy = held_out.accuracy()
         report = {
             "step": step,
             "completions_generated": progress["num_generated"],
-            **metrics.step_metrics(first_update, build.eos_ids),
+            **metrics.step_metrics(first_update, builder.eos_ids),
             **buffer.stats(step),
             **guard.report(),
             **hint_schedule.report(),
-            **clock.report(judge),
+            **clock.report(),
+            "time/judge_s": judge_s,
+            "time/judge_wait_s": judge_wait_s,
             "rewards/unjudged_frac": unjudged_frac,
             "data/bad_rows": len(row_stream.bad_rows),
             "hints/frac": sum(q in hinted for q in prompt_ids) / len(prompt_ids),
@@ -582,10 +599,12 @@ def main():
         steps.tell(metrics.step_line(report))
         guard.stop_if_collapsed(report)
         guard.warn_if_idle(report, steps.tell)
-        save_and_maybe_stop(step, num_steps, args.save_every, lambda: save(step, small_state()))  # noqa: B023
+        save_and_maybe_stop(
+            step, num_steps, args.save_every, lambda: save(step, state_without_buffer())
+        )  # noqa: B023
 
     # ---- the end
-    save_model(policy, out / "final", build.processor)
+    save_model(policy, out / "final", builder.processor)
     if progress["before"] is not None and accuracy is not None:
         processes.print0(
             f"held-out accuracy: {progress['before']:.3f} before, {accuracy:.3f} after "

@@ -70,11 +70,11 @@ from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 
 
-def encode_completion(build, row):
+def encode_completion(builder, row):
     """The reasoning and the answer as tokens (T,), with the end token that a rollout stops at."""
     # a Thinking model's template writes <think> into the prompt
-    text = completion_text(row).removeprefix(build.opened_tag)
-    return torch.tensor([*build.tokenizer(text).input_ids, build.tokenizer.eos_token_id])
+    text = completion_text(row).removeprefix(builder.opened_tag)
+    return torch.tensor([*builder.tokenizer(text).input_ids, builder.tokenizer.eos_token_id])
 
 
 @out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
@@ -133,7 +133,7 @@ def main():
     rows = Rows(args.data or toy_train)
     folder = resolve_start_model(args.model or toy_model, args.lora_rank)
     media_config = media_config_from(args)
-    build = InputBuilder(folder, media_config, rows.path.parent, audio_captions=False)
+    builder = InputBuilder(folder, media_config, rows.path.parent, audio_captions=False)
     policy, _ = open_policies(
         folder,
         device=device,
@@ -147,7 +147,7 @@ def main():
     optimizer = optim.adamw(policy, args.lr)
     row_stream = RowStream(
         rows,
-        ClipCache(build, int(args.cache_gb * 1e9)),
+        ClipCache(builder, int(args.cache_gb * 1e9)),
         rows_per_step=args.batch_size,
         seed=args.seed,
         required_field="reasoning",
@@ -161,10 +161,11 @@ def main():
         state = checkpoint.load(out, policy, optimizer)
         if state:
             start_step = state["step"]
-            checkpoint.restore(state, rows=row_stream, health=guard)
+            checkpoint.restore(state, row_stream=row_stream, guard=guard)
 
-    def small_state():
-        return checkpoint.states(rows=row_stream, health=guard)
+    def state_without_weights():
+        """Taken before each step: if the step must not count, this is saved."""
+        return checkpoint.states(row_stream=row_stream, guard=guard)
 
     def save(step, state):
         checkpoint.save(
@@ -194,11 +195,11 @@ def main():
     steps = processes.Steps(start_step, num_steps, "stage 0")
     for step in steps:
         clock = metrics.Clock()
-        save_before = functools.partial(save, step - 1, small_state())
+        save_before = functools.partial(save, step - 1, state_without_weights())
 
         # ---- the rows of the step
         step_rows, prompts = row_stream.next_rows(steps)
-        completions = [encode_completion(build, row) for row in step_rows[local]]
+        completions = [encode_completion(builder, row) for row in step_rows[local]]
         row_stream.prefetch_next()
         clock.lap("data")
 
@@ -227,10 +228,12 @@ def main():
         }
         log.write(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
-        save_and_maybe_stop(step, num_steps, args.save_every, lambda: save(step, small_state()))  # noqa: B023
+        save_and_maybe_stop(
+            step, num_steps, args.save_every, lambda: save(step, state_without_weights())
+        )  # noqa: B023
 
     # ---- the end
-    save_model(policy, out / "final", build.processor)
+    save_model(policy, out / "final", builder.processor)
     processes.print0(f"saved {out / 'final'}")
 
 

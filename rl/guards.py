@@ -61,6 +61,29 @@ class StepGuard:
 
     # ---- a gradient that must not be used ------------------------------------------------------
 
+    def rejects(self, info, grad_norm, *, update, prompt_ids, steps, on_bad_step, save_before):
+        """
+        Whether the gradient of an RL update must not be used. Reports a spike of its norm, and ends
+        the run at a bad step, unless it is to be skipped.
+
+        info          dict of gather_infos
+        update        int        of the step, from 0
+        prompt_ids    of the step's fresh prompts
+        save_before   callable() that saves the state before the step
+        """
+        if update == 0:
+            self.report_grad_spike(info, grad_norm, steps.tell)
+        loss = info["loss"].sum().item()
+        problem = self.bad_step(loss, grad_norm, worst_ratio(info), update)
+        return self.handle_bad_step(
+            problem,
+            prompt_ids={*prompt_ids, *info["prompt_id"]},
+            steps=steps,
+            on_bad_step=on_bad_step,
+            # an earlier update of the step has moved the weights: nothing from before is left
+            save=save_before if update == 0 else None,
+        )
+
     def bad_step(self, loss, grad_norm, ratio=1.0, update=0):
         """
         What is wrong with a gradient, before it is applied (str), or None.
@@ -103,10 +126,12 @@ class StepGuard:
         must_stop = on_bad_step == "stop" or self.num_bad_in_a_row >= PATIENCE
         if save and must_stop:
             save()
+            remedy = "Start a new run with a lower --lr"
+            if on_bad_step == "stop":
+                command = resume_command("--on-bad-step", "skip")
+                remedy += f", or resume and skip such steps: {command}"
             raise UserError(
-                f"step {steps.step}: {problem}. Saved a checkpoint from just before this step. Start "
-                "a new run with a lower --lr, or resume and skip such steps: "
-                f"{resume_command('--on-bad-step', 'skip')}"
+                f"step {steps.step}: {problem}. Saved a checkpoint from just before this step. {remedy}"
             )
         steps.tell(f"skipped: {problem}")
         return True
@@ -118,6 +143,8 @@ class StepGuard:
 
         info   dict of (N,) tensors, a number per completion, and prompt_id, a list of N
         """
+        if not math.isfinite(grad_norm):
+            return  # bad_step reports it; in the median it would spoil the next 50 steps
         is_known = len(self.grad_norms) >= MEDIAN_OF[0]
         usual = median(self.grad_norms) if is_known else math.inf
         self.grad_norms = [*self.grad_norms, grad_norm][-MEDIAN_OF[1] :]

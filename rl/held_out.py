@@ -34,6 +34,7 @@ class HeldOut:
         num_samples,
         temperature,
         max_new_tokens,
+        micro_tokens,
         seed,
     ):
         self.rows = Rows(file)
@@ -44,6 +45,7 @@ class HeldOut:
         self.per_row = max(1, round(num_samples / self.num_rows))
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
+        self.micro_tokens = micro_tokens
         self.seed = seed
 
     def accuracy(self):
@@ -84,6 +86,7 @@ class HeldOut:
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             eos_ids=self.build.eos_ids,
+            micro_tokens=self.micro_tokens,
             seeds=[processes.seed(self.seed, 0, i) if is_real else 0 for i, _, _ in pack],
         )
         if not is_real:

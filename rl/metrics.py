@@ -72,7 +72,7 @@ class UpdateRecord(NamedTuple):
 
     info: dict  # of gather_infos
     fresh: list  # of lists of Entry
-    advantages: list  # of (G,) tensors, of the fresh ones
+    on_advantages: list  # of (G,) tensors, of the fresh ones
     replayed: list  # of lists of Entry
     off_advantages: list  # of (M,) tensors, of the replayed ones
     grad_norm: float
@@ -131,7 +131,7 @@ def step_metrics(update, eos_ids):
     off = ~fresh
     entries = [entry for group in update.fresh for entry in group]
     rewards = torch.tensor([entry.reward for entry in entries])
-    advantages = torch.cat([*update.advantages, *update.off_advantages])
+    advantages = torch.cat([*update.on_advantages, *update.off_advantages])
     part_names = entries[0].reward_parts
     part_means = {f"rewards/{p}": mean(e.reward_parts[p] for e in entries) for p in part_names}
     report = {
@@ -196,11 +196,9 @@ class Clock:
     def total(self):
         return time.perf_counter() - self.began
 
-    def report(self, judge):
-        """Metrics: seconds of data, rollout and update, and of the judge if there is one."""
-        report = {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
-        report["time/judge_s"], report["time/judge_wait_s"] = judge.times() if judge else (0.0, 0.0)
-        return report
+    def report(self):
+        """Metrics: seconds of data, rollout and update."""
+        return {f"time/{part}_s": self.seconds[part] for part in ("data", "rollout", "update")}
 
 
 def step_line(m):

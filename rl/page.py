@@ -100,7 +100,7 @@ RL_PANELS = [
     Panel(
         "standard deviation",
         {"advantage_std": "advantages", "reward_std": "rewards"},
-        "Of advantages over the step; of rewards within a group.",
+        "Of advantages over the step; of rewards over all fresh completions.",
     ),
     Panel(
         "clipped tokens",

@@ -17,6 +17,6 @@ def out_of_memory_advice(text):
     try:
         yield
     except Exception as error:  # by name: this file does not load torch
-        if type(error).__name__ == "OutOfMemoryError" and not hasattr(error, "advice"):
-            error.advice = text
+        if type(error).__name__ == "OutOfMemoryError":
+            error.advice = text  # the outermost caller knows best which flag to lower
         raise

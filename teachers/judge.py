@@ -342,8 +342,8 @@ class Judge:
             flush=True,
         )
 
-    def times(self):
-        """-> seconds from first request to last reply, seconds waited; ends the step."""
+    def end_step(self):
+        """Ends the step -> seconds from its first request to its last reply, seconds waited."""
         judging = 0.0
         if self._first_request and self._last_reply:
             judging = self._last_reply - self._first_request

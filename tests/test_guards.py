@@ -61,6 +61,17 @@ def test_the_first_steps_have_no_usual_norm():
     assert lines == []
 
 
+def test_a_norm_that_is_not_finite_does_not_enter_the_usual_one():
+    guard = guards.StepGuard(max_ratio=0)
+    lines = []
+    quiet = info_of([0.1] * 3, [0.1] * 3)
+    for norm in [0.5] * 12 + [float("nan"), float("inf")] * 6 + [0.5] * 3:
+        guard.report_grad_spike(quiet, norm, lines.append)
+    assert lines == []
+    guard.report_grad_spike(quiet, 50.0, lines.append)
+    assert len(lines) == 1
+
+
 def test_the_usual_norm_is_saved_with_the_run():
     guard = guards.StepGuard(max_ratio=0)
     lines = []
@@ -88,6 +99,23 @@ def test_a_bad_step_stops_or_is_skipped():
     assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(2))
     assert saved == [1] and steps.lines[0].startswith("skipped: loss nan")
     assert not guard.handle_bad_step(guard.bad_step(1.0, 1.0), {"q"}, steps, "stop", None)
+
+
+def test_a_later_update_of_a_step_is_left_out_not_saved():
+    guard, steps, saved = guards.StepGuard(max_ratio=2), Steps(), []
+    info = info_of([0.1] * 3, [0.1] * 3) | dict(
+        loss=torch.tensor([0.0, float("nan"), 0.0]),
+        log_ratio=torch.zeros(3),
+        num_tokens=torch.ones(3),
+    )
+    reject = dict(prompt_ids=["d"], steps=steps, save_before=lambda: saved.append(1))
+    assert guard.rejects(info, 1.0, update=1, on_bad_step="stop", **reject)
+    assert saved == [] and "a, b, c, d" in steps.lines[0]
+    with pytest.raises(UserError, match="step 7"):
+        guard.rejects(info, 1.0, update=0, on_bad_step="stop", **reject)
+    assert saved == [1]
+    fine = info | dict(loss=torch.zeros(3))
+    assert not guard.rejects(fine, 1.0, update=0, on_bad_step="stop", **reject)
 
 
 def test_ten_bad_steps_in_a_row_stop_even_with_skip():
