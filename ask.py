@@ -343,7 +343,8 @@ def ask_about_files(args, policy, build, protocol):
         line = sys.stdin.readline()
         if not line.strip():
             return
-        question, *options = [part.strip() for part in line.split("|")]
+        # with spaces around the bar: a reserved token such as <|im_end|> must stay whole
+        question, *options = re.split(r"\s+\|\s+", line.strip())
         try:
             row = ask_row(session.media, question, options or args.options, args.answer_type)
         except BadRow as problem:
@@ -479,17 +480,18 @@ def read_answered(out, settings, resume):
 
 def main():
     args, _ = parse_args()
-    device = processes.init(args.device)
     media_config = media_config_from(args)
     if args.files:
         media_config = media_config._replace(allow_outside=True)  # who typed the path wants it
-    # "no rows": of the toy only the model is needed
-    toy_model, _, _ = toy.write_defaults(1, args.model, data="no rows")
+    # with --json, notices must not stand among the lines of JSON
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        device = processes.init(args.device)
+        # "no rows": of the toy only the model is needed
+        toy_model, _, _ = toy.write_defaults(1, args.model, data="no rows")
         folder = resolve_run_dir(args.model or toy_model)
-    protocol = Protocol(system=read_system(args.system))
-    policy = load_to_answer(folder, device, processes.compute_dtype(device, args.dtype))
-    build = InputBuilder(folder, media_config, ".", audio_captions=False)
+        protocol = Protocol(system=read_system(args.system))
+        policy = load_to_answer(folder, device, processes.compute_dtype(device, args.dtype))
+        build = InputBuilder(folder, media_config, ".", audio_captions=False)
     if args.data:
         ask_about_rows(args, policy, build, protocol, folder)
     else:

@@ -209,7 +209,14 @@ def local_folder(name):
     """A folder as it is; a hub id's files on this disk, downloaded if they are not there."""
     if Path(name).is_dir():
         return Path(name)
-    return Path(huggingface_hub.snapshot_download(name, local_files_only=not hub_is_online()))
+    is_offline = not hub_is_online()
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=is_offline))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if is_offline:
+            reason = "the hub does not answer, and this disk has no copy of the model"
+        raise FileNotFoundError(f"no model at {name}: {reason}") from None
 
 
 # ---- a thinker ---------------------------------------------------------------------------------

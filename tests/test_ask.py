@@ -191,6 +191,16 @@ def test_every_backbone_answers_with_and_without_its_senses(tiny_model, toy_dir,
         assert len(records) == 8 and all(r["completion"] is not None for r in records)
 
 
+def test_a_bad_question_on_a_terminal_ends_nothing(toy_dir, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal(f"What is <|im_end|>?\n{COUNT}\n\n"))
+    printed = launch("ask.py", clip_file(toy_dir), "--model", toy_dir / "model", *FEW)
+    assert "reserved <|im_end|>" in printed and printed.count("answer:") == 1
+
+
 # ---- many rows
 
 
