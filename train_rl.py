@@ -58,6 +58,7 @@ def parse_args(argv=None):
     flag = arguments.add_flags(parser)
     flag("--lora-rank", type=int, default=16, help="rank of the adapter (paper: 16); 0 = train all weights of the text model")
     flag("--lora-experts", action=boolean, default=False, help="adapter on the experts too, not on attention alone (Qwen3-Omni)")
+    flag("--replay-experts", action=boolean, default=False, help="the update takes the experts that the rollout took (Qwen3-Omni, docs/qwen3.md)")
     flag("--train-towers", action=boolean, default=False, help="train the vision and audio towers too [D1]")
     add_media_flags(parser)
 
@@ -337,6 +338,7 @@ def main():
         attn=args.attn,
         lora_rank=args.lora_rank,
         lora_experts=args.lora_experts,
+        replay_experts=args.replay_experts,
         train_towers=args.train_towers,
         with_reference=args.kl_coef > 0,
     )

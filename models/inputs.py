@@ -13,6 +13,8 @@ width):
     TOWER_LAYERS    regex           the same for towers, matched against the end of the whole name
     EXPERTS         tuple of str    last parts of the names of parameters that hold a matrix for each
                                     expert: they get an adapter with --lora-experts; () without any
+    routers, route  functions       only with experts: the modules that choose them, and their forward,
+                                    for --replay-experts (models/expert_replay.py)
     TEXT_UNITS      tuple           classes of the layers that FSDP gathers one at a time
     TOWER_UNITS     tuple           the same for towers; used when towers train
     FROZEN          tuple of str    parts that never train, as names below `thinker.model`

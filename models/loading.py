@@ -8,6 +8,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from models.attention import set_attention_kernel
+from models.expert_replay import ExpertReplay
 from models.inputs import BACKBONES, config_of
 from models.paths import from_pretrained, is_adapter, run_final
 from models.policy import Policy
@@ -35,6 +36,7 @@ def open_policies(
     train_towers,
     with_reference,
     lora_experts=False,
+    replay_experts=False,
 ):
     """
     The policy to train and the frozen reference policy that the KL is measured against     [U15]
@@ -44,6 +46,7 @@ def open_policies(
     attn            attention kernel: a choice of --attn
     with_reference  whether the loss has a KL term
     lora_experts    whether the experts get an adapter too
+    replay_experts  whether the update takes the experts that the rollout took
     returns         policy, reference; the reference is None if no separate one is needed: with LoRA
                     it is the policy with the adapter that it began with (`Policy.reference`)
     """
@@ -70,11 +73,20 @@ def open_policies(
         dtype=policy_dtype,
     )
     policy = load_sharded(load_trained, device, dtype)
+    if replay_experts:
+        policy.expert_replay = expert_replay_of(policy)
     if reference and not train_towers:
         # frozen towers are equal, and whole on every rank: hold them once
         reference.thinker.model.visual = policy.thinker.model.visual
         reference.thinker.model.audio_tower = policy.thinker.model.audio_tower
     return policy, reference
+
+
+def expert_replay_of(policy):
+    if not policy.backbone.EXPERTS:
+        model_type = policy.thinker.config.model_type
+        raise UserError(f"--replay-experts: {model_type} has no experts")
+    return ExpertReplay(policy.backbone.routers(policy.thinker), policy.backbone.route)
 
 
 def choose_attention(attn, device, dtype):

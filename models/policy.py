@@ -9,7 +9,7 @@ P prompt tokens, L tokens of a packed row, M of them that predict a token of a c
 N completions, T completion tokens, D width.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.train_towers = train_towers
+        self.expert_replay = None  # an ExpertReplay with --replay-experts
         text = self.thinker.model.language_model
         text.set_attn_implementation("shared_prefix")
         last_layer = text.layers[-1]
@@ -117,13 +118,17 @@ class Policy(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
+    @contextmanager
     def reference(self):
         """A context in which a LoRA policy is the policy that its stage began with.    [U15]"""
-        if not self.has_adapter:
-            return nullcontext()
-        from models.adapters import reference_adapter  # here: PEFT takes a second to load
+        with ExitStack() as contexts:
+            if self.has_adapter:
+                from models.adapters import reference_adapter  # here: PEFT takes a second to load
 
-        return reference_adapter(self.model)
+                contexts.enter_context(reference_adapter(self.model))
+            if self.expert_replay:
+                contexts.enter_context(self.expert_replay.paused())
+            yield
 
     # ---- media
 
@@ -303,6 +308,8 @@ def _completion_logprobs(policy, prompts, completions, temperature):
             predictors.append(torch.arange(row, row + len(completion) - 1))
             row += len(ids)
         tails.append(prompt_tails)
+    if policy.expert_replay:
+        policy.expert_replay.impose(prompts, completions, policy.device)
     hidden, _ = policy.packed_forward(policy.embed(prompts), tails)
     hidden = hidden[torch.cat(predictors).to(policy.device)]  # (sum of T, D)
 

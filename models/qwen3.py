@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers import Qwen3OmniMoeProcessor as Processor  # noqa: F401
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
@@ -127,6 +128,27 @@ def inputs(processor, config, text, clip, name):
         use_audio_in_video=clip.use_audio,
     )
     return input_ids[0], position_ids[:, 0].clone(), media
+
+
+# ---- experts -----------------------------------------------------------------------------------
+
+
+def routers(thinker):
+    """The modules that choose experts, in the order of the layers."""
+    layers = thinker.model.language_model.layers
+    return [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")]
+
+
+def route(router, hidden, choose):
+    """A router's forward, transformers' own, with choose(indices) in the place of the likeliest experts."""
+    hidden = hidden.reshape(-1, router.hidden_dim)
+    logits = F.linear(hidden, router.weight)  # (tokens, experts)
+    probs = logits.softmax(-1, dtype=torch.float)
+    indices = choose(probs.topk(router.top_k, dim=-1).indices)
+    weights = probs.gather(-1, indices)
+    if router.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights.to(logits.dtype), indices
 
 
 # ---- towers ------------------------------------------------------------------------------------

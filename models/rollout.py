@@ -9,6 +9,7 @@ B prompts, at most G completions of each, P prompt tokens, T completion tokens, 
 rows: the batch that is decoded, a completion in each row.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Completion(NamedTuple):
     ids: torch.Tensor  # (T,) int64
     logprobs: torch.Tensor  # (T,) float32, nats, under the policy and temperature that sampled it
     truncated: bool  # whether max_new_tokens came before EOS
+    experts: torch.Tensor | None = None  # (T - 1, J, k) uint8, of each token that was read, if kept
 
 
 @out_of_memory_advice(
@@ -113,6 +115,10 @@ def _rollout(
     eos = torch.tensor(eos_ids, device=device)
     noise = draw_noise(num_completions, max_new_tokens, seeds).to(device)  # (B G + 1, T)
     samples = SampleBuffer(padding + 1, max_new_tokens, device)
+    replay = policy.expert_replay
+    if replay:
+        replay.release()
+        samples.make_room_for_experts(replay.num_layers, replay.num_chosen)
     num_alive = len(completion_index)
     count_alive = DelayedScalar()
     compact_below = COMPACT_BELOW_ON_GPU if completion_index.is_cuda else COMPACT_BELOW
@@ -128,14 +134,20 @@ def _rollout(
         first_position = next_positions.to(device)[prompt_index]  # (rows,)
 
         def decode_plainly(token, position):
-            """Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V)"""
-            outputs = policy.thinker.model.language_model(
-                inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
-                position_ids=position[None, :, None].expand(3, -1, 1),
-                use_cache=False,
-                shared=attention,
-            )
-            return float32_logits(policy.thinker.lm_head, outputs.last_hidden_state[:, -1])
+            """
+            Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V), and with
+            --replay-experts the experts that it took.
+            """
+            with replay.recording() if replay else nullcontext() as chosen:
+                outputs = policy.thinker.model.language_model(
+                    inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
+                    position_ids=position[None, :, None].expand(3, -1, 1),
+                    use_cache=False,
+                    shared=attention,
+                )
+            experts = torch.stack(chosen, dim=1).byte() if replay else None  # (rows, J, k)
+            logits = float32_logits(policy.thinker.lm_head, outputs.last_hidden_state[:, -1])
+            return logits, experts
 
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[completion_index, step])
@@ -164,8 +176,13 @@ def _rollout(
                 decode = decode_plainly  # the tensors are new; this call also warms up a recording
             elif decode is decode_plainly:
                 decode = capture(decode_plainly, inputs)
-            logits = decode(*inputs)
-    return samples.completions(num_completions)
+            logits, experts = decode(*inputs)
+            if replay:
+                samples.experts[completion_index, step] = experts
+    completions = samples.completions(num_completions)
+    if replay:
+        replay.remember(prompts, completions)
+    return completions
 
 
 def assign_rows(clip_groups, num_completions):
@@ -214,6 +231,11 @@ class SampleBuffer:
         self.logprobs = torch.zeros(num_slots, max_new_tokens, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.ended = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.experts = None  # (num_slots, T, J, k) uint8 with --replay-experts, else None
+
+    def make_room_for_experts(self, num_layers, num_chosen):
+        shape = (*self.ids.shape, num_layers, num_chosen)
+        self.experts = torch.zeros(shape, dtype=torch.uint8, device=self.ids.device)
 
     def write(self, index, step, token, logprob, ended):
         """One token for each of the slots `index`; all arguments but step (rows,)."""
@@ -229,13 +251,17 @@ class SampleBuffer:
         logprobs = self.logprobs.cpu()
         lengths = self.lengths.tolist()
         ended = self.ended.tolist()
+        experts = None if self.experts is None else self.experts.cpu()
         groups = []
         for b, count in enumerate(num_completions):
             group = []
             for i in range(b * group_size, b * group_size + count):
                 length = lengths[i]
                 completion = Completion(
-                    ids[i, :length].clone(), logprobs[i, :length].clone(), truncated=not ended[i]
+                    ids[i, :length].clone(),
+                    logprobs[i, :length].clone(),
+                    truncated=not ended[i],
+                    experts=None if experts is None else experts[i, : length - 1].clone(),
                 )
                 group.append(completion)
             groups.append(group)

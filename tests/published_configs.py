@@ -76,7 +76,9 @@ QWEN25_3B = dict(
         max_position_embeddings=32768,
         rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[16, 24, 24]),
     ),
-    vision_config=dict(out_hidden_size=2048),
+    vision_config=dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048
+    ),
     audio_config=dict(output_dim=2048),
 )
 

@@ -28,9 +28,10 @@ from data.clips import BadRow, Clip
 from data.rows import Rows, normalize_row
 from models import qwen, qwen3
 from models.inputs import InputBuilder, positions_after
-from models.loading import load_policy, wrap_policy
+from models.loading import load_policy, open_policies, wrap_policy
 from models.policy import completion_logprobs
 from models.rollout import Completion, rollout
+from models.sharding import cast_params
 from run.errors import UserError
 
 
@@ -163,8 +164,9 @@ def test_the_3b_configuration_builds():
     with torch.device("meta"):
         thinker = qwen.Thinker(qwen.Thinker.config_class(**published_configs.QWEN25_3B))
         policy = wrap_policy(thinker, lora_rank=16, train_towers=True)
-    text = thinker.model.language_model
-    assert sum(p.numel() for n, p in text.named_parameters() if "lora" not in n) == 3_085_938_688
+    weights = {n: p.numel() for n, p in thinker.named_parameters() if "lora" not in n}
+    assert sum(n for name, n in weights.items() if "language_model" in name) == 3_085_938_688
+    assert round(sum(weights.values()) / 1e9, 1) == 4.7
     assert policy.backbone is qwen
 
 
@@ -326,6 +328,69 @@ def test_a_shared_clip_is_encoded_once(tiny):
     assert len(calls) == 1 and first.media["video"].shape[1] == 3 * 128
 
 
+def test_the_update_takes_the_experts_of_the_rollout(tiny):
+    """
+    In bfloat16 the choice differs for some tokens, and their log-probs with it; with --replay-experts for
+    none. Prompts, other completions and the reference policy choose freely.
+    """
+    policy = open_policies(
+        tiny / "model",
+        device=torch.device("cpu"),
+        dtype="float32",
+        attn="auto",
+        lora_rank=0,
+        train_towers=False,
+        with_reference=False,
+        replay_experts=True,
+    )[0]
+    cast_params(policy.parameters(), torch.bfloat16)
+    rows = Rows(tiny / "stage2" / "train.jsonl")
+    build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+    prompts = [build(rows[i]) for i in range(4)]
+    groups = rollout(
+        policy,
+        prompts,
+        [8] * 4,
+        temperature=1.0,
+        max_new_tokens=24,
+        eos_ids=[-1],
+        seeds=range(4),
+    )
+    replay = policy.expert_replay
+    assert groups[0][0].experts.shape == (23, 4, 2)
+    ids = [[c.ids for c in group] for group in groups]
+    recorded = torch.stack([c.logprobs for group in groups for c in group])
+
+    def gap():
+        with replay.recording() as chosen, torch.no_grad():
+            logprobs, _, _ = completion_logprobs(policy, prompts, ids, 1.0)
+        taken = torch.stack([layer[-4 * 8 * 23 :] for layer in chosen], dim=1)
+        rolled_out = torch.cat([c.experts for group in groups for c in group])
+        same = (taken.sort(-1)[0] == rolled_out.sort(-1)[0]).all(-1)
+        return (logprobs - recorded).abs(), same
+
+    replayed, same = gap()
+    assert same.all()
+    with policy.reference():
+        free, same = gap()
+    assert not same.all() and replayed.max() < free.max()
+    # a completion that was not rolled out
+    ids[0][0] = ids[0][0].flip(0)
+    replay.impose(prompts, ids, "cpu")
+    assert (replay.imposed[:23] == -1).all() and (replay.imposed[23:] >= 0).all()
+    replay.impose(prompts, [[torch.tensor([5])]] * 4, "cpu")  # read, but never by the rollout
+    assert (replay.imposed == -1).all()
+
+
+def test_a_router_chooses_as_transformers_own(tiny):
+    thinker = qwen3.Thinker.from_pretrained(tiny / "model", dtype=torch.float32)
+    hidden = torch.randn(7, 128)
+    for router in qwen3.routers(thinker):
+        expected = router(hidden)
+        ours = qwen3.route(router, hidden, lambda indices: indices)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
 def test_what_trains(tiny):
     """With an adapter attention alone, experts by a flag, the router never; else all of the text model."""
 
@@ -376,6 +441,8 @@ def test_stage_0_killed_and_resumed(tiny, tmp_path):
 def test_every_stage_with_replay_killed_and_resumed(tiny, tmp_path, stage, algo):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     more = "--save-every", 1, "--keep", 9, "--prompts-per-step", 2 if stage == 2 else 4
+    if stage == 1:
+        more += ("--replay-experts",)
     launch(*rl_flags(tiny, stage, straight, *more, "--algo", algo))
     metrics = read_metrics(straight)
     assert [m["step"] for m in metrics] == [1, 2, 3]
@@ -398,11 +465,10 @@ def test_lora_on_experts_and_towers_then_evaluation(tiny, tmp_path):
     where = "--model", final, "--data", tiny / "stage2" / "test.jsonl"
     printed = launch("eval.py", *where, "--out", tmp_path / "scores", "--max-new-tokens", 16)
     assert "sound heard in 8 of 8 videos" in printed
-    launch(*rl_flags(tiny, 2, tmp_path / "next", "--model", final, *lora, "--steps", 1))
-    merged = load_policy(tmp_path / "next" / "base", 0, False).thinker
-    folded = load_policy(final, 0, False).thinker
-    for (name, a), b in zip(merged.named_parameters(), folded.parameters()):
-        assert torch.equal(a, b), name
+    more = "--model", final, "--train-towers", "--steps", 1
+    launch(*rl_flags(tiny, 2, tmp_path / "next", *lora, *more))
+    config = json.loads((tmp_path / "next" / "final" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == targets  # the adapter is trained on
 
 
 def test_two_processes_are_one(tiny, tmp_path):
