@@ -196,6 +196,7 @@ def rows(args):
     out = Path(args.out)
     check_out(out, args.force, args.held_out > 0)
     files = [Path(file) for file in args.files]
+    # ---- what a record may become
     context = converters.Context(
         media=args.media or files[0].parent,
         use_audio=SOUND[args.use_audio],
@@ -204,10 +205,13 @@ def rows(args):
         columns=args.columns,
     )
     conversion = Conversion(out, context, form=None if args.form == "auto" else args.form)
+    # where media lie is no matter here: the report says if they lie outside OUT's folder
     media_config = media_config_from(args)._replace(allow_outside=True)
     held = {}
     if args.exclude_benchmarks:
         held = fingerprints_of_benchmarks(args.exclude_benchmarks)
+
+    # ---- records -> rows, then which of them stay; nothing is written if too much is broken
     try:
         conversion.read(files, args.allow_missing, held)
         if args.check_media:
@@ -226,6 +230,7 @@ def rows(args):
         conversion.held_out_path.unlink()  # its rows are now in OUT
         print(f"removed {conversion.held_out_path}: its rows are in {out} now")
 
+    # ---- what became of every record
     report = conversion.as_dict()
     report_path = out.with_name(f"{out.stem}.report.json")
     write_text(report_path, json.dumps(report, indent=1, ensure_ascii=False))
@@ -304,7 +309,7 @@ def print_report(report, out):
     for name, count, more in lines:
         print(f"{name:{width}} {count:9}  {more}".rstrip())
     for warning in report["warnings"]:
-        print(f"look: {warning}")
+        print(f"warning: {warning}")
 
 
 # ---- check -------------------------------------------------------------------------------------

@@ -153,8 +153,10 @@ class Conversion:
                     continue
                 row = {key: value for key, value in row.items() if value not in (None, [], "")}
 
-                clip = digest(*clip_of(row)[:-2])
-                same = digest(clip, row["question"], row["answer"])
+                # rows about parts of a clip, or about it without its sound, are held out together
+                *files_of_clip, use_audio, _, _ = clip_of(row)
+                clip = digest(*files_of_clip)
+                same = digest(clip, use_audio, row["question"], row["answer"])
                 if same in rows_so_far:
                     self.report.drop("the same question about the same clip", row["prompt_id"])
                     continue
@@ -176,7 +178,7 @@ class Conversion:
         self.clips.append(clip)
         self.ranks.append(digest(self.context.seed, row["prompt_id"]))
         answer = row["answer"].casefold()
-        if row["answer_type"] == "choice":
+        if row["answer_type"] == "choice":  # the place of the right option is what may be one-sided
             answer = correct_letter({"options": None, **row})
         self.answers.append(digest(row["answer_type"], answer))
         self.types.append(ANSWER_TYPES.index(row["answer_type"]))
@@ -280,6 +282,7 @@ class Conversion:
         types, answers = np.array(self.types), np.array(self.answers)
         for answer_type, (common, count, total) in self._common_answers().items():
             num_others = total - count
+            # allowed / (allowed + num_others) <= max_share
             allowed = int(max_share * num_others / (1 - max_share)) if max_share < 1 else count
             if not num_others or count <= allowed:
                 continue
@@ -299,6 +302,7 @@ class Conversion:
 
     def hold_out(self, num_rows):
         """About num_rows rows are set apart, all rows of a clip together."""
+        # by a digest of the clip and not by its place: the same clips whatever else is in the files
         clips = np.array(self.clips)
         sizes = Counter(clips[self.kept].tolist())
         apart, total = set(), 0
@@ -339,6 +343,7 @@ class Conversion:
                 if not self.kept[i]:
                     continue
                 row = json.loads(line)
+                # the media were decoded: "auto" is decided
                 if row.get("use_audio") == "auto" and self.has_sound is not None:
                     row["use_audio"] = bool(self.has_sound[i])
                     self.num_silent += not row["use_audio"]

@@ -187,6 +187,7 @@ def ave(record, context):
     clip, label, begin = record["VideoID"], record["Category"], int(record["StartTime"])
     row = dict(prompt_id=f"ave-{clip}-{label}-{begin}", video=f"{clip}.mp4", use_audio=True)
     rng = context.rng(row["prompt_id"])
+    # with two events, "what is seen and heard?" would have two right answers
     has_two_events = len(context.labels_of_clip.get(clip, {label})) > 1
     if rng.integers(2) or has_two_events:
         question = WHEN[rng.integers(len(WHEN))].format(label.lower())
@@ -284,6 +285,7 @@ def where_row(name, masks_of_frames, frames, audio, context):
 
     masks_of_frames   for each frame {thing: (H, W) bool}
     """
+    # a thing may reach over several thirds: each with at least a third of its pixels is an answer
     pixels = {}  # thing -> (3,) its pixels in the left, middle and right third, over all frames
     for masks in masks_of_frames:
         for thing, mask in masks.items():
@@ -453,6 +455,7 @@ def chat(record, context):
     reward_model = record.get("reward_model")  # verl's
     if not isinstance(reward_model, dict):
         reward_model = {}
+    # a column of answers goes before the assistant's turn, which may be a worked solution
     for value in (record.get("solution"), record.get("answer"), reward_model.get("ground_truth")):
         if value is not None:
             answer = str(value)
@@ -503,6 +506,7 @@ def ours(record, context):
     if isinstance(row.get("use_audio"), str):
         row["use_audio"] = _boolean_in_cell(row["use_audio"])
 
+    # a row with an answer_type is taken as it is: it has been prepared before
     if "answer_type" not in row:
         options = row.get("options")
         if isinstance(row["answer"], list):

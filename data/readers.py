@@ -126,6 +126,7 @@ def _array_records(file, name):
 
 def _object_records(file, name, unwrap):
     """JSON lines; a file that is one object is one record, or the list of records that it holds."""
+    # one object over many lines, or one object a line? the first line alone decides
     first_line = file.readline()
     second_line = file.readline()
     file.seek(0)
@@ -184,6 +185,7 @@ def _table_records(file, name):
         yield BadRow(f"{name} is empty, or begins with an empty line")
         return
     separator = _separator_of(line)
+    # AVE's labels hold quotes and commas as they are
     quoting = csv.QUOTE_NONE if separator == "&" else csv.QUOTE_MINIMAL
     first = next(csv.reader([line], delimiter=separator, quoting=quoting), [])
     first = [cell.strip() for cell in first]

@@ -133,6 +133,7 @@ class Rows:
     def indices(self, id_hashes):
         """(n,) int64, hashes of ids -> (n,) int64, the rows that have them; -1 where none has."""
         places = np.searchsorted(self.id_hashes, id_hashes, sorter=self.by_hash)
+        # beyond the last: any row will do, it is another one
         indices = self.by_hash[np.minimum(places, len(self) - 1)]
         return np.where(self.id_hashes[indices] == id_hashes, indices, -1)
 
@@ -199,6 +200,7 @@ def normalize_row(row, needs_answer=True):
     answer_type = str(row.get("answer_type"))
     if answer_type not in INSTRUCTIONS:
         raise BadRow(f"{name}: answer_type {answer_type:.40}: one of {', '.join(INSTRUCTIONS)}")
+    # the answer is read with the options: it may be one of them, or its number
     row["options"] = _read_options(row.get("options"), name)
     if needs_answer or row.get("answer") is not None:
         row["answer"] = _read_answer(row.get("answer"), answer_type, row["options"], name)
@@ -250,6 +252,7 @@ def without_tags(text):
 
 
 def _check_characters(row, name):
+    # an emoji cut in half is JSON, but no UTF-8: tokenizers fail on it
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -714,6 +714,21 @@ def test_held_out_by_clip_limit_and_the_same_bytes(tmp_path, media):  # noqa: F8
     )
 
 
+def test_a_clip_is_held_out_with_its_sound_and_without(tmp_path, media):  # noqa: F811
+    records = []
+    for i in range(8):
+        media(tmp_path / f"{i}.mp4", "film")
+        for use_audio in (True, False, "auto"):
+            question = f"Is it {use_audio}?"
+            row = dict(prompt_id=f"{i}-{use_audio}", question=question, answer="yes")
+            row |= dict(answer_type="yesno", video=f"{i}.mp4", use_audio=use_audio)
+            records.append(row)
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    convert(tmp_path, "in.json", "--held-out", 6)
+    held = {row["video"] for row in rows_in(tmp_path, "rows.held-out.jsonl")}
+    assert len(held) == 2 and not held & {row["video"] for row in rows_in(tmp_path)}
+
+
 def test_what_a_benchmark_holds_is_dropped(tmp_path, media):  # noqa: F811
     many_rows(tmp_path, media)
     item = dict(Question="question 9?", Choice=["A. x", "B. y"], Answer="A", video_id="3")
