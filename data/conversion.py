@@ -153,10 +153,10 @@ class Conversion:
                     continue
                 row = {key: value for key, value in row.items() if value not in (None, [], "")}
 
-                # rows about parts of a clip, or about it without its sound, are held out together
-                *files_of_clip, use_audio, _, _ = clip_of(row)
+                # rows about parts of a file, or about it without its sound, are held out together
+                *files_of_clip, _, _, _ = clip_of(row)
                 clip = digest(*files_of_clip)
-                same = digest(clip, use_audio, row["question"], row["answer"])
+                same = digest(*clip_of(row), row["question"], row["answer"])
                 if same in rows_so_far:
                     self.report.drop("the same question about the same clip", row["prompt_id"])
                     continue

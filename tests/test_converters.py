@@ -722,9 +722,10 @@ def test_a_clip_is_held_out_with_its_sound_and_without(tmp_path, media):  # noqa
             question = f"Is it {use_audio}?"
             row = dict(prompt_id=f"{i}-{use_audio}", question=question, answer="yes")
             row |= dict(answer_type="yesno", video=f"{i}.mp4", use_audio=use_audio)
-            records.append(row)
+            records += [row, row | dict(prompt_id=f"{i}-{use_audio}-start", end=0.5)]
     (tmp_path / "in.json").write_text(json.dumps(records))
-    convert(tmp_path, "in.json", "--held-out", 6)
+    convert(tmp_path, "in.json", "--held-out", 12)
+    assert report_of(tmp_path)["dropped"] == {}  # another span is another clip
     held = {row["video"] for row in rows_in(tmp_path, "rows.held-out.jsonl")}
     assert len(held) == 2 and not held & {row["video"] for row in rows_in(tmp_path)}
 
