@@ -36,6 +36,7 @@ from run.launch import run_main
 
 # accuracy, of the power calculation: the differences that are claimed are about so large
 EFFECT = 0.02
+MIN_SEEDS_FOR_POWER = 5
 BUSY_MACHINE = ["control"]  # run beside other work: their seconds say nothing
 
 TITLES = {
@@ -202,6 +203,9 @@ def difference_numbers(name, result):
             if not values:
                 continue
             mean, low, high = t_interval(values)
+            needed = None  # from fewer seeds the spread itself is hardly known
+            if len(values) >= MIN_SEEDS_FOR_POWER:
+                needed = seeds_needed(values, EFFECT)
             differences.append(
                 {
                     "label": label,
@@ -211,7 +215,7 @@ def difference_numbers(name, result):
                     "difference": mean,
                     "low": or_none(low),
                     "high": or_none(high),
-                    "seeds_needed": seeds_needed(values, EFFECT) if len(values) > 1 else None,
+                    "seeds_needed": needed,
                 }
             )
     return differences
