@@ -30,6 +30,8 @@ def capture(decode, inputs):
             # thread_local: other threads may use the GPU meanwhile (clips read ahead, NCCL)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = decode(*graph_inputs)
+    except torch.OutOfMemoryError:
+        return decode  # no room for this one; after the next growth or removal of rows there may be
     except RuntimeError as error:
         _capture_errors.append(error)
         warnings.warn(f"no CUDA graph, so decoding is slower: {error}", stacklevel=2)

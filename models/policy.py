@@ -14,6 +14,7 @@ from types import MethodType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
@@ -68,6 +69,9 @@ class Policy(nn.Module):
         text.set_attn_implementation("shared_prefix")
         last_layer = text.layers[-1]
         last_layer.forward = MethodType(last_layer_predicting_only, last_layer)
+        for module in text.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(rms_norm, module)
         for tower in self.towers:
             use_products(tower)
 
@@ -244,6 +248,13 @@ class Policy(nn.Module):
             **kwargs,
         )
         return outputs.last_hidden_state[0], attention
+
+
+def rms_norm(norm, x):
+    """Forward of transformers' RMSNorm: on a GPU in one kernel instead of seven, rounded once."""
+    if not x.is_cuda:
+        return type(norm).forward(norm, x)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def last_layer_predicting_only(layer, hidden, **kwargs):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models import fused_decode
 from models.attention import DecodeAttention
 from models.clip_prefix import continue_prefix
 from models.graphs import DelayedScalar, capture
@@ -133,21 +134,32 @@ def _rollout(
         next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
         first_position = next_positions.to(device)[prompt_index]  # (rows,)
 
+        fused = None
+        if completion_index.is_cuda and fused_decode.is_supported(policy):
+            fused = fused_decode.FusedDecoder(policy)
+
         def decode_plainly(token, position):
             """
             Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V), and with
             --replay-experts the experts that it took.
             """
-            with replay.recording() if replay else nullcontext() as chosen:
-                outputs = policy.thinker.model.language_model(
-                    inputs_embeds=policy.thinker.get_input_embeddings()(token[:, None]),
-                    position_ids=position[None, :, None].expand(3, -1, 1),
-                    use_cache=False,
-                    shared=attention,
-                )
-            experts = torch.stack(chosen, dim=1).byte() if replay else None  # (rows, J, k)
-            logits = float32_logits(policy.thinker.lm_head, outputs.last_hidden_state[:, -1])
-            return logits, experts
+            embeds = policy.thinker.get_input_embeddings()(token[:, None])
+            position_ids = position[None, :, None].expand(3, -1, 1)
+            experts = None
+            if fused is not None:
+                hidden = fused(embeds, position_ids, attention)
+            else:
+                with replay.recording() if replay else nullcontext() as chosen:
+                    outputs = policy.thinker.model.language_model(
+                        inputs_embeds=embeds,
+                        position_ids=position_ids,
+                        use_cache=False,
+                        shared=attention,
+                    )
+                hidden = outputs.last_hidden_state[:, -1]
+                if replay:
+                    experts = torch.stack(chosen, dim=1).byte()  # (rows, J, k)
+            return float32_logits(policy.thinker.lm_head, hidden), experts
 
         for step in range(max_new_tokens):
             token, logprob = sample(logits, temperature, noise[completion_index, step])

@@ -109,6 +109,7 @@ def operation(func, args, kwargs):
         aten.mm.dtype: mm_to,
         FLASH: flash,
         FLASH_BACKWARD: flash_backward,
+        aten._fused_rms_norm_backward.default: rms_norm_backward,
     }
     kernel = imitated.get(func, func)
     Graph.waits += there and func in WAITS
@@ -149,6 +150,15 @@ def mm_to(a, b, dtype):
     """mm with another dtype of the result, which the CPU lacks."""
     assert a.dtype == b.dtype != dtype
     return a.to(dtype) @ b.to(dtype)
+
+
+def rms_norm_backward(grad, x, shape, rstd, weight, mask):
+    """Gradients of x and weight of y = x rstd weight, rstd = (mean of x^2 + eps)^-1/2, over one axis."""
+    assert len(shape) == 1
+    scaled = grad * weight
+    grad_x = rstd * scaled - x * rstd**3 * (scaled * x).mean(-1, keepdim=True)
+    grad_weight = (grad * x * rstd).flatten(0, -2).sum(0)
+    return grad_x if mask[0] else None, grad_weight if mask[1] else None
 
 
 def flash(

@@ -12,7 +12,7 @@ import torch
 from conftest import assert_same_values, launch, random_completions, toy_prompts
 from pretended_gpu import GPU, Graph, capture, on_gpu, pretended_gpu
 
-from models import attention, loading, sharding
+from models import attention, fused_decode, graphs, loading, sharding
 from models.loading import load_policy
 from models.policy import completion_logprobs
 from models.rollout import rollout
@@ -154,6 +154,80 @@ def test_in_bfloat16_the_log_probs_of_the_rollout_are_the_recomputed_ones(setup)
     recorded = torch.cat([c.logprobs for group in rolled for c in group])
     gap = (recomputed - recorded).abs()
     assert gap.max() < 0.15 and gap.mean() < 0.02, gap
+
+
+def kernels_of_a_token(policy, prompts, build, monkeypatch):
+    """How many kernels the CUDA graph of a decoded token has."""
+    captured = []
+    begin = Graph.__init__
+    monkeypatch.setattr(Graph, "__init__", lambda self: begin(self) or captured.append(self))
+    with pretended_gpu(), torch.no_grad():
+        rollout(
+            copy.deepcopy(policy).to(GPU),
+            prompts,
+            [2, 2, 2],
+            temperature=1.0,
+            max_new_tokens=6,
+            eos_ids=build.eos_ids,
+            seeds=[1, 2, 3],
+        )
+    return len(captured[0].kernels)
+
+
+@pytest.mark.parametrize("lora_rank, most", [(0, 700), (4, 1000)])
+def test_a_token_of_28_layers_is_few_kernels(toy_dir, setup, monkeypatch, lora_rank, most):
+    """In bfloat16, counted at 4 and 3 layers: every layer has as many."""
+    _, prompts, build = setup
+    policy = load_policy(str(toy_dir / "model"), lora_rank, train_towers=False)
+    prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
+    policy.requires_grad_(False)
+    sharding.cast_frozen(policy, torch.bfloat16)
+    four = kernels_of_a_token(policy, prompts, build, monkeypatch)
+    layers = policy.thinker.model.language_model.layers
+    policy.thinker.model.language_model.layers = layers[:3]
+    policy.thinker.config.text_config.num_hidden_layers = 3
+    three = kernels_of_a_token(policy, prompts, build, monkeypatch)
+    assert four + 24 * (four - three) < most
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_fused_token_is_that_of_the_layers(toy_dir, setup, monkeypatch, lora_rank):
+    """With an adapter that changes much, and without: log-probs of the rollout are the recomputed ones."""
+    _, prompts, build = setup
+    policy = load_policy(str(toy_dir / "model"), lora_rank, train_towers=False)
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prompts = [p._replace(media=m) for p, m in zip(prompts, policy.encode(prompts))]
+    sampling = dict(temperature=1.0, max_new_tokens=30, eos_ids=build.eos_ids, seeds=[1, 2, 3])
+    expected = rollout(policy, prompts, [3, 1, 2], **sampling)
+    calls = []
+    fused = fused_decode.FusedDecoder.__call__
+    monkeypatch.setattr(
+        fused_decode.FusedDecoder, "__call__", lambda *x: calls.append(1) or fused(*x)
+    )
+    with pretended_gpu():
+        rolled = rollout(copy.deepcopy(policy).to(GPU), prompts, [3, 1, 2], **sampling)
+    assert calls
+    for group, expected_group in zip(rolled, expected, strict=True):
+        for one, two in zip(group, expected_group, strict=True):
+            assert one.ids.tolist() == two.ids.tolist()
+            assert_same_values(one.logprobs, two.logprobs)
+
+
+def test_no_memory_for_a_graph_is_not_no_graphs_for_ever(monkeypatch):
+    def full(graph, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pretended_gpu():
+        x = torch.ones(2, device="cuda")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "graph", full)
+            plain = graphs.capture(lambda y: y + 1, (x,))
+            assert plain(x).tolist() == [2, 2] and not graphs._capture_errors
+        assert graphs.capture(lambda y: y + 1, (x,))(x).tolist() == [2, 2]
+    assert Graph.made == 1
 
 
 def test_training_on_a_gpu_is_training_on_a_cpu(toy_dir, tmp_path):
