@@ -13,7 +13,7 @@ import sys
 from conftest import ROOT
 from spawned import start
 
-FLAGS = "--stage 2 --steps 4 --save-every 2 --eval-every 0 --prompts-per-step 4 --max-new-tokens 40"
+FLAGS = "--stage 2 --steps 3 --save-every 2 --eval-every 0 --prompts-per-step 4 --max-new-tokens 40"
 
 
 def command(toy_dir, out, *more):
