@@ -179,7 +179,7 @@ def print_survival(trained, dtype):
         return
     print(f"weights in {name}: {share:.1%} of what was learnt survives, with noise of {noise:.1%}")
     if share < ENOUGH_SURVIVES:
-        print("the update is too small for this format: --dtype float32 keeps all of it")
+        print("--dtype float32 keeps all of what was learnt")
 
 
 # ---- files of weights --------------------------------------------------------------------------

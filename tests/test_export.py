@@ -163,7 +163,11 @@ def test_a_merged_thinker(trained, prompt, toy_dir, tmp_path):
 
     # and our own commands take the folder
     clip = toy_dir / "stage2" / "clips" / "test-00000.mp4"
-    assert "answer" in launch("ask.py", clip, "What?", "--model", out, "--max-new-tokens", 8)
+    replies = []
+    for model in (out, trained / "run"):  # of the run, the adapter stays beside its base
+        words = (clip, "What?", "--model", model, "--max-new-tokens", 8, "--json")
+        replies.append(json.loads(launch("ask.py", *words))["completion"])
+    assert replies[0] == replies[1]
 
 
 def test_a_run_that_trains_all_weights(toy_dir, tmp_path):
