@@ -2,7 +2,7 @@
 The default run over several seeds: the numbers of docs/expected.md.
 
     for S in 0 1 2 3 4; do python train_rl.py --stage 2 --seed $S --out runs/default-$S; done
-    python -m experiments.expected runs/default-0 runs/default-1 ...    # -> results/default.json
+    python -m experiments.expected runs/default-0 runs/default-1 ...    # -> docs/expected.json
     python -m experiments.expected                                      # prints the table
 """
 
@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-RESULT = Path(__file__).parent / "results" / "default.json"
+RESULT = Path(__file__).parent.parent / "docs" / "expected.json"
 COMMAND = "python train_rl.py --stage 2 --seed S"
 METRICS = (
     "reward rewards/acc rewards/format frac_reward_zero_std completions/mean_length "
@@ -46,6 +46,10 @@ def round_(value):
     return None if value is None else float(f"{value:.4g}")
 
 
+def number(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def table(result):
     """Rows of the page: least and greatest over the runs of the mean over each window of steps."""
     heads = [f"steps {first} to {last}" for first, last in WINDOWS]
@@ -59,7 +63,7 @@ def table(result):
                 values = [value for value in values[first - 1 : last] if value is not None]
                 if values:
                     means.append(sum(values) / len(values))
-            cells.append(f"{min(means):.3g} – {max(means):.3g}" if means else "–")
+            cells.append(f"{number(min(means))} – {number(max(means))}" if means else "–")
         yield f"| `{name}` | {' | '.join(cells)} |"
 
 

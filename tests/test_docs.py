@@ -23,6 +23,7 @@ from conftest import ROOT, launch
 import rewards
 import toy
 from data import converters
+from experiments import expected
 from models import inputs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -192,9 +193,7 @@ def test_own_reward_part(toy_dir, tmp_path, monkeypatch):
 def test_own_data_format(workplace, monkeypatch):
     (example,) = examples("A data format")
     monkeypatch.setattr(converters, "FORMATS", dict(converters.FORMATS))
-    names = vars(converters) | {"FORMATS": converters.FORMATS}
-    names.setdefault("Format", lambda keys, convert: (keys, convert))
-    exec(example, names)
+    exec(example, vars(converters) | {"FORMATS": converters.FORMATS})
     record = {"clip": "clips/test-00000.mp4", "ask": "Which?", "right": "a", "distractors": ["b"]}
     (workplace / "quiz.json").write_text(json.dumps([record]))
     launch("prepare.py", "rows", "quiz.json", "--stage", 2, "--out", "made.jsonl")
@@ -259,6 +258,11 @@ def test_hyper_parameters_that_are_constants():
         if place and name != "tiers Hard/Medium/Easy, percent":
             module = importlib.import_module(place[1].replace("/", "."))
             assert float(ours) == getattr(module, place[2]), name
+
+
+def test_expected_numbers_are_those_of_the_runs():
+    lines = expected.table(json.loads(expected.RESULT.read_text()))
+    assert "\n".join(lines) in (ROOT / "docs" / "expected.md").read_text()
 
 
 # ---- words
