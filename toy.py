@@ -9,7 +9,7 @@ one at 2.1 M parameters and is loaded by the same `from_pretrained` (models/toy_
 
     python toy.py                  # write toy/model and the rows and clips of every stage
     python toy.py --out DIR --random-init --stages 0 --num-train 8000    # to rebuild stage 0 ...
-    python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see docs/results.md
+    python train_sft.py --model DIR/model --data DIR/stage0/train.jsonl ...   # ... see experiments/results/notes.md
     python toy.py --backbone ola --out DIR         # a tiny Ola, with random weights: stage 0 first
     python toy.py --backbone qwen3 --out DIR       # a tiny Qwen3-Omni, likewise
 """

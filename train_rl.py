@@ -602,8 +602,11 @@ def main():
         guard.stop_if_collapsed(report)
         guard.warn_if_idle(report, steps.tell)
         save_and_maybe_stop(
-            step, num_steps, args.save_every, lambda: save(step, state_without_buffer())
-        )  # noqa: B023
+            step,
+            num_steps,
+            args.save_every,
+            lambda: save(step, state_without_buffer()),  # noqa: B023  called within this step
+        )
 
     # ---- the end
     save_model(policy, out / "final", builder.processor)
