@@ -321,15 +321,15 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     (tmp_path / "torn" / "records.jsonl").write_text('{"file": \n')
     (tmp_path / "torn" / "config.json").write_text("{")
     for more, said in (
-        (("--baseline", tmp_path / "nowhere"), "--baseline: no records in"),
-        (("--table", tmp_path / "nowhere"), "--table: no records in"),
-        (("--baseline", tmp_path / "torn"), "a line of its records is not JSON"),
-        (("--model", tmp_path / "torn"), "config.json: not JSON"),
-        (("--out", ""), "--out is empty"),
-        (("--benchmark", "tomato", "--root", tmp_path), "no data/*.json in"),
+        (("--baseline", tmp_path / "nowhere"), "--baseline"),
+        (("--table", tmp_path / "nowhere"), "--table"),
+        (("--baseline", tmp_path / "torn"), "torn"),
+        (("--model", tmp_path / "torn"), "torn/config.json"),
+        (("--out", ""), "--out"),
+        (("--benchmark", "tomato", "--root", tmp_path), "data/*.json"),
         (("--template", tmp_path / "no.txt"), "no.txt"),
-        (("--template", words), "no {question} in"),
-        (("--template", toy_dir / "model" / "model.safetensors"), "is not UTF-8"),
+        (("--template", words), "{question}"),
+        (("--template", toy_dir / "model" / "model.safetensors"), "UTF-8"),
     ):
         printed = launch(*flags, *more, code=1)
         assert "Traceback" not in printed and said in printed.strip().splitlines()[-1]
