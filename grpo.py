@@ -135,6 +135,8 @@ def grpo_loss(
             ratio_max=torch.where(mask, ratio, 0.0).amax(1),
             log_ratio=log_ratio.sum(1),  # of the whole completion
             logprob_gap_max=log_ratio.abs().amax(1),
+            logprob_gap_mean=log_ratio.abs().sum(1) / num_tokens,
+            moved=d.abs().sum(1) / num_tokens,  # from the reference; 0 without one
             ratio_sum=effective_ratio.sum(1),
             ratio_square_sum=(effective_ratio**2).sum(1),
             # how hard each term pulls: sums of the factors of grad log pi

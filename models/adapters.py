@@ -207,14 +207,16 @@ def lora_forward(layer, x):
     """
     base = layer.base_layer
     adapter = layer.switch.adapter
-    if adapter is None:
-        return base(x)
     rows = x.flatten(0, -2)  # (n, D)
-    # the weights are float32, unless FSDP has cast them already
-    a = layer.lora_A[adapter].weight.to(x.dtype)  # (r, D)
-    b = layer.lora_B[adapter].weight.to(x.dtype)  # (D_out, r)
-    small = rows @ a.T @ b.T
-    out = torch.addmm(small, rows, base.weight.T, beta=layer.scaling[adapter])
+    if adapter is None:
+        # not base(x), which would add the bias before rounding: an adapter that is 0 has no KL
+        out = rows @ base.weight.T
+    else:
+        # the weights are float32, unless FSDP has cast them already
+        a = layer.lora_A[adapter].weight.to(x.dtype)  # (r, D)
+        b = layer.lora_B[adapter].weight.to(x.dtype)  # (D_out, r)
+        small = rows @ a.T @ b.T
+        out = torch.addmm(small, rows, base.weight.T, beta=layer.scaling[adapter])
     # Not added to `small`: beside a bias of 100, bfloat16 has no room for it.
     if base.bias is not None:
         out = out + base.bias

@@ -33,6 +33,8 @@ METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
     "entropy": "mean over the update's fresh completions (if none: replayed) of mean_t entropy, nats",
     "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
     "logprob_gap": "max over fresh tokens of abs(log-prob in the rollout - recomputed), nats; null: none",
+    "moved": "mean over fresh tokens of abs(log pi - log ref), nats; 0 without a reference",
+    "moved_by_rounding": "mean over fresh tokens of abs(log-prob in the rollout - recomputed), nats",
     "off/ratio_mean": "mean over replayed completions of prod_t r_t; 1 without replay [RATIO]",
     "off/ratio_max": "max over replayed tokens of r_t; 1 without replay",
     "off/clip_frac": "clip_frac over replayed completions",
@@ -147,6 +149,8 @@ def step_metrics(update, eos_ids):
         "entropy": info["entropy"][fresh if fresh.any() else off].mean().item(),
         "clip_frac": info["clip_frac"].mean().item(),
         "logprob_gap": info["logprob_gap_max"][fresh].max().item() if fresh.any() else math.nan,
+        "moved": mean_over_tokens("moved", info, fresh),
+        "moved_by_rounding": mean_over_tokens("logprob_gap_mean", info, fresh),
         "off/ratio_mean": 1.0,
         "off/ratio_max": 1.0,
         "off/clip_frac": 0.0,
@@ -173,6 +177,13 @@ def step_metrics(update, eos_ids):
             "off/age_mean": info["age"][off].float().mean().item(),
         }
     return report
+
+
+def mean_over_tokens(name, info, chosen):
+    """Mean over the tokens of the chosen completions of a mean over each one's tokens; 0 without any."""
+    num_tokens = info["num_tokens"][chosen]
+    total = (info[name][chosen] * num_tokens).sum()
+    return (total / num_tokens.sum().clamp(min=1)).item()
 
 
 def histogram(advantages):

@@ -149,6 +149,13 @@ def test_log_probs_move_in_bfloat16_as_in_float32(toy_dir):
         assert arriving(change, exact) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_is_0_has_no_kl(toy_dir, dtype):
+    policy = eight_layers(toy_dir)
+    sharding.cast_frozen(policy, dtype)
+    assert (change_of_logprobs(policy) == 0).all()
+
+
 # ---- stages ------------------------------------------------------------------------------------
 
 

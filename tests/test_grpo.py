@@ -400,3 +400,21 @@ def test_loss_and_gradient_equal_trl(case):
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), atol=1e-6, rtol=1e-5)
+
+
+def test_how_far_the_policy_moved_is_told_apart_from_rounding():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]])
+    mask = torch.tensor([[True, True, False]])
+    _, info = grpo_loss(
+        logprobs=logprobs,
+        old_logprobs=logprobs + torch.tensor([[0.01, -0.03, 5.0]]),
+        ref_logprobs=logprobs + torch.tensor([[0.5, -0.1, 5.0]]),
+        token_advantages=torch.ones(1, 3),
+        completion_mask=mask,
+        weights=torch.ones(1),
+        clip_eps=0.2,
+        kl_coef=0.1,
+        sequence_ratio=False,
+    )
+    torch.testing.assert_close(info["moved"], torch.tensor([0.3]))
+    torch.testing.assert_close(info["logprob_gap_mean"], torch.tensor([0.02]))
