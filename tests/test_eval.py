@@ -7,12 +7,14 @@ Evaluation: how an answer becomes a score, intervals, resuming, several processe
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, in_browser, launch, needs_browser
+from conftest import RECIPE, ROOT, in_browser, launch, needs_browser
 from transformers import AutoTokenizer
 
 import answers
@@ -466,6 +468,26 @@ def test_a_template_that_opens_the_reasoning(toy_dir, tmp_path):
         assert build.opened_tag + build.tokenizer.decode(ids[:-1]) == (
             "<think>red</think><answer>B</answer>"
         )
+
+
+# ---- flags
+
+
+def test_the_old_spelling_of_baseline_works_and_is_hidden(capsys):
+    assert evaluation.parse_args(["--against", "x"])[0].baseline == "x"
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert "--baseline" in printed and "--against" not in printed
+
+
+def test_tables_are_printed_without_torch(tmp_path):
+    record(tmp_path / "a", "omnibench", [0, 1])
+    words = ["-X", "importtime", "eval.py", "--table", str(tmp_path / "a")]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert "| OmniBench |" in done.stdout and not done.returncode
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in loaded and not loaded & {"torch", "transformers"}
 
 
 # ---- tables
