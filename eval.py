@@ -38,6 +38,7 @@ from run.errors import UserError
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
+    parser.usage = "%(prog)s [--flag value ...]"
     flag = parser.add_argument_group("what is evaluated").add_argument
     flag("--model", help="folder of a run or model, or hub id; without it the toy")
     flag("--data", nargs="+", help="JSONL files; without it the toy's held-out rows of all stages")
