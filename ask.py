@@ -27,7 +27,7 @@ from run.errors import UserError
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
-    parser.usage = "%(prog)s FILE ... [QUESTION] [--flag value ...]"
+    parser.usage = '%(prog)s FILE ... "QUESTION" [--flag value ...]'
     parser.add_argument("words", nargs="*", metavar="FILE ... QUESTION", help="media, the question")
 
     flag = parser.add_argument_group("model").add_argument
