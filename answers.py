@@ -369,7 +369,7 @@ def normalize_truth(truth, answer_type, options=None):
         # None is caught here, because str(None) would read as the number 0
         form = normalize_answer(None if truth is None else str(truth), answer_type, options)
     if form is None:
-        raise ValueError(f"truth {truth!r} is no {answer_type} answer for options {options!r}")
+        raise ValueError(f"{truth!r} is not a valid {answer_type} answer for options {options!r}")
     return form
 
 

@@ -16,16 +16,16 @@ def behavior_kl(logprobs, old_logprobs, completion_mask):
     KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(y_t) - log b(y_t)      [HINT.KL]
     How far the present policy has moved away from the one that sampled these completions.
 
-    logprobs         (B, T) float         nats, present policy
-    old_logprobs     (B, T) float         nats, behaviour policy b, as stored
-    completion_mask  (B, T) bool or 0/1   1 up to and including EOS
+    logprobs         (N, T) float         nats, present policy
+    old_logprobs     (N, T) float         nats, behaviour policy b, as stored
+    completion_mask  (N, T) bool or 0/1   1 up to and including EOS
     returns          float >= 0           nats per token; d is clamped to [-20, 20]
     raises           ValueError           no valid token: an unknown distance is not a small one
 
     The samples are b's, and E_b[exp(d)] = 1, so the mean estimates KL(b || pi) and not KL(pi || b).
     """
     shapes = [tuple(x.shape) for x in (logprobs, old_logprobs, completion_mask)]
-    assert len(set(shapes)) == 1 and logprobs.ndim == 2, f"expected three (B, T), got {shapes}"
+    assert len(set(shapes)) == 1 and logprobs.ndim == 2, f"expected three (N, T), got {shapes}"
     mask = completion_mask.bool()
     if not mask.any():
         raise ValueError(f"no valid token in a completion_mask of shape {tuple(mask.shape)}")
@@ -58,9 +58,8 @@ class HintSchedule:
         self.kl_threshold = kl_threshold
         self.entered = 0  # hints so far
         self.withdrawn = 0
-        self.refused = (
-            set()
-        )  # prompt_ids whose hint is not used: it leaks the answer, or is too long
+        # prompt_ids whose hint is not used: it leaks the answer, or is too long
+        self.refused = set()
         self._visits = {}  # prompt_id -> visits, Hard and unsolved, without a break
         self._active = {}  # prompt_id -> visits since its hint entered, in order of entry
 

@@ -286,7 +286,9 @@ def decode_image(path, name, config):
         try:
             frame = next(container.decode(stream), None)
         except av.FFmpegError as error:
-            raise BadRow(f"{name}: {path} is no whole image ({error.strerror}): fetch it") from None
+            raise BadRow(
+                f"{name}: {path} is cut off or not an image ({error.strerror}): fetch it"
+            ) from None
         if frame is None:
             raise BadRow(f"{name}: {path} holds no image: give another file")
         size = frame_size(frame.width, frame.height, config.max_pixels, config.side)
@@ -454,7 +456,7 @@ def decode_audio(path, name, start, end, config, *, of_video):
 
     # the resampling kernel of a rate without common divisors would take minutes and GBs
     if rate and rate * AUDIO_RATE > 2e7 * math.gcd(rate, AUDIO_RATE) ** 2:
-        raise BadRow(f"{name}: {path} has {rate} samples a second, no usual rate: re-encode it")
+        raise BadRow(f"{name}: {path} has {rate} samples per second, an unusual rate: re-encode it")
     if not pieces or round((limit - start) * rate) < MIN_SOUND * rate:
         error = NoSound if of_video and not pieces else BadRow
         raise error(

@@ -546,7 +546,7 @@ def parse_columns(text):
         field, separator, column = (piece.strip() for piece in part.partition("="))
         if not separator or not column or field not in FIELDS:
             fields = ", ".join(sorted(FIELDS))
-            raise ValueError(f"{part!r} is no FIELD=COLUMN; fields: {fields}")
+            raise ValueError(f"{part!r} is not FIELD=COLUMN; fields: {fields}")
         columns[field] = column
     missing = [field for field in ("question", "answer") if field not in columns]
     if missing:

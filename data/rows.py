@@ -148,8 +148,8 @@ def stable_hash(content):
 def check_file(path, remedy="give a JSONL file"):
     if Path(path).is_file():
         return
-    problem = "a folder, no data file" if Path(path).is_dir() else "no data file"
-    raise BadRow(f"{problem} at {path}: {remedy}")
+    problem = f"{path} is a folder" if Path(path).is_dir() else f"there is no file {path}"
+    raise BadRow(f"{problem}: {remedy}")
 
 
 def parse_line(line, where):
@@ -164,7 +164,7 @@ def parse_line(line, where):
         raise BadRow(f"{where}: not JSON ({error}): write one object a line; {CONVERT}") from None
     if not isinstance(row, dict):
         kind = type(row).__name__
-        raise BadRow(f"{where}: a {kind}, no object: write one object a line; {CONVERT}")
+        raise BadRow(f"{where}: a {kind}, not an object: write one object a line; {CONVERT}")
     return row
 
 
@@ -295,7 +295,7 @@ def _read_answer(answer, answer_type, options, name):
     allowed = (str, int, float, list) if answer_type == "multi" else (str, int, float)
     try:
         if not isinstance(answer, allowed):
-            raise ValueError(f"a {type(answer).__name__} is no {answer_type} answer")
+            raise ValueError(f"a {type(answer).__name__} is not a valid {answer_type} answer")
         rewards.accuracy_reward(None, answer, answer_type, options)  # raises on a bad truth
     except (ValueError, TypeError) as error:
         raise BadRow(f"{name}: {error}: mend answer, answer_type or options") from None

@@ -56,9 +56,8 @@ class HeldOut:
         num_correct = 0
         problems = {}
         for first in range(0, self.num_rows, BATCH * processes.world_size()):
-            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()][
-                :BATCH
-            ]
+            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()]
+            places = places[:BATCH]
             items, failed = [], {}
             for i in places:
                 try:

@@ -174,8 +174,8 @@ def check_inputs(model, data):
     files = [data] if isinstance(data, str) else data or []
     for file in files:
         if not Path(file).is_file():
-            problem = "a folder, no data file" if Path(file).is_dir() else "no data file"
-            raise UserError(f"{problem} at {file}: give a JSONL file")
+            problem = f"{file} is a folder" if Path(file).is_dir() else f"there is no file {file}"
+            raise UserError(f"{problem}: give a JSONL file")
 
 
 def check_model(name):

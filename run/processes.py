@@ -118,8 +118,11 @@ def even_rounds(items, dummy):
     Yields (item, True) for each item, then (dummy, False) until every rank has had as many rounds: in
     each round all ranks must make the same forward passes, or FSDP would hang.
     """
-    for k in range(max(all_gather_object(len(items)))):
-        yield (items[k], True) if k < len(items) else (dummy, False)
+    num_rounds = max(all_gather_object(len(items)))
+    for item in items:
+        yield item, True
+    for _ in range(num_rounds - len(items)):
+        yield dummy, False
 
 
 def local_slice(count):

@@ -181,7 +181,7 @@ def api_root(address):
             raise ValueError("no host, or port 0")
     except ValueError as error:  # a port that is no number, a bracket left open
         raise UserError(
-            f"{address} is no address ({error}): give one like http://host:8000/v1"
+            f"{address} is not a valid URL ({error}): give one like http://host:8000/v1"
         ) from None
     path = url.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return f"{url.scheme}://{url.netloc}{path}"
@@ -279,7 +279,9 @@ class LocalModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"{folder} is no model folder and no http(s) URL: give one of them")
+            raise UserError(
+                f"{folder} is neither a model folder nor an http(s) URL: give one of them"
+            )
         try:
             self.processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")

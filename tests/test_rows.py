@@ -30,15 +30,15 @@ BAD_ROWS = [
     (dict(answer_type="essay"), "answer_type essay: one of choice, multi"),
     (dict(answer_type=["choice"]), "answer_type .*one of"),
     (dict(answer_type=None), "answer_type None"),
-    (dict(answer="many"), "truth 'many' is no number.*: mend answer"),
+    (dict(answer="many"), "'many' .*number.*: mend answer"),
     (
         dict(answer="D", answer_type="choice", options=OPTIONS),
-        "truth 'D' is no choice answer.*mend",
+        "'D' .*choice answer.*mend",
     ),
-    (dict(answer=3, answer_type="choice", options=OPTIONS), "truth 3 is no choice"),
+    (dict(answer=3, answer_type="choice", options=OPTIONS), "3 .*choice"),
     (dict(answer=["A", "F"], answer_type="multi", options=OPTIONS), "mend answer"),
-    (dict(answer=["A"], answer_type="choice", options=OPTIONS), "a list is no choice answer"),
-    (dict(answer={"a": 1}, answer_type="text"), "a dict is no text answer"),
+    (dict(answer=["A"], answer_type="choice", options=OPTIONS), "a list .*choice answer"),
+    (dict(answer={"a": 1}, answer_type="text"), "a dict .*text answer"),
     (dict(answer="a cat", answer_type="location"), "no location answer"),
     (dict(answer="maybe", answer_type="yesno"), "no yesno answer"),
     (dict(options="A. red B. blue"), "options 'A. red B. blue': give a list"),
@@ -279,7 +279,7 @@ def test_rows_are_found_by_number_and_by_id(tmp_path):
         ([make_row(), "", '{"prompt_id": '], "x.jsonl:3: not JSON"),
         (["[" * 100000], "x.jsonl:1: not JSON"),
         (["\udcff"], "x.jsonl:1: not JSON"),
-        ([[make_row()]], "x.jsonl:1: a list, no object: write one object a line"),
+        ([[make_row()]], "x.jsonl:1: a list, not an object: write one object a line"),
         ([make_row(), dict(question="?")], "x.jsonl:2: prompt_id is None: give every row a unique"),
         ([make_row(prompt_id="")], "x.jsonl:1: prompt_id is ''"),
         ([make_row(prompt_id="two\nlines")], "x.jsonl:1: prompt_id is 'two"),
@@ -288,7 +288,7 @@ def test_rows_are_found_by_number_and_by_id(tmp_path):
             "prompt_id '5' occurs twice: make ids unique",
         ),
         ([], "has no rows: give a JSONL"),
-        (None, "no data file at .*x.jsonl: give a JSONL file"),
+        (None, "x.jsonl.*: give a JSONL file"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path, lines, words):
@@ -301,7 +301,7 @@ def test_bad_files_are_one_clear_line(tmp_path, lines, words):
 
 
 def test_a_folder_and_utf16_are_named_as_such(tmp_path):
-    with pytest.raises(BadRow, match="a folder, no data file at"):
+    with pytest.raises(BadRow, match="is a folder"):
         Rows(tmp_path)
     path = tmp_path / "x.jsonl"
     rows = "\n".join(json.dumps(make_row(prompt_id=name)) for name in "ab")

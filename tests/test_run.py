@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(toy_dir, tmp_path):
     assert "no model at no/such/model" in mistake(
         "train_rl.py", "--model", "no/such/model", "--data", rows, "--judge", "toy", *out
     )
-    assert "no data file at no.jsonl" in mistake("train_rl.py", *model, "--data", "no.jsonl", *out)
+    assert "no.jsonl" in mistake("train_rl.py", *model, "--data", "no.jsonl", *out)
     assert "the judge part of the reward needs --judge" in mistake(
         "train_rl.py", "--stage", 3, "--model", "some/7B", "--data", rows, *out
     )
