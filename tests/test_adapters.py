@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from models import adapters, sharding
 from models.inputs import Prompt
-from models.loading import load_policy, load_to_answer, wrap_policy
+from models.loading import AS_IN_FOLDER, load_policy, load_to_answer, wrap_policy
 from models.paths import save_model
 from models.policy import completion_logprobs
 from models.qwen import Thinker
@@ -254,3 +254,37 @@ def test_merging_a_small_adapter_into_bfloat16_would_lose_it():
     adapter = 2 * b @ a
     left = (weight.float() + adapter).bfloat16().float() - weight.float()
     assert arriving(left, adapter) < 0.5
+
+
+# ---- what is read and written --------------------------------------------------------------------
+
+
+def test_weights_read_in_their_own_dtype_are_those_read_in_float32_and_cast(toy_dir, tmp_path):
+    """Buffers too: rotary frequencies in bfloat16 would give other positions."""
+    _, build = toy_prompts(toy_dir)
+    thinker = Thinker.from_pretrained(toy_dir / "model").to(torch.bfloat16)
+    thinker.save_pretrained(tmp_path / "model")
+    build.processor.save_pretrained(tmp_path / "model")
+    own = load_policy(str(tmp_path / "model"), 4, train_towers=False, dtype=AS_IN_FOLDER)
+    wide = load_policy(str(tmp_path / "model"), 4, train_towers=False, dtype=torch.float32)
+    trained = [p.dtype for p in own.parameters() if p.requires_grad]
+    assert trained and set(trained) == {torch.float32}
+    frozen = [p.dtype for p in own.parameters() if not p.requires_grad]
+    assert set(frozen) == {torch.bfloat16}
+    for policy in (own, wide):
+        sharding.cast_frozen(policy, torch.bfloat16)
+    for (name, one), two in zip(own.named_parameters(), wide.parameters(), strict=True):
+        if one.requires_grad:  # a new adapter is drawn in the dtype of its base
+            torch.testing.assert_close(one, two, rtol=0.01, atol=1e-3)
+        else:
+            assert one.dtype == two.dtype and torch.equal(one, two), name
+    for (name, one), two in zip(own.named_buffers(), wide.buffers(), strict=True):
+        assert one.dtype == two.dtype and torch.equal(one, two), name
+
+
+def test_a_saved_config_agrees_with_itself_about_tied_weights(toy_dir, tmp_path):
+    _, build = toy_prompts(toy_dir)
+    save_model(load_policy(str(toy_dir / "model"), 0, False), tmp_path / "final", build.processor)
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["tie_word_embeddings"] is False

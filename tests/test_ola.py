@@ -29,7 +29,7 @@ from data.clips import BadRow, Clip, decode_clip
 from data.rows import Rows, normalize_row
 from models import ola
 from models.inputs import InputBuilder, Prompt, shared_clip_groups
-from models.loading import load_policy
+from models.loading import load_policy, load_to_answer
 from models.modeling_ola import OlaForConditionalGeneration
 from models.policy import Policy, completion_logprobs
 from models.rollout import rollout
@@ -599,3 +599,18 @@ def test_bad_rows_are_named(build):
         BadRow, match="row r7: 250 s of sound: Ola takes 25 windows of 10 s: set start"
     ):
         build.from_clip(row, Clip(None, None, long, [], False))
+
+
+def test_beats_stays_in_float32(tiny):
+    """As its weights were published; the rest computes in bfloat16."""
+    policy = load_to_answer(str(tiny / "model"), torch.device("cpu"), torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in policy.thinker.model.named_parameters()}
+    music = {dtype for name, dtype in dtypes.items() if ".music." in name}
+    rest = {dtype for name, dtype in dtypes.items() if ".music." not in name}
+    assert music == {torch.float32} and rest == {torch.bfloat16}
+    rows = Rows(tiny / "stage2" / "train.jsonl")
+    build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
+    prompt = build(rows[0])
+    assert "audio" in prompt.media
+    features = policy.encoded(prompt).media["audio"]
+    assert features.isfinite().all()
