@@ -27,8 +27,9 @@ from data.clip_cache import ClipCache
 from data.clips import BadRow, Clip
 from data.rows import Rows, normalize_row
 from models import qwen, qwen3
+from models.expert_replay import ExpertReplay
 from models.inputs import InputBuilder, positions_after
-from models.loading import load_policy, open_policies, wrap_policy
+from models.loading import expert_replay_of, load_policy, open_policies, wrap_policy
 from models.policy import completion_logprobs
 from models.rollout import Completion, rollout
 from models.sharding import cast_params
@@ -382,6 +383,30 @@ def test_the_update_takes_the_experts_of_the_rollout(tiny):
     assert (replay.imposed == -1).all()
 
 
+def test_experts_are_taken_again_where_the_backward_pass_computes_a_layer_once_more(tiny):
+    """With other experts than the policy would choose: both gradients are of the same function."""
+    gradients = []
+    for again in (False, True):
+        policy = load_policy(tiny / "model", 0, False)
+        policy.expert_replay = expert_replay_of(policy)
+        if again:
+            policy.thinker.activation_checkpointing_enable(
+                dict(use_reentrant=False, preserve_rng_state=False)
+            )
+        rows = Rows(tiny / "stage2" / "train.jsonl")
+        prompt = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)(rows[0])
+        ids = torch.arange(20, 31)
+        experts = (torch.arange(10 * 4)[:, None] + torch.tensor([0, 3])) % 8  # any two
+        completion = Completion(ids, None, False, experts.view(10, 4, 2).byte())
+        policy.expert_replay.remember([prompt], [[completion]])
+        logprobs, _, _ = completion_logprobs(policy, [prompt], [[ids]], 1.0)
+        logprobs.sum().backward()
+        text = policy.thinker.model.language_model
+        gradients.append([p.grad for p in text.layers[0].parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert_same_values(a, b)
+
+
 def test_a_router_chooses_as_transformers_own(tiny):
     thinker = qwen3.Thinker.from_pretrained(tiny / "model", dtype=torch.float32)
     hidden = torch.randn(7, 128)
@@ -438,12 +463,22 @@ def test_stage_0_killed_and_resumed(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("stage, algo", [(1, "avatar-gspo"), (2, "avatar"), (3, "avatar")])
-def test_every_stage_with_replay_killed_and_resumed(tiny, tmp_path, stage, algo):
+def test_every_stage_with_replay_killed_and_resumed(tiny, tmp_path, stage, algo, monkeypatch):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     more = "--save-every", 1, "--keep", 9, "--prompts-per-step", 2 if stage == 2 else 4
+    imposed = []  # share of the tokens of each update's pack
     if stage == 1:
         more += ("--replay-experts",)
+        impose = ExpertReplay.impose
+
+        def count(replay, *args):
+            impose(replay, *args)
+            imposed.append((replay.imposed >= 0).float().mean().item())
+
+        monkeypatch.setattr(ExpertReplay, "impose", count)
     launch(*rl_flags(tiny, stage, straight, *more, "--algo", algo))
+    if stage == 1:  # all that is fresh; what is drawn from the buffer is free
+        assert max(imposed) == 1 and min(imposed) < 1
     metrics = read_metrics(straight)
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert all(m["logprob_gap"] < 1e-4 for m in metrics)
