@@ -157,12 +157,6 @@ from models.loading import open_policies
 from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
 from models.rollout import rollout
-from rl import guards, metrics
-from rl.held_out import HeldOut
-from rl.hint_visits import HintVisits
-from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
-from rl.page import RunPage
-from rl.samples import SampleLog
 from run import checkpoint, devices, logs, optim, processes
 from run.errors import out_of_memory_advice
 from run.launch import run_main
@@ -170,6 +164,12 @@ from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 from tas import shape_advantages, tas_weights
 from teachers import judge as judges
+from training import guards, metrics
+from training.held_out import HeldOut
+from training.hint_visits import HintVisits
+from training.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
+from training.page import RunPage
+from training.samples import SampleLog
 
 WINDOW = 20  # on-policy rewards in R̄(q) (authors' script)                               [R.mean]
 

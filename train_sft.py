@@ -15,6 +15,7 @@ import argparse
 import toy
 from data.media_flags import add_media_flags, media_config_from
 from run import arguments
+from run.packing import pack_sizes
 
 
 def parse_args(argv=None):
@@ -61,13 +62,13 @@ from models.inputs import InputBuilder
 from models.loading import open_policies
 from models.paths import resolve_start_model, save_model
 from models.policy import completion_logprobs
-from rl import guards, metrics
-from rl.page import RunPage
 from run import checkpoint, devices, logs, optim, processes
 from run.errors import out_of_memory_advice
 from run.launch import run_main
 from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
+from training import guards, metrics
+from training.page import RunPage
 
 
 def encode_completion(builder, row):
@@ -91,7 +92,7 @@ def add_gradient(policy, prompts, completions, micro_tokens):
     # of all ranks: neither the split into micro-batches nor the number of ranks changes the gradient
     num_tokens = sum(processes.all_gather_object(num_local_tokens))
     sizes = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
-    packs = optim.micro_batches(sizes, micro_tokens)
+    packs = pack_sizes(sizes, micro_tokens)
 
     loss_sum = torch.zeros((), device=policy.device)
     for pack, is_real in processes.even_rounds(packs, packs[-1]):

@@ -12,7 +12,8 @@ from data.clips import BadRow, decode_clip
 from evaluation.items import has_usable_sound, without_senses
 from evaluation.protocol import prompt_words
 from models.rollout import rollout
-from run import optim, processes
+from run import processes
+from run.packing import pack_sizes
 
 
 class ClipItems(NamedTuple):
@@ -67,7 +68,7 @@ def make_batches(clips, batch_size):
         same = [clip for clip in clips if clip.name == name]
         same.sort(key=lambda clip: len(clip.items))
         sizes = [len(clip.items) for clip in same]
-        for indices in optim.micro_batches(sizes, batch_size):
+        for indices in pack_sizes(sizes, batch_size):
             batches.append([same[i] for i in indices])
     return batches
 

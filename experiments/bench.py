@@ -36,9 +36,9 @@ from grpo import group_advantages
 from models.inputs import Prompt
 from models.policy import Policy, completion_logprobs
 from models.rollout import rollout
-from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 from run import arguments, optim
 from run.run_dir import git_commit
+from training.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 
 SIZES = [(512, 64, 8), (1024, 64, 8), (2048, 128, 8), (4096, 128, 8)]  # P, C, G
 ROLLOUTS = [(512, 64, 8, 2), (512, 64, 8, 8), (1024, 64, 8, 8)]  # P, C, G, B; the first: --quick

@@ -23,7 +23,7 @@ from models.head import float32_logits
 from models.inputs import shared_clip_groups
 from models.sharding import unsharded
 from run.errors import out_of_memory_advice
-from run.optim import micro_batches
+from run.packing import pack_sizes
 
 PIECE = 256  # tokens of the vocabulary in one piece of the sampler's first level
 
@@ -309,7 +309,7 @@ def prefill(policy, prompts, clip_groups, prompt_index, micro_tokens):
 
     logits = []
     recorded = []  # one per pack: number of prefix tokens, {layer: (k, v)}
-    for pack in micro_batches(sizes, micro_tokens):
+    for pack in pack_sizes(sizes, micro_tokens):
         first_prompts = [prompts[clip_groups[i][0]] for i in pack]
         heads = []
         for i, head in zip(pack, policy.embed(first_prompts)):

@@ -1,5 +1,5 @@
 """
-Around the gradient: micro-batches that fit in memory, the learning rate, clipping. Copy it freely.
+Around the gradient: the learning rate, clipping, the optimizer step. Copy it freely.
 """
 
 import math
@@ -9,25 +9,6 @@ import torch
 MAX_GRAD_NORM = 1.0  # [U18]
 WEIGHT_DECAY = 0.0  # [U18]
 WARMUP_FRAC = 0.05  # share of the steps in which the learning rate rises (authors' script)
-
-
-def micro_batches(sizes, max_tokens):
-    """
-    Splits items into packs of consecutive ones with at most max_tokens in all; a larger item gets a
-    pack of its own.
-
-    sizes     list of int, tokens of each item
-    returns   list of lists of indices
-    """
-    packs = []
-    free_tokens = -1
-    for i, size in enumerate(sizes):
-        if size > free_tokens:
-            packs.append([])
-            free_tokens = max_tokens
-        packs[-1].append(i)
-        free_tokens -= size
-    return packs
 
 
 def lr_scale(step, steps, warmup, cosine):

@@ -31,8 +31,8 @@ from data.rows import Rows
 from data.toy_rows import write_rows
 from models.inputs import InputBuilder
 from models.toy_model import write_model
-from rl import page
 from run.launch import run_main
+from training import page
 
 SLOW_FIRST = (
     "faults nodes ola run reproducible page teachers train_rl judge eval benchmarks".split()

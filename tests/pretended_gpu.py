@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from models import loading, policy
-from rl import hint_visits, micro_batches
 from run import processes
+from training import hint_visits, micro_batches
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
 WAITS = {

@@ -17,8 +17,8 @@ import buffer
 import hints
 import train_rl
 from experiments import commands, curves, runs, tables, tasks, variants
-from rl import metrics
 from run.errors import UserError
+from training import metrics
 
 # ---- numbers by hand
 

@@ -7,8 +7,8 @@ When a step's numbers are bad, and when they are only reported.
 import pytest
 import torch
 
-from rl import guards
 from run.errors import UserError
+from training import guards
 
 
 class Steps:

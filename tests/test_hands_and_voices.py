@@ -337,7 +337,7 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
         *("--steps", 2, "--prompts-per-step", 2, "--max-new-tokens", 16, "--eval-every", 2),
         *("--out", tmp_path / "rl", *media),
     )
-    metrics = (tmp_path / "rl/metrics.jsonl").read_text().splitlines()
+    metrics = (tmp_path / "training/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 2 and "eval/acc" in json.loads(metrics[-1])
 
 

@@ -16,10 +16,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from rl import metrics
 from run.errors import UserError
+from training import metrics
 
-FOLDERS = "run data models rl teachers evaluation experiments".split()
+FOLDERS = "run data models training teachers evaluation experiments".split()
 FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))])
 NAMES = {path: str(path.relative_to(ROOT)) for path in FILES}
 SOURCE = {NAMES[path]: path.read_text() for path in FILES}
@@ -32,6 +32,7 @@ BESIDE = {"rewards.py": ["answers.py"]}  # leaves that need another one beside t
 ALONE = [  # files that know nothing of ours: each can be copied as it is
     *(f"{name}.py" for name in PAPER),
     "run/optim.py",
+    "run/packing.py",
     "data/clips.py",
     "data/toy_clips.py",
     "models/attention.py",
@@ -47,7 +48,7 @@ LAYERS = ["leaf", "run", "data", "models", "above", "toy", "command", "experimen
 def layer(name):
     folder, _, _ = name.rpartition("/")
     stem = name.removesuffix(".py")
-    if folder in ("teachers", "evaluation", "rl"):
+    if folder in ("teachers", "evaluation", "training"):
         return "above"  # beside each other
     if folder:
         return folder
@@ -193,7 +194,7 @@ def test_every_place_the_docs_name_exists():
         last = name.split(".")[-1]
         assert re.search(rf"^\s*(def|class) {last}\b|^{last} = ", SOURCE[file], re.M), (file, name)
     for file in re.findall(
-        r"`((?:run|data|models|rl|teachers|evaluation|experiments)/\w+\.py)`", DOCS
+        r"`((?:run|data|models|training|teachers|evaluation|experiments)/\w+\.py)`", DOCS
     ):
         assert file in SOURCE, file
 

@@ -6,8 +6,8 @@ Whether a hint gives the answer away [U9].
 
 import pytest
 
-from rl.hint_visits import usable_hint
 from teachers.leaks import hint_leak
+from training.hint_visits import usable_hint
 
 COLORS = ["red", "blue", "green", "yellow"]
 LEAKS = [

@@ -13,9 +13,9 @@ from buffer import Entry
 from grpo import group_advantages
 from models.loading import load_policy
 from models.policy import completion_logprobs
-from rl import metrics
-from rl.hint_visits import is_solved
-from rl.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
+from training import metrics
+from training.hint_visits import is_solved
+from training.micro_batches import WeightedGroup, add_ref_logprobs, dummy_group, pack
 
 SIZES = [(5, 9, 2), (7, 3), (4, 4, 4, 1)]  # tokens of the completions of three prompts
 TAS = dict(shape="parabolic", tas_lambda=0.3, equal_mean=False)
@@ -114,7 +114,7 @@ def test_the_split_does_not_change_the_gradient(setup):
 
 def test_a_rank_without_groups_reads_a_dummy_of_weight_0(setup, monkeypatch):
     policy, _, _, dummy = setup
-    monkeypatch.setattr("rl.micro_batches.all_gather_object", lambda item: [item, 2])
+    monkeypatch.setattr("training.micro_batches.all_gather_object", lambda item: [item, 2])
     batches = pack([], 1000, dummy)
     assert [batch.is_dummy for batch in batches] == [True, True]
     policy.zero_grad()
@@ -137,7 +137,7 @@ def test_the_reference_reads_a_completion_once(setup, monkeypatch):
         calls.append(who is reference)
         return completion_logprobs(who, *rest)
 
-    monkeypatch.setattr("rl.micro_batches.completion_logprobs", spy)
+    monkeypatch.setattr("training.micro_batches.completion_logprobs", spy)
     batches = pack(weighted(prompts, groups), 4096, dummy)
     add_ref_logprobs(policy, reference, batches, groups, temperature=1.0)
     assert calls == [True]

@@ -25,7 +25,7 @@ from models.loading import CHECKPOINT_ABOVE_PARAMS, load_policy, open_policies
 from models.paths import save_model
 from models.policy import completion_logprobs
 from models.rollout import rollout, sample
-from run import optim
+from run.packing import pack_sizes
 
 
 @pytest.fixture(scope="module")
@@ -416,10 +416,10 @@ def test_no_such_model():
         load_policy("nowhere/model", 0, False)
 
 
-def test_micro_batches():
-    assert optim.micro_batches([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
-    assert optim.micro_batches([3], 1) == [[0]]
-    assert np.concatenate(optim.micro_batches(list(range(50)), 60)).tolist() == list(range(50))
+def test_pack_sizes():
+    assert pack_sizes([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert pack_sizes([3], 1) == [[0]]
+    assert np.concatenate(pack_sizes(list(range(50)), 60)).tolist() == list(range(50))
 
 
 # ---- questions about one clip

@@ -21,7 +21,7 @@ from test_train_rl import read_metrics, rl_flags
 
 import tas
 from grpo import group_advantages
-from rl import metrics, page, samples
+from training import metrics, page, samples
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 HINTS = (
@@ -170,9 +170,11 @@ def test_the_curves_of_another_run_and_a_reward_part_of_ones_own(a_run, tmp_path
         shutil.copytree(a_run, tmp_path / name)
     steps = [step | {"rewards/brief": 0.25 * step["step"]} for step in read_metrics(a_run)]
     write(tmp_path / "mine" / "metrics.jsonl", steps)
-    launch("rl/page.py", tmp_path / "mine", "--against", tmp_path / "other")  # the old spelling
+    launch(
+        "training/page.py", tmp_path / "mine", "--against", tmp_path / "other"
+    )  # the old spelling
     both = pictures_of(tmp_path / "mine" / "index.html")
-    launch("rl/page.py", tmp_path / "mine", "--compare", tmp_path / "other")
+    launch("training/page.py", tmp_path / "mine", "--compare", tmp_path / "other")
     assert both == pictures_of(tmp_path / "mine" / "index.html")
     assert "stroke-dasharray" in both["entropy, nats per token"]
     assert "brief" in both["reward"] and "format" in both["reward"]
@@ -208,7 +210,7 @@ def test_a_cut_off_an_old_and_an_empty_run_say_what_is_missing(a_run, tmp_path):
     assert "metrics.jsonl is missing" in notes and "samples.jsonl is missing" in notes
     (empty / "metrics.jsonl").write_text("")
     assert "no step is logged yet" in notes_of(page.write(empty))
-    printed = launch("rl/page.py", tmp_path, code=1)
+    printed = launch("training/page.py", tmp_path, code=1)
     assert "is not the folder of a run" in printed and printed.count("\n") == 1
 
 
@@ -397,7 +399,7 @@ def killed_and_resumed(toy_dir, out, tracker):
                 raise KeyboardInterrupt
 
         patch.setattr(
-            "rl.guards.StepGuard.stop_if_collapsed", lambda self, report: end_at_3(report)
+            "training.guards.StepGuard.stop_if_collapsed", lambda self, report: end_at_3(report)
         )
         flags = ("--steps", 4, "--save-every", 2, "--eval-every", 0, "--log", tracker)
         launch(*rl_flags(toy_dir, 2, out, *flags), code=1)

@@ -20,10 +20,10 @@ import train_rl
 import train_sft
 from models.policy import Policy
 from models.rollout import rollout
-from rl.hint_visits import stored_kls
-from run import optim, processes
+from run import processes
 from run.launch import run_main
 from run.run_dir import check_versions
+from training.hint_visits import stored_kls
 
 ONE_FAILS = """
 import sys, time
@@ -87,7 +87,7 @@ def in_the_update(monkeypatch):
 
 
 def in_stage_0(monkeypatch):
-    monkeypatch.setattr(optim, "micro_batches", out_of_memory)
+    monkeypatch.setattr(train_sft, "pack_sizes", out_of_memory)
     train_sft.add_gradient(None, [], [], 1)
 
 
@@ -96,7 +96,7 @@ def in_the_rollout(monkeypatch):
 
 
 def in_the_hints(monkeypatch):
-    monkeypatch.setattr("rl.hint_visits.completion_logprobs", out_of_memory)
+    monkeypatch.setattr("training.hint_visits.completion_logprobs", out_of_memory)
     dummy = SimpleNamespace(prompt=None, entries=[])
     stored_kls(None, {"q": (None, [])}, dummy, 1.0)
 

@@ -7,7 +7,8 @@ from data.clip_cache import ClipCache
 from data.clips import BadRow
 from data.rows import Rows, answer_spec
 from models.rollout import rollout
-from run import optim, processes
+from run import processes
+from run.packing import pack_sizes
 
 BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
 
@@ -67,7 +68,7 @@ class HeldOut:
                     failed[i] = str(problem)
             problems |= processes.all_gather_dict(failed)
             sizes = [len(prompt.input_ids) for _, _, prompt in items]
-            packs = [[items[k] for k in pack] for pack in optim.micro_batches(sizes, TOKENS)]
+            packs = [[items[k] for k in pack] for pack in pack_sizes(sizes, TOKENS)]
             dummy = [(0, None, self.build.filler)]
             for pack, is_real in processes.even_rounds(packs, dummy):
                 num_correct += self._count_correct(pack, is_real)

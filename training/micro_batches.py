@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from buffer import Entry
 from models.policy import completion_logprobs
-from run import optim
+from run.packing import pack_sizes
 from run.processes import all_gather_object
 
 
@@ -76,7 +76,7 @@ def split_group(group, micro_tokens):
     # every single completion.
     room = max(micro_tokens - len(group.prompt.input_ids), micro_tokens // 2)
     lengths = [len(entry.completion_ids) for entry in group.entries]
-    return [group.part(indices) for indices in optim.micro_batches(lengths, room)]
+    return [group.part(indices) for indices in pack_sizes(lengths, room)]
 
 
 def collate(groups, is_dummy=False):
@@ -105,7 +105,7 @@ def pack(groups, micro_tokens, dummy):
     pieces = [part for group in groups for part in split_group(group, micro_tokens)]
     sizes = [piece.num_tokens() for piece in pieces]
     batches = []
-    for indices in optim.micro_batches(sizes, micro_tokens):
+    for indices in pack_sizes(sizes, micro_tokens):
         batches.append(collate([pieces[i] for i in indices]))
     most = max(all_gather_object(len(batches)))
     while len(batches) < most:

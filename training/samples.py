@@ -51,7 +51,7 @@ class SampleLog:
         """
         Writes the samples of a step, if it is a sampled one. To be called before R̄(q) is updated.
 
-        update   UpdateRecord (rl/metrics.py) of the step's first update
+        update   UpdateRecord (training/metrics.py) of the step's first update
         """
         if processes.rank():
             return

@@ -22,7 +22,7 @@ class HintVisits:
     buffer       ReplayBuffer
     clip_cache   ClipCache     makes the prompt of a row with its hint
     policy       Policy
-    dummy        WeightedGroup of weight 0 (rl/micro_batches.py)
+    dummy        WeightedGroup of weight 0 (training/micro_batches.py)
     temperature  float         of the log-probs
     """
 

@@ -1,8 +1,8 @@
 """
 A page about a run: RUN/index.html, one file that opens without a network, also while the run goes on.
 
-    python -m rl.page runs/stage2
-    python -m rl.page runs/stage2 --compare runs/grpo          # its curves beside them, dashed
+    python -m training.page runs/stage2
+    python -m training.page runs/stage2 --compare runs/grpo          # its curves beside them, dashed
 
 The curves are drawn by matplotlib and stand in the page as SVG pictures. The samples stand in it as
 data: page.js makes elements of them, so that every text of a model or a data set stays a text.
