@@ -168,24 +168,24 @@ def encode(core, prompts, device, train_towers):
     if train_towers and dist.is_initialized():
         # sharded towers: a rank that skips one leaves the others waiting in its collectives
         outputs.append(smallest_media(core.config))
-    seen = [(o, m) for o in outputs for m in ("image", "video") if isinstance(o.get(m), dict)]
-    heard = [o for o in outputs if isinstance(o.get("audio"), dict)]
-    if seen:
-        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in seen])
-        grid = torch.cat([o[m]["grid"].to(device) for o, m in seen])
+    visual = [(o, m) for o in outputs for m in ("image", "video") if isinstance(o.get(m), dict)]
+    if visual:
+        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in visual])
+        grid = torch.cat([o[m]["grid"].to(device) for o, m in visual])
         output = core.get_video_features(pixels, grid, return_dict=True)
         layers = zip(output.pooler_output, *output.deepstack_features)
-        pieces = [torch.cat(of_one, dim=1) for of_one in layers]
-        for o, m in seen:
+        pieces = [torch.cat(layers_of_one, dim=1) for layers_of_one in layers]
+        for o, m in visual:
             o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
-    if heard:
-        lengths = torch.cat([o["audio"]["lengths"] for o in heard])
-        mels = torch.cat([o["audio"]["mel"] for o in heard], dim=1).to(device)
-        sound = core.audio_tower(mels, feature_lens=lengths.to(device)).last_hidden_state
+    audible = [o for o in outputs if isinstance(o.get("audio"), dict)]
+    if audible:
+        lengths = torch.cat([o["audio"]["lengths"] for o in audible])
+        mels = torch.cat([o["audio"]["mel"] for o in audible], dim=1).to(device)
+        features = core.audio_tower(mels, feature_lens=lengths.to(device)).last_hidden_state
         window = core.audio_tower.n_window
         sizes = qwen3_omni._get_feat_extract_output_lengths(lengths, window).tolist()
-        pieces = list(sound.split(sizes))
-        for o in heard:
+        pieces = list(features.split(sizes))
+        for o in audible:
             o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
     return outputs
 
