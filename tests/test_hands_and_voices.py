@@ -335,9 +335,9 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
         *("--stage", 2, "--model", tmp_path / "sft/final", "--data", out / "train.jsonl"),
         *("--eval-data", out / "people.jsonl", "--eval-samples", 4, "--judge", "toy"),
         *("--steps", 2, "--prompts-per-step", 2, "--max-new-tokens", 16, "--eval-every", 2),
-        *("--out", tmp_path / "rl", *media),
+        *("--out", tmp_path / "run", *media),
     )
-    metrics = (tmp_path / "training/metrics.jsonl").read_text().splitlines()
+    metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 2 and "eval/acc" in json.loads(metrics[-1])
 
 
