@@ -45,7 +45,7 @@ def parse_args(argv=None):
     flag(
         "--answer-type",
         choices=list(INSTRUCTIONS),
-        help="how the model is told to answer; without it choice with --options, else free-form",
+        help="type of answer that the prompt asks for; without it choice with --options, else free-form",
     )
     flag("--start", type=float, help="second at which the part of the clip begins")
     flag("--end", type=float, help="second at which it ends")

@@ -93,7 +93,7 @@ class Prompt(NamedTuple):
 
 
 def positions_after(position_ids, count):
-    """(3, count) of text that goes on after (3, P): from the largest one on, the same on all axes."""
+    """(3, count) of text that follows (3, P): from the largest position on, equal on all axes."""
     return (position_ids.max() + 1 + torch.arange(count)).expand(3, -1)
 
 

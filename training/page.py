@@ -1,5 +1,5 @@
 """
-A page about a run: RUN/index.html, one file that opens without a network, also while the run goes on.
+A page about a run: RUN/index.html, one file that opens without a network, also during the run.
 
     python -m training.page runs/stage2
     python -m training.page runs/stage2 --compare runs/grpo          # its curves beside them, dashed
@@ -136,7 +136,7 @@ SFT_PANELS = [
 
 
 class RunPage:
-    """The page of a run that goes on: written by `update`, and when the run ends, however it ends."""
+    """The page of a run in progress: written by `update`, and when the run ends for any reason."""
 
     def __init__(self, out):
         self.out = out
