@@ -429,7 +429,7 @@ def test_a_run_that_waits_for_its_judge_obeys_sigterm(
     toy_dir, tmp_path, fast_run, monkeypatch, capsys
 ):
     """Within seconds; the step is taken again by --resume, and nothing is lost or counted twice."""
-    monkeypatch.setattr(judge, "GRACE", 0.5)
+    monkeypatch.setattr(judge, "GRACE", 2.0)
     monkeypatch.setattr(judge, "NOTICE_AFTER", 0.1)
     began = []
 
