@@ -312,6 +312,12 @@ class Conversion:
             apart.add(clip)
             total += sizes[clip]
         self.held_out = self.kept & np.isin(clips, list(apart))
+        num_kept = int(self.kept.sum())
+        if num_rows > 0 and self.held_out.sum() == num_kept:
+            raise UserError(
+                f"--held-out {num_rows} leaves no row to train on: all {num_kept} rows would be held "
+                "out (the rows of a clip stay together): give a smaller number, or leave it out"
+            )
 
     def _in_order(self, rows):
         """Row numbers in the random order that the seed gives."""

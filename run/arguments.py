@@ -184,6 +184,10 @@ def check_model(name):
                                  the hub for a mistyped path takes minutes where there is no network.
     """
     is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
+    if name.startswith("toy/") and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"no model at {name}: `python toy.py` writes the toy's model and rows"
+        )
     if not Path(name).is_dir() and not is_hub_name:
         reason = f"there is no folder {name}, and a model on the hub is named OWNER/NAME"
         raise FileNotFoundError(f"no model at {name}: {reason}")

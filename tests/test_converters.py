@@ -693,6 +693,17 @@ def many_rows(folder, media, count=40):  # noqa: F811
     (folder / "in.json").write_text(json.dumps(records))
 
 
+def test_held_out_must_leave_rows_to_train_on(tmp_path, media):  # noqa: F811
+    records = []
+    for i in range(3):
+        media(tmp_path / f"{i}.png", "picture")
+        records.append(dict(question="What?", answer="red", images=[f"{i}.png"]))
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    printed = convert(tmp_path, "in.json", "--held-out", 4, code=1)
+    assert "--held-out 4" in printed
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_held_out_by_clip_limit_and_the_same_bytes(tmp_path, media):  # noqa: F811
     many_rows(tmp_path, media)
     flags = ("--held-out", 6, "--limit", 30, "--force")
