@@ -22,7 +22,7 @@ from models.graphs import DelayedScalar, capture
 from models.head import float32_logits
 from models.inputs import shared_clip_groups
 from models.sharding import unsharded
-from run.errors import out_of_memory_advice
+from run.errors import UserError, out_of_memory_advice
 from run.packing import pack_sizes
 
 PIECE = 256  # tokens of the vocabulary in one piece of the sampler's first level
@@ -130,6 +130,12 @@ def _rollout(
         else:
             (prompt,) = prompts
             logits, attention = continue_prefix(policy, prompt, prefix, len(prompt_index))
+        if not logits.isfinite().all():  # of the prompts: one look before anything is sampled
+            raise UserError(
+                "the model's logits are not finite, so its weights are broken (NaN or infinite): take "
+                "another --model; of a run in training, start a new --out with a lower --lr, or "
+                "remove the newest checkpoints and --resume"
+            )
         logits = logits[prompt_index]  # (rows, V)
         next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
         first_position = next_positions.to(device)[prompt_index]  # (rows,)
@@ -401,6 +407,7 @@ def sample(logits, temperature, noise):
         token = logits.argmax(-1)
     else:
         token = invert_cdf(logprobs.exp(), noise)
+    token = token.clamp(max=logits.shape[1] - 1)  # with NaN the search ends behind the vocabulary
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 

@@ -25,6 +25,7 @@ from models.loading import CHECKPOINT_ABOVE_PARAMS, load_policy, open_policies
 from models.paths import save_model
 from models.policy import completion_logprobs
 from models.rollout import rollout, sample
+from run.errors import UserError
 from run.packing import pack_sizes
 
 
@@ -540,3 +541,30 @@ def test_prompts_that_are_equal_or_differ_before_the_clip(setup):
             eos_ids=build.eos_ids,
             seeds=[1, 1],
         )
+
+
+# ---- broken weights
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_broken_weights_are_one_line_before_anything_is_scored(toy_dir, temperature):
+    prompts, build = toy_prompts(toy_dir)
+    policy = load_policy(toy_dir / "model", 0, False)
+    with torch.no_grad():
+        policy.thinker.lm_head.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not finite.*--model"):
+        rollout(
+            policy,
+            prompts,
+            [1] * len(prompts),
+            temperature=temperature,
+            max_new_tokens=2,
+            eos_ids=build.eos_ids,
+            seeds=[0] * len(prompts),
+        )
+
+
+def test_a_sampled_token_is_in_the_vocabulary():
+    logits = torch.full((4, 300), float("nan"))  # more than one piece of the search
+    token, _ = sample(logits, 1.0, torch.tensor([0.0, 0.3, 0.9, 1 - 1e-12], dtype=torch.float64))
+    assert (token >= 0).all() and (token < 300).all()
