@@ -264,13 +264,13 @@ def answer_line(row, result):
 class Stream:
     """Prints a completion while it is sampled: `add` gets the next token, (1,)."""
 
-    def __init__(self, build):
-        self.build, self.ids, self.printed = build, [], 0
-        print(build.opened_tag, end="")
+    def __init__(self, builder):
+        self.builder, self.ids, self.printed = builder, [], 0
+        print(builder.opened_tag, end="")
 
     def add(self, token):
         self.ids.append(token.item())
-        text = self.build.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self.builder.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter of several tokens
             print(text[self.printed :], end="", flush=True)
             self.printed = len(text)
@@ -282,8 +282,8 @@ class Stream:
 class ClipSession:
     """Questions about one clip, which is decoded, encoded and read for the first of them only."""
 
-    def __init__(self, policy, build, media, protocol):
-        self.policy, self.build, self.media, self.protocol = policy, build, media, protocol
+    def __init__(self, policy, builder, media, protocol):
+        self.policy, self.builder, self.media, self.protocol = policy, builder, media, protocol
         self.clip = None  # Clip
         self.first_prompt = None  # Prompt
         self.prefix = None  # ClipPrefix
@@ -293,11 +293,11 @@ class ClipSession:
         words = prompt_words("", row, self.protocol)
         seconds, start = {}, time.perf_counter()
         if self.clip is not None:
-            return self.build.with_text(self.first_prompt, row, words=words), seconds
-        clip = clips.decode_clip(row, self.build.root, self.build.recipe)
-        self.first_prompt = self.build.from_clip(row, clip, words=words)
+            return self.builder.with_text(self.first_prompt, row, words=words), seconds
+        clip = clips.decode_clip(row, self.builder.root, self.builder.media_config)
+        self.first_prompt = self.builder.from_clip(row, clip, words=words)
         seconds["decode"], start = time.perf_counter() - start, time.perf_counter()
-        length = self.build.media_length(self.first_prompt)
+        length = self.builder.media_length(self.first_prompt)
         self.prefix = read_prefix(self.policy, self.first_prompt, length)
         seconds["read"] = time.perf_counter() - start
         self.clip = clip
@@ -311,7 +311,7 @@ class ClipSession:
             [num_samples],
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            eos_ids=self.build.eos_ids,
+            eos_ids=self.builder.eos_ids,
             seeds=[seed],
             prefix=self.prefix,
             on_token=on_token,
@@ -319,18 +319,18 @@ class ClipSession:
         return completions
 
 
-def ask_about_files(args, policy, build, protocol):
+def ask_about_files(args, policy, builder, protocol):
     """Answers the question on the command line, or those that come on lines of standard input."""
     media, note = row_of_files(
         args.files,
         start=args.start,
         end=args.end,
         no_audio=args.no_audio,
-        media_config=build.recipe,
+        media_config=builder.media_config,
     )
     if note and not args.json:
         print(note)
-    session = ClipSession(policy, build, media, protocol)
+    session = ClipSession(policy, builder, media, protocol)
     if args.question is not None:
         row = ask_row(media, args.question, args.options, args.answer_type)
         answer_one(args, session, row)
@@ -368,7 +368,7 @@ def answer_one(args, session, row):
 
     on_token = None
     if args.samples == 1 and not args.json:
-        on_token = Stream(session.build).add
+        on_token = Stream(session.builder).add
     completions = session.answer(
         prompt,
         num_samples=args.samples,
@@ -378,7 +378,7 @@ def answer_one(args, session, row):
         on_token=on_token,
     )
     seconds["answer"] = time.perf_counter() - start - sum(seconds.values())
-    result = read_answers(row, session.build.texts(completions), completions)
+    result = read_answers(row, session.builder.texts(completions), completions)
     if args.json:
         result = dict(question=row["question"]) | result
         result["given"] = description | dict(prompt_tokens=num_tokens)
@@ -396,7 +396,7 @@ def answer_one(args, session, row):
 # ---- many rows ---------------------------------------------------------------------------------
 
 
-def ask_about_rows(args, policy, build, protocol, folder):
+def ask_about_rows(args, policy, builder, protocol, folder):
     """Answers the rows of --data that --out does not hold yet, and appends them to it."""
     out = Path(args.out)
     settings = dict(
@@ -420,7 +420,7 @@ def ask_about_rows(args, policy, build, protocol, folder):
             record["use_audio"] = None if use_audio == "auto" else use_audio
             pairs.append((row, record))
 
-    root = build.at(rows.path.parent)
+    root = builder.at(rows.path.parent)
     clip_items = [ClipItems("rows", group, root) for group in items.group_by_clip(pairs)]
     answered = answer_items(
         policy,
@@ -442,7 +442,7 @@ def ask_about_rows(args, policy, build, protocol, folder):
                     num_failed += 1
                     bar.write(f"not answered: {problem}")
                 else:
-                    result |= read_answers(row, build.texts(completions), completions)
+                    result |= read_answers(row, builder.texts(completions), completions)
                 append_json(out, result)
             bar.update(len(batch))
     print(f"{out}: {len(pairs) - num_failed} rows answered, {num_failed} failed")
@@ -492,11 +492,11 @@ def main():
         folder = resolve_run_dir(args.model or toy_model)
         protocol = Protocol(system=read_system(args.system))
         policy = load_to_answer(folder, device, processes.compute_dtype(device, args.dtype))
-        build = InputBuilder(folder, media_config, ".", audio_captions=False)
+        builder = InputBuilder(folder, media_config, ".", audio_captions=False)
     if args.data:
-        ask_about_rows(args, policy, build, protocol, folder)
+        ask_about_rows(args, policy, builder, protocol, folder)
     else:
-        ask_about_files(args, policy, build, protocol)
+        ask_about_files(args, policy, builder, protocol)
 
 
 if __name__ == "__main__":

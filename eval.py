@@ -357,14 +357,14 @@ def main():
 
     # ---- the model
     policy = load_to_answer(folder, device, dtype)
-    build = InputBuilder(folder, media_config, ".", args.audio_captions)
+    builder = InputBuilder(folder, media_config, ".", args.audio_captions)
 
     # ---- the answers to this rank's share of the clips
     clips, max_new_tokens = [], {}
     for name, pairs in to_ask.items():
         groups = sorted(items.group_by_clip(pairs), key=len)
         for group in groups[processes.rank() :: processes.world_size()]:
-            clips.append(ClipItems(name, group, build.at(sets[name][0])))
+            clips.append(ClipItems(name, group, builder.at(sets[name][0])))
         max_new_tokens[name] = args.max_new_tokens or AUTHORS_MAX_NEW_TOKENS[name]
     start = time.perf_counter()
     answered = answer_items(
@@ -377,7 +377,9 @@ def main():
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    records = scored_records(answered, sum(len(clip.items) for clip in clips), build, protocol, out)
+    records = scored_records(
+        answered, sum(len(clip.items) for clip in clips), builder, protocol, out
+    )
     seconds = time.perf_counter() - start
 
     # ---- the scores of all ranks together
@@ -388,11 +390,11 @@ def main():
         if args.html:
             roots = {name: root for name, (root, _) in sets.items()}
             page = out / "items.html"
-            write_items_page(page, str(folder), records, roots, args.html, build.recipe)
+            write_items_page(page, str(folder), records, roots, args.html, builder.media_config)
             print(f"wrote {page}")
 
 
-def scored_records(answered, num_items, build, protocol, out):
+def scored_records(answered, num_items, builder, protocol, out):
     """
     Scores the answers as they come and appends their records to this rank's file; -> the records.
 
@@ -413,7 +415,7 @@ def scored_records(answered, num_items, build, protocol, out):
                     items.score_record(
                         record,
                         row,
-                        build.texts([completion])[0],
+                        builder.texts([completion])[0],
                         completion.truncated,
                         name=record["file"],
                         protocol=protocol,

@@ -322,7 +322,7 @@ def check(args):
     if args.model:
         root = Path(args.file).parent
         builder = InputBuilder(args.model, media_config, root, audio_captions=True)
-        media_config = builder.recipe
+        media_config = builder.media_config
     with open(args.file, "rb") as file:
         total = sum(1 for line in file if line.strip())
     num_rows = num_bad = 0

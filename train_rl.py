@@ -112,8 +112,8 @@ def parse_args(argv=None):
             yield "toy", dict(judge="toy")
 
     args, source = arguments.parse(parser, argv, overrides)
-    weights = arguments.parse_weights("--reward-weights", args.reward_weights, rewards.PARTS)
-    if "judge" in weights and not args.judge:
+    reward_weights = arguments.parse_weights("--reward-weights", args.reward_weights, rewards.PARTS)
+    if "judge" in reward_weights and not args.judge:
         raise UserError("the judge part of the reward needs --judge: a URL or a folder")
     arguments.check_bounds(
         args,
@@ -136,7 +136,7 @@ def parse_args(argv=None):
         max_seq_ratio=0,
         off_policy_coef=0,
     )
-    return args, source, weights
+    return args, source, reward_weights
 
 
 if __name__ == "__main__":
@@ -190,7 +190,8 @@ def draw_replayed(buffer, args, step, update=0):
             words += [update, 1]  # the 1: numpy takes [seed, step, 0] for [seed, step]
         rng = np.random.default_rng(words)
         groups = buffer.draw(args.prompts_per_step, args.num_off, step, rng)
-    return groups + [[]] * (args.prompts_per_step - len(groups))
+    num_missing = args.prompts_per_step - len(groups)
+    return groups + [[] for _ in range(num_missing)]
 
 
 def score(rows, completions, texts, *, step, hinted, reward_weights, judge):
@@ -450,7 +451,8 @@ def main():
         replayed = draw_replayed(buffer, args, step)  # [DRAW]
         num_fresh = [args.num_on + args.num_off - len(group) for group in replayed]  # [SPLIT] [U6]
         row_stream.prefetch_replayed(replayed)
-        row_stream.prefetch_next()  # while this step computes, threads read the clips of the next
+        if step < num_steps:
+            row_stream.prefetch_next()  # threads read the next clips while this step computes
 
         # ---- prompts that stay hard carry their hint
         hinted = set()
@@ -493,17 +495,19 @@ def main():
                 replayed = draw_replayed(buffer, args, step, update)
             # a clip that can no longer be read empties its group and leaves the buffer
             replayed_prompts = row_stream.replayed_prompts(replayed, buffer, steps)
-            stored = flatten(replayed)
+            replayed_entries = flatten(replayed)
 
             # ---- advantages: a fresh completion against its group, a replayed one against R̄(q)
             on_advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
-            mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in stored])
-            off_advantages = replay_advantages(rewards_of(stored), mean_rewards)  # [VCRS.A]
+            mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in replayed_entries])
+            off_advantages = replay_advantages(
+                rewards_of(replayed_entries), mean_rewards
+            )  # [VCRS.A]
             off_advantages = off_advantages.split([len(group) for group in replayed])
 
             # ---- weights in J: the mean over all fresh, alpha times the mean over all replayed
             on_weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
-            off_weight = args.off_policy_coef / max(len(stored), 1)  # [J.off]
+            off_weight = args.off_policy_coef / max(len(replayed_entries), 1)  # [J.off]
             on_groups = []
             for i, prompt in enumerate(prompts, start=local.start):  # i: place among all P
                 on_groups.append(WeightedGroup(prompt, fresh[i], on_advantages[i], on_weight))
@@ -596,17 +600,14 @@ def main():
             if progress["before"] is not None:
                 report["eval/before"] = progress["before"]
         log.write(report)
-        if is_eval_step:
+        is_save_step = args.save_every > 0 and step % args.save_every == 0
+        if is_eval_step or is_save_step:
             run_page.update()
         steps.tell(metrics.step_line(report))
         guard.stop_if_collapsed(report)
         guard.warn_if_idle(report, steps.tell)
-        save_and_maybe_stop(
-            step,
-            num_steps,
-            args.save_every,
-            lambda: save(step, state_without_buffer()),  # noqa: B023  called within this step
-        )
+        save_now = functools.partial(save, step, state_without_buffer())
+        save_and_maybe_stop(step, num_steps, args.save_every, save_now)
 
     # ---- the end
     save_model(policy, out / "final", builder.processor)

@@ -229,12 +229,8 @@ def main():
         }
         log.write(report)
         steps.tell(f"loss {loss:.4f}  grad {grad_norm:.2f}  {step_s:.2f} s")
-        save_and_maybe_stop(
-            step,
-            num_steps,
-            args.save_every,
-            lambda: save(step, state_without_weights()),  # noqa: B023  called within this step
-        )
+        save_now = functools.partial(save, step, state_without_weights())
+        save_and_maybe_stop(step, num_steps, args.save_every, save_now)
 
     # ---- the end
     save_model(policy, out / "final", builder.processor)

@@ -143,7 +143,9 @@ class RowStream:
         except BadRow:
             return  # reported when its step comes
         self.prefetched[index] = row
-        self.clip_cache.prefetch(row)
+        # else the row is bad, and nobody would take its clip
+        if not self.required_field or row.get(self.required_field):
+            self.clip_cache.prefetch(row)
 
     def _row(self, index):
         """A row, parsed once: when its clip was prefetched, or now."""

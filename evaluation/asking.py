@@ -21,7 +21,7 @@ class ClipItems(NamedTuple):
 
     name: str  # of their file or benchmark
     items: list  # of (row, record)
-    build: object  # InputBuilder for the folder of their media
+    builder: object  # InputBuilder for the folder of their media
 
 
 class Answered(NamedTuple):
@@ -75,7 +75,7 @@ def make_batches(clips, batch_size):
 
 def answer_batch(policy, batch, prompts, *, num_samples, temperature, max_new_tokens, seed):
     """-> list of Answered. `prompts`: for each item of the batch its Prompt or a BadRow."""
-    name, eos_ids = batch[0].name, batch[0].build.eos_ids
+    name, eos_ids = batch[0].name, batch[0].builder.eos_ids
     items = [item for clip in batch for item in clip.items]
     readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, BadRow)]
     groups = []
@@ -103,21 +103,21 @@ def read_clip(clip, protocol):
     -> for each item about a clip its Prompt, or the BadRow that says why there is none. The clip is
     decoded once, and the prompts hold the very same media, so that a rollout reads these once.
     """
-    build, decoded, first, prompts = clip.build, None, None, []
+    builder, decoded, first, prompts = clip.builder, None, None, []
     for row, record in clip.items:
         try:
             if decoded is None:
                 use_audio = record["use_audio"]  # None: the clip decides
                 if use_audio is None and row.get("video") and not row.get("audio"):
-                    use_audio = has_usable_sound(build.root, row, build.recipe)
+                    use_audio = has_usable_sound(builder.root, row, builder.media_config)
                 reduced_row = without_senses(row | dict(use_audio=use_audio), protocol.without)
-                decoded = decode_clip(reduced_row, build.root, build.recipe)
+                decoded = decode_clip(reduced_row, builder.root, builder.media_config)
             record["use_audio"] = bool(use_audio)
             words = prompt_words(clip.name, row | dict(use_audio=use_audio), protocol)
             if first is not None:
-                prompts.append(build.with_text(first, row, words=words))
+                prompts.append(builder.with_text(first, row, words=words))
                 continue
-            prompts.append(build.from_clip(row, decoded, words=words))
+            prompts.append(builder.from_clip(row, decoded, words=words))
             # inline media stand in other places in each text, and without media nothing is shared
             if not row.get("inline") and prompts[-1].media:
                 first = prompts[-1]

@@ -117,15 +117,15 @@ class InputBuilder:
     raises  BadRow    the row's media cannot be used, or the prompt is too long
     """
 
-    def __init__(self, folder, recipe, root, audio_captions):
+    def __init__(self, folder, media_config, root, audio_captions):
         self.config = config_of(folder)
         self.backbone = BACKBONES[self.config.model_type]
         self.processor = from_pretrained(self.backbone.Processor, folder)
         self.backbone.check(self.config, self.processor, folder)
         self.per_thread = threading.local()
-        if recipe is not None:
-            recipe = recipe._replace(side=self.backbone.SIDE)
-        self.recipe = recipe
+        if media_config is not None:
+            media_config = media_config._replace(side=self.backbone.SIDE)
+        self.media_config = media_config
         self.root = Path(root)
         self.audio_captions = audio_captions
         self.tokenizer = self.processor.tokenizer
@@ -138,7 +138,7 @@ class InputBuilder:
         self.filler = Prompt(torch.tensor(self.eos_ids[:1] * 2), torch.arange(2).expand(3, -1), {})
 
     def __call__(self, row, hint=None):
-        return self.from_clip(row, decode_clip(row, self.root, self.recipe), hint)
+        return self.from_clip(row, decode_clip(row, self.root, self.media_config), hint)
 
     def texts(self, completions):
         """What completions say, without special tokens and with the <think> that the prompt opened."""
@@ -206,10 +206,10 @@ class InputBuilder:
     def checked(self, prompt, row):
         """The prompt itself; raises BadRow if it is too long."""
         num_tokens = len(prompt.input_ids)
-        if num_tokens > self.recipe.max_prompt_tokens:
+        if num_tokens > self.media_config.max_prompt_tokens:
             raise BadRow(
                 f"row {row['prompt_id']}: {num_tokens} prompt tokens, over --max-prompt-tokens "
-                f"{self.recipe.max_prompt_tokens}: lower --max-frames or --max-pixels, or raise it"
+                f"{self.media_config.max_prompt_tokens}: lower --max-frames or --max-pixels, or raise it"
             )
         return prompt
 

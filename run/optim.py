@@ -11,13 +11,13 @@ WEIGHT_DECAY = 0.0  # [U18]
 WARMUP_FRAC = 0.05  # share of the steps in which the learning rate rises (authors' script)
 
 
-def lr_scale(step, steps, warmup, cosine):
+def lr_scale(step, num_steps, warmup, cosine):
     """Factor of `step` (from 1): linear warm-up, then constant, or a cosine down to 10 %."""
     if step <= warmup:
         return step / warmup
     if not cosine:
         return 1.0
-    progress = (step - warmup) / max(steps - warmup, 1)
+    progress = (step - warmup) / max(num_steps - warmup, 1)
     return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
@@ -28,10 +28,10 @@ def adamw(policy, lr):
     return torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY, fused=fused)
 
 
-def step(optimizer, lr, step, steps, cosine):
-    """Takes step `step` of `steps` with the accumulated gradient, and clears the gradient."""
-    warmup = max(1, round(WARMUP_FRAC * steps))
-    scale = lr_scale(step, steps, warmup, cosine)
+def step(optimizer, lr, step, num_steps, cosine):
+    """Takes step `step` of `num_steps` with the accumulated gradient, and clears the gradient."""
+    warmup = max(1, round(WARMUP_FRAC * num_steps))
+    scale = lr_scale(step, num_steps, warmup, cosine)
     for group in optimizer.param_groups:
         group["lr"] = lr * scale
     optimizer.step()

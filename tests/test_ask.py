@@ -162,7 +162,7 @@ def test_a_prefix_read_before_changes_no_log_prob(tiny_model, toy_dir):
     media_config = RECIPE._replace(max_pixels=64 * 64)  # Ola's frames are multiples of 32
     build = InputBuilder(tiny_model, media_config, rows.path.parent, False)
     policy = load_policy(tiny_model, 0, False)
-    first = build.from_clip(rows[0], decode_clip(rows[0], build.root, build.recipe))
+    first = build.from_clip(rows[0], decode_clip(rows[0], build.root, build.media_config))
     other = build.with_text(first, dict(rows[0], question="Which color is shown at the end?"))
     prefix = read_prefix(policy, first, build.media_length(first))
     settings = dict(temperature=1.0, max_new_tokens=12, eos_ids=build.eos_ids, seeds=[3])
@@ -175,7 +175,7 @@ def test_a_prefix_read_before_changes_no_log_prob(tiny_model, toy_dir):
             assert_same_values(ours.logprobs, theirs.logprobs)
         assert len(tokens) == max(len(completion.ids) for completion in found)
     with pytest.raises(AssertionError, match="another clip"):
-        stranger = build.from_clip(rows[1], decode_clip(rows[1], build.root, build.recipe))
+        stranger = build.from_clip(rows[1], decode_clip(rows[1], build.root, build.media_config))
         rollout(policy, [stranger], [1], **settings, prefix=prefix)
 
 

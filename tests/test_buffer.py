@@ -1,7 +1,7 @@
 """
 Stratified replay buffer: [R.mean], [TIER], [DRAW], eviction and state.
 
-    PYTHONPATH=. python -m pytest -q tests/test_buffer.py
+    python -m pytest tests/test_buffer.py
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 
 from buffer import Entry, ReplayBuffer
 
-# --- helpers --------------------------------------------------------------------------------------
+# ---- helpers
 
 
 def entry(prompt_id, reward, born_step=0, hinted=False, length=3, parts=None):
@@ -55,7 +55,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# --- mean reward, by hand -------------------------------------------------------------------------
+# ---- mean reward, by hand
 
 
 def test_mean_reward_is_the_plain_mean_of_the_last_20():
@@ -91,7 +91,7 @@ def test_stored_and_replayed_rewards_do_not_move_the_mean():
     assert {q: b.mean_reward(q) for q in b.tiers()} == before
 
 
-# --- tiers, by hand -------------------------------------------------------------------------------
+# ---- tiers, by hand
 
 
 def test_twenty_prompts_are_cut_8_7_5():
@@ -158,7 +158,7 @@ def test_a_prompt_never_observed_is_hard_and_never_drawn():
     assert b.draw(4, 4, 1, rng()) == []
 
 
-# --- eviction -------------------------------------------------------------------------------------
+# ---- eviction
 
 
 def test_oldest_goes_first_by_birth_then_by_arrival():
@@ -273,7 +273,7 @@ def test_eviction_forgets_no_mean():
     assert b.mean_reward("q") == 0.5
 
 
-# --- draws: which prompts -------------------------------------------------------------------------
+# ---- draws: which prompts
 
 
 def test_empty_buffer_first_step_and_zero_groups():
@@ -398,7 +398,7 @@ def test_equal_rewards_everywhere_still_draw():
     assert max(counts.values()) < 2.5 * min(counts.values())
 
 
-# --- draws: which completions of a prompt ---------------------------------------------------------
+# ---- draws: which completions of a prompt
 
 
 def one_prompt(rewards, mean, num_off, born=None, hinted=()):
@@ -458,7 +458,7 @@ def test_the_more_useful_kind_is_drawn_and_plain_on_a_tie():
     assert set(one_prompt([1.0] * 8, 0.5, 4, hinted=range(4))) == {4, 5, 6, 7}
 
 
-# --- the defects of the released trainer ----------------------------------------------------------
+# ---- the defects of the released trainer
 
 
 def test_defect_2_every_generated_completion_is_kept():
@@ -515,7 +515,7 @@ def test_old_logprobs_are_never_rewritten_by_replay():
     assert all(torch.equal(e.old_logprobs, before[serial(e)]) for e in stored(b))
 
 
-# --- entries --------------------------------------------------------------------------------------
+# ---- entries
 
 
 def test_entry_normalises_its_types():
@@ -598,7 +598,7 @@ def test_stats_by_hand():
     assert set(ReplayBuffer(1000, 20).stats(0).values()) == {0}
 
 
-# --- resume ---------------------------------------------------------------------------------------
+# ---- resume
 
 
 def train(b, r, steps):
@@ -681,7 +681,7 @@ def test_state_of_another_size_is_refused():
         ReplayBuffer(100, 10).load_state_dict(state)
 
 
-# --- determinism ----------------------------------------------------------------------------------
+# ---- determinism
 
 
 def test_two_ranks_draw_the_same():

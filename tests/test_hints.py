@@ -12,7 +12,7 @@ import torch
 
 from hints import HintSchedule, behavior_kl, place_hint
 
-# --- when a hint enters and leaves ----------------------------------------------------------------
+# ---- when a hint enters and leaves
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_the_hint_stands_before_an_untouched_question():
     assert text == "Hint: listen first.\nHow many dogs bark?\nA. 1\nB. 2"
 
 
-# --- KL to the behaviour policy -------------------------------------------------------------------
+# ---- KL to the behaviour policy
 
 
 def test_kl_by_hand():

@@ -256,7 +256,7 @@ def build(tiny, media):
 def test_every_kind_of_row_becomes_a_prompt(build, tiny, media, fields, has):
     row = normalize_row(make_row(**fields))
     prompt, policy = build(row), load_policy(tiny / "model", 0, False)
-    clip = decode_clip(row, media, build.recipe)
+    clip = decode_clip(row, media, build.media_config)
     assert all(
         side % 32 == 0
         for x in [*clip.images, clip.frames]
@@ -287,7 +287,7 @@ def test_every_kind_of_row_becomes_a_prompt(build, tiny, media, fields, has):
 
 
 def test_media_that_a_text_names_stand_where_it_names_them(build, media):
-    clip = decode_clip(normalize_row(make_row(images=["good.png"])), media, build.recipe)
+    clip = decode_clip(normalize_row(make_row(images=["good.png"])), media, build.media_config)
     clip = clip._replace(audio=[original.noise(name, 32000).numpy() for name in "ab"])
     pieces = [
         dict(type="audio", index=1),

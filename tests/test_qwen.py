@@ -72,7 +72,7 @@ def test_every_kind_of_row_becomes_a_prompt(build, media, fields, has):
 def test_positions_tell_the_real_time_of_a_long_clip(build, tmp_path):
     write(tmp_path / "x.mp4", seconds=60, size=(56, 56), audio="aac", sound=bursts(60))
     build = build.at(tmp_path)
-    build.recipe = RECIPE._replace(max_audio_seconds=60.0)
+    build.media_config = RECIPE._replace(max_audio_seconds=60.0)
     for use_audio in (False, True):
         prompt = build(normalize_row(make_row(video="x.mp4", use_audio=use_audio)))
         video = prompt.input_ids == build.tokenizer.convert_tokens_to_ids("<|VIDEO|>")

@@ -292,3 +292,15 @@ class ForgetfulBuffer:
 
     def forget(self, prompt_id):
         self.forgotten.append(prompt_id)
+
+
+def test_the_clip_of_a_row_that_lacks_the_required_field_is_not_read():
+    """Nobody would take it, and a clip in flight does not count towards the cache."""
+    rows = [dict(row, reasoning="because") for row in rows_of(8)]
+    del rows[3]["reasoning"]
+    source = stream_of(rows, count=8)
+    source.required_field = "reasoning"
+    source.prefetch_next()
+    assert len(source.clip_cache.in_flight) == 7
+    source.next_rows(StepLines())
+    assert not source.clip_cache.in_flight

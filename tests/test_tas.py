@@ -1,7 +1,7 @@
 """
 Temporal Advantage Shaping: [TAS.w], [TAS.A] and the shapes of the ablation.
 
-    PYTHONPATH=. python -m pytest -q tests/test_tas.py
+    python -m pytest tests/test_tas.py
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from tas import SHAPES, shape_advantages, tas_weights
 
-# --- helpers --------------------------------------------------------------------------------------
+# ---- helpers
 
 
 def mask_of(lengths, T=None):
@@ -39,7 +39,7 @@ def slow_weights(mask, shape, tas_lambda):
     return torch.tensor(rows)
 
 
-# --- numbers by hand ------------------------------------------------------------------------------
+# ---- numbers by hand
 
 
 def test_five_tokens_by_hand():
@@ -73,7 +73,7 @@ def test_token_advantages_by_hand():
     assert a.tolist() == [[4.0, 2.5, 2.0, 2.5, 4.0], [-2.0, -1.0, -2.0, 0.0, 0.0]]
 
 
-# --- slow-loop oracle -----------------------------------------------------------------------------
+# ---- slow-loop oracle
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,7 +89,7 @@ def test_shapes_are_distinct():
     assert len(set(rows)) == len(SHAPES)
 
 
-# --- invariances ----------------------------------------------------------------------------------
+# ---- invariances
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,7 +123,7 @@ def test_mean_weight_of_a_long_row_is_one_plus_a_third_of_lambda():
     assert w.mean().item() == pytest.approx(1 + 0.3 / 3, abs=2e-4)
 
 
-# --- degenerate inputs ----------------------------------------------------------------------------
+# ---- degenerate inputs
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_no_rows_and_no_columns():
     assert tas_weights(torch.zeros(2, 0), "parabolic", 0.3).shape == (2, 0)
 
 
-# --- equal mean, sign, gradient -------------------------------------------------------------------
+# ---- equal mean, sign, gradient
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -183,7 +183,7 @@ def test_lambda_zero_is_plain_grpo():
         assert torch.equal(a, advantages[:, None].expand(2, 3))
 
 
-# --- caller mistakes ------------------------------------------------------------------------------
+# ---- caller mistakes
 
 
 def test_unknown_shape_is_named_and_the_others_listed():

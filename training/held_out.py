@@ -17,7 +17,7 @@ class HeldOut:
     """
     file            JSONL of held-out rows
     policy          Policy
-    build           InputBuilder
+    builder         InputBuilder
     cache_bytes     int      for their clips
     encoder         policy of ClipCache: frozen towers encode each clip once
     num_samples     int      completions, about: as many of each row
@@ -28,7 +28,7 @@ class HeldOut:
         self,
         file,
         policy,
-        build,
+        builder,
         *,
         cache_bytes,
         encoder,
@@ -40,8 +40,8 @@ class HeldOut:
     ):
         self.rows = Rows(file)
         self.policy = policy
-        self.build = build
-        self.clip_cache = ClipCache(build.at(self.rows.path.parent), cache_bytes, encoder)
+        self.builder = builder
+        self.clip_cache = ClipCache(builder.at(self.rows.path.parent), cache_bytes, encoder)
         self.num_rows = min(len(self.rows), num_samples)
         self.per_row = max(1, round(num_samples / self.num_rows))
         self.temperature = temperature
@@ -69,7 +69,7 @@ class HeldOut:
             problems |= processes.all_gather_dict(failed)
             sizes = [len(prompt.input_ids) for _, _, prompt in items]
             packs = [[items[k] for k in pack] for pack in pack_sizes(sizes, TOKENS)]
-            dummy = [(0, None, self.build.filler)]
+            dummy = [(0, None, self.builder.filler)]
             for pack, is_real in processes.even_rounds(packs, dummy):
                 num_correct += self._count_correct(pack, is_real)
         for problem in problems.values():
@@ -85,7 +85,7 @@ class HeldOut:
             [self.per_row if is_real else 1 for _ in pack],
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
-            eos_ids=self.build.eos_ids,
+            eos_ids=self.builder.eos_ids,
             micro_tokens=self.micro_tokens,
             seeds=[processes.seed(self.seed, 0, i) if is_real else 0 for i, _, _ in pack],
         )
@@ -93,7 +93,7 @@ class HeldOut:
             return 0
         num_correct = 0
         for (_, row, _), group in zip(pack, groups):
-            for text in self.build.texts(group):
+            for text in self.builder.texts(group):
                 answer = rewards.parse_answer(text)
                 num_correct += rewards.accuracy_reward(answer, *answer_spec(row)) == 1
         return num_correct

@@ -45,7 +45,7 @@ class HintVisits:
         """
         hint_of = {}
         for row in rows:
-            hint = usable_hint(row, refused=self.schedule.refused, tell=processes.print0)
+            hint = usable_hint(row, refused=self.schedule.refused, tell=tell)
             if hint:
                 hint_of[row["prompt_id"]] = (row, hint)
         prompt_ids = [row["prompt_id"] for row in rows]
@@ -60,7 +60,7 @@ class HintVisits:
         for prompt_id, problem in too_long.items():
             self.schedule.refused.add(prompt_id)
             hinted.discard(prompt_id)
-            processes.print0(f"hint refused: {problem}")
+            tell(f"hint refused: {problem}")
         prompts = [hinted_prompts.get(q, prompt) for q, prompt in zip(prompt_ids[local], prompts)]
         return prompts, hinted
 
@@ -144,7 +144,4 @@ def stored_kls(policy, stored_groups, dummy, temperature):
         kl = hints.behavior_kl(logprobs, old_logprobs.to(logprobs), completion_mask)
         if prompt_id is not None:
             kls[prompt_id] = kl
-    gathered = {}
-    for part in processes.all_gather_object(kls):
-        gathered |= part
-    return gathered
+    return processes.all_gather_dict(kls)

@@ -56,7 +56,7 @@ def dummy_group(prompt):
 
     prompt   models.inputs.Prompt without media
     """
-    zeros = torch.zeros(2)
+    zeros = torch.zeros(len(prompt.input_ids))
     entry = Entry(
         prompt_id="",
         completion_ids=prompt.input_ids,

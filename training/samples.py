@@ -33,14 +33,14 @@ class SampleLog:
     """
     out        folder of the run
     rows       Rows
-    build      InputBuilder of the run
+    builder    InputBuilder of the run
     num_steps  of the run
     """
 
-    def __init__(self, out, rows, build, num_steps):
+    def __init__(self, out, rows, builder, num_steps):
         self.out = out
         self.rows = rows
-        self.build = build
+        self.builder = builder
         self.interval = max(MIN_INTERVAL, -(-num_steps // MAX_STEPS))
         clips = read(out / "clips.jsonl")
         samples = read(out / "samples.jsonl")
@@ -90,19 +90,21 @@ class SampleLog:
         # a group is on one rank, and info keeps its order
         is_kind = (info["fresh"] == (kind == "fresh")).tolist()
         places = [i for i, q in enumerate(info["prompt_id"]) if q == prompt_id and is_kind[i]]
+        if len(places) > len(group):
+            return  # the prompt stands twice in this step: which places are this group's is not told apart
         for entry, advantage, i in zip(group, advantages.tolist(), places):
             ratios = [math.exp(min(x, 20)) for x in info["log_ratios"][i]]
             sample = dict(
                 step=step,
                 kind=kind,
                 prompt_id=prompt_id,
-                prompt=question_text(row, self.build.audio_captions),
+                prompt=question_text(row, self.builder.audio_captions),
                 truth=answer_spec(row)[0],
                 hint=row.get("hint") if entry.hinted else None,
                 tier=buffer.tier(prompt_id),
                 mean_reward=buffer.mean_reward(prompt_id),  # R̄(q), before this step
-                completion=self.build.tokenizer.decode(entry.completion_ids),
-                tokens=pieces(self.build.tokenizer, entry.completion_ids.tolist()),
+                completion=self.builder.tokenizer.decode(entry.completion_ids),
+                tokens=pieces(self.builder.tokenizer, entry.completion_ids.tolist()),
                 tas_weights=rounded(info["tas_weights"][i]),
                 ratios=rounded(ratios),
                 reward=entry.reward,
@@ -115,10 +117,10 @@ class SampleLog:
 
     def clip(self, row):
         """Frames and sounds of a row as data URIs; none if its clip is gone by now."""
-        recipe = self.build.recipe._replace(**THUMBNAIL_LIMITS)
+        media_config = self.builder.media_config._replace(**THUMBNAIL_LIMITS)
         try:
             frames, sounds = clip_as_data_uris(
-                decode_clip(row, self.build.root, recipe), SOUND_BYTES
+                decode_clip(row, self.builder.root, media_config), SOUND_BYTES
             )
         except BadRow:
             frames, sounds = [], []
