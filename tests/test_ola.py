@@ -85,8 +85,8 @@ def converted(published):
     return out, load_policy(out, 0, True).thinker, build
 
 
-def close(ours, theirs):
-    assert_same_values(ours, theirs)
+def close(ours, theirs, rel=1e-5):
+    assert_same_values(ours, theirs, rel=rel)
 
 
 # ---- parts -------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def test_sound_is_the_originals(known, converted):
         [waves.flatten().numpy()], converted[2].processor.feature_extractor, "row r"
     )
     close(media["mel"][..., ::8], known[0]["mel"])
-    close(media["fbank"][..., ::8], known[0]["fbank"])
+    # a logarithm of small sums: other kernels round them otherwise
+    close(media["fbank"][..., ::8], known[0]["fbank"], rel=1e-4)
     close(tower.speech(media["mel"]).last_hidden_state, known[0]["whisper"])
     close(tower.music(media["fbank"]), known[0]["beats"])
     close(tower.encode(media["mel"], media["fbank"]), known[0]["fused"])
