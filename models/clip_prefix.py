@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from models.attention import DecodeAttention, Spans, flash
+from models.sharding import in_forward
 
 
 class ClipPrefix(NamedTuple):
@@ -20,12 +21,9 @@ class ClipPrefix(NamedTuple):
 
 
 @torch.no_grad()
+@in_forward
 def read_prefix(policy, prompt, length):
     """Encodes the clip of a prompt and reads the prompt's first `length` tokens -> ClipPrefix"""
-    return policy(lambda policy: _read_prefix(policy, prompt, length))
-
-
-def _read_prefix(policy, prompt, length):
     (head,) = policy.embed([prompt])
     # a packed row has a tail after each head; this one is thrown away
     tail = prompt.input_ids[length : length + 1], prompt.position_ids[:, length : length + 1]

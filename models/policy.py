@@ -24,7 +24,7 @@ from models.attention import PackedAttention, shared_prefix_attention, window_at
 from models.head import head_logprobs
 from models.inputs import BACKBONES, positions_after
 from models.patch_embedding import use_products
-from models.sharding import on_host
+from models.sharding import in_forward, on_host
 from run.errors import out_of_memory_advice
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)  # text model
@@ -202,10 +202,8 @@ class Policy(nn.Module):
 
     def forward(self, task):
         """
-        Runs task(policy) while FSDP holds the parameters in place, and returns what it returns.
-
-        Tensors are not passed as arguments: FSDP would move every tensor among the arguments to the
-        GPU, and copy the dicts that hold them.
+        Runs task(policy) while FSDP holds the parameters in place, and returns what it returns. See
+        models/sharding.py, in_forward.
         """
         return task(self)
 
@@ -289,6 +287,7 @@ def last_layer_predicting_only(layer, hidden, **kwargs):
 # ---- log-probs ---------------------------------------------------------------------------------
 
 
+@in_forward
 def completion_logprobs(policy, prompts, completions, temperature):
     """
     log pi(c_t | prompt, c_<t) at the sampling temperature, over the whole vocabulary.
@@ -299,10 +298,6 @@ def completion_logprobs(policy, prompts, completions, temperature):
     returns      logprobs (N, T) float32, 0 off the mask; completion_mask (N, T) bool;
                  entropy (N, T) float32 without gradient; completions in reading order
     """
-    return policy(lambda policy: _completion_logprobs(policy, prompts, completions, temperature))
-
-
-def _completion_logprobs(policy, prompts, completions, temperature):
     # The hidden states begin with the last token of each prompt; then come the completions' tokens.
     tails = []
     predictors = []  # rows of the hidden states that predict the completions' tokens, in their order

@@ -21,7 +21,7 @@ from models.clip_prefix import continue_prefix
 from models.graphs import DelayedScalar, capture
 from models.head import float32_logits
 from models.inputs import shared_clip_groups
-from models.sharding import unsharded
+from models.sharding import in_forward, unsharded
 from run.errors import UserError, out_of_memory_advice
 from run.packing import pack_sizes
 
@@ -46,6 +46,7 @@ class Completion(NamedTuple):
     "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new-tokens"
 )
 @torch.no_grad()
+@in_forward
 def rollout(
     policy,
     prompts,
@@ -76,35 +77,6 @@ def rollout(
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
-    return policy(
-        lambda policy: _rollout(
-            policy,
-            prompts,
-            num_completions,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos_ids,
-            seeds=seeds,
-            micro_tokens=micro_tokens,
-            prefix=prefix,
-            on_token=on_token,
-        )
-    )
-
-
-def _rollout(
-    policy,
-    prompts,
-    num_completions,
-    *,
-    temperature,
-    max_new_tokens,
-    eos_ids,
-    seeds,
-    micro_tokens,
-    prefix,
-    on_token,
-):
     device = policy.device
     group_size = max(num_completions)
     clip_groups = shared_clip_groups(prompts)

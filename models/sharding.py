@@ -5,6 +5,7 @@ A policy is a module with `units`, the classes of the modules that are gathered 
 `frozen`, the modules in which nothing trains; and `float32_parts`, those that stay in float32.
 """
 
+import functools
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -14,6 +15,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from run import processes
+
+
+def in_forward(function):
+    """
+    A function of a policy and more that runs inside the policy's forward, where FSDP holds the
+    parameters in place. The other arguments do not pass through FSDP: it would move every tensor
+    among them to the GPU, and copy the dicts that hold them.
+    """
+
+    @functools.wraps(function)
+    def run(policy, *args, **kwargs):
+        return policy(lambda policy: function(policy, *args, **kwargs))
+
+    return run
 
 
 def load_sharded(load, device, dtype, frozen=False):

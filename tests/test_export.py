@@ -205,7 +205,7 @@ def test_adapters_of_experts(toy_dir, tmp_path):
     assert (trained - before).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements-tests.txt")
+@pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements-test.txt")
 def test_transformers_serve_answers_as_we_do(trained, toy_dir, tmp_path):
     from servers import transformers_serve
 

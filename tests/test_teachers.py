@@ -689,7 +689,7 @@ SERVES = all(
 )
 
 
-@pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements.txt")
+@pytest.mark.skipif(not SERVES, reason="transformers serve needs requirements-test.txt")
 def test_every_command_against_a_real_server(rows, tiny):
     """transformers serve, over HTTP: captions by Omni, hints by Qwen2.5-VL, a judge by InternVL."""
     lines = (rows / "in.jsonl").read_text().splitlines()[:2]
