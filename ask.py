@@ -32,13 +32,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="folder of a run or model, or hub id; without it the toy")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
-    flag(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="number format of the model; auto: bfloat16 on a GPU",
-    )
+    arguments.add_device_flags(flag)
 
     flag = parser.add_argument_group("question").add_argument
     flag("--options", nargs="+", metavar="TEXT", help="the question is a choice among these")

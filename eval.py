@@ -100,13 +100,7 @@ def parse_args(argv=None):
     )
 
     flag = parser.add_argument_group("where it computes").add_argument
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
-    flag(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="number format of the model; auto: bfloat16 on a GPU",
-    )
+    arguments.add_device_flags(flag)
     flag("--batch-size", type=int, default=16, help="prompts decoded together")
     add_media_flags(parser, keeps_clips=False)
 

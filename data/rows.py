@@ -20,6 +20,7 @@ from tqdm import tqdm
 import rewards
 from answers import LETTERS, normalize_answer, option_table
 from data.clips import BadRow
+from run.io import file_problem
 
 SYSTEM_PROMPT = (
     "Look and listen. Reason inside <think> </think>, then answer inside <answer> </answer>."
@@ -146,10 +147,9 @@ def stable_hash(content):
 
 
 def check_file(path, remedy="give a JSONL file"):
-    if Path(path).is_file():
-        return
-    problem = f"{path} is a folder" if Path(path).is_dir() else f"there is no file {path}"
-    raise BadRow(f"{problem}: {remedy}")
+    problem = file_problem(path)
+    if problem:
+        raise BadRow(f"{problem}: {remedy}")
 
 
 def parse_line(line, where):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from run.errors import UserError
-from run.io import safe_streams
+from run.io import file_problem, safe_streams
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -30,6 +30,22 @@ TRACKERS = ("tensorboard", "wandb")  # packages that --log may name: run/logs.py
 # ---- the flags ---------------------------------------------------------------------------------
 
 
+def add_device_flags(flag):
+    """Where and in which number format a command computes.  flag: add_argument of a group"""
+    flag(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="auto: a GPU if there is one",
+    )
+    flag(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="number format of the computation; auto: bfloat16 on a GPU, else float32",
+    )
+
+
 def add_flags(parser):
     """
     Adds the flags of a training command.
@@ -41,7 +57,6 @@ def add_flags(parser):
 The defaults shown are those for the other flags on this command line. Without --model they are the
 toy's. Tags in [] are explained in README.md and docs/method.md.
 """
-    dtypes = ["auto", "float32", "bfloat16"]
     kernels = ["auto", "flash", "fa3", "fa4", "sdpa"]
     hidden = argparse.SUPPRESS
     # fmt: off
@@ -51,8 +66,7 @@ toy's. Tags in [] are explained in README.md and docs/method.md.
     flag("--steps", type=int, help="optimizer steps; 0 = one epoch over the data")
     flag("--seed", type=int, default=0, help="random seed")
     flag("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
-    flag("--dtype", default="auto", choices=dtypes, help="of the computation; auto: bfloat16 on a GPU, else float32")
+    add_device_flags(flag)
     flag("--attn", default="auto", choices=kernels, help="attention kernel; auto: flash where it works")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
     flag("--keep-checkpoints", type=int, default=2, metavar="N", help="keep the newest N; a dying machine may cut off the last one")
@@ -173,8 +187,8 @@ def check_inputs(model, data):
         check_model(model)
     files = [data] if isinstance(data, str) else data or []
     for file in files:
-        if not Path(file).is_file():
-            problem = f"{file} is a folder" if Path(file).is_dir() else f"there is no file {file}"
+        problem = file_problem(file)
+        if problem:
             raise UserError(f"{problem}: give a JSONL file")
 
 

@@ -14,6 +14,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # ---- files -------------------------------------------------------------------------------------
 
 
+def file_problem(path):
+    """Why there is no file at a path (str), or None if there is one."""
+    path = Path(path)
+    if path.is_file():
+        return None
+    return f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+
+
 def write_text(path, text):
     """Writes the whole text or nothing."""
     part = path.with_name(path.name + ".part")
