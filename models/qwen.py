@@ -46,7 +46,14 @@ def inputs(processor, config, text, clip, name):
     # without max_length the extractor pads every clip to 300 s
     longest = max((len(sound) for sound in clip.sounds), default=0)
     max_length = math.ceil(longest / MEL_HOP) * MEL_HOP
-    batch = processor(
+    audio_kwargs = dict(max_length=max_length, truncation=False)
+    batch = process(processor, text, clip, audio_kwargs=audio_kwargs)
+    return from_batch(Thinker, config, batch, use_audio=clip.use_audio)
+
+
+def process(processor, text, clip, **kwargs):
+    """Calls the processor of a Qwen-Omni with frames and sounds as they were decoded -> its batch."""
+    return processor(
         text=text,
         images=clip.images or None,
         audio=clip.sounds or None,
@@ -55,14 +62,18 @@ def inputs(processor, config, text, clip, name):
         load_audio_from_video=clip.use_audio,
         audio_from_video_indices=[0] if clip.use_audio else [],
         images_kwargs=dict(do_resize=False),
-        audio_kwargs=dict(max_length=max_length, truncation=False),
         videos_kwargs=dict(
             do_resize=False,
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             fps=clip.fps,  # of the frames that were taken: positions are their times
         ),
+        **kwargs,
     )
+
+
+def from_batch(thinker_class, config, batch, use_audio):
+    """A processor's batch of one prompt -> input_ids (P,), position_ids (3, P), media."""
     media = {}
     if "pixel_values" in batch:
         media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
@@ -77,7 +88,7 @@ def inputs(processor, config, text, clip, name):
     # the model's own positions, without building the model
     input_ids = batch["input_ids"]
     seconds = batch.get("video_second_per_grid")
-    thinker = Thinker.__new__(Thinker)
+    thinker = thinker_class.__new__(thinker_class)
     thinker.config = config
     thinker.spatial_merge_size = config.vision_config.spatial_merge_size
     position_ids, _ = thinker.get_rope_index(
@@ -87,7 +98,7 @@ def inputs(processor, config, text, clip, name):
         attention_mask=torch.ones_like(input_ids),
         audio_seqlens=mel_lengths,
         second_per_grids=None if seconds is None else torch.as_tensor(seconds),
-        use_audio_in_video=clip.use_audio,
+        use_audio_in_video=use_audio,
     )
     return input_ids[0], position_ids[:, 0].clone(), media
 

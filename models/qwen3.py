@@ -19,6 +19,7 @@ from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
 
 from data.clips import BadRow
+from models import qwen
 from run.errors import UserError
 
 MODEL_TYPES = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
@@ -87,47 +88,12 @@ def inputs(processor, config, text, clip, name):
         if height % SIDE or width % SIDE:
             size = f"{width} x {height} pixels"
             raise BadRow(f"{name}: a frame of {size}: Qwen3-Omni takes multiples of {SIDE}")
-    batch = processor(
-        text=text,
-        images=clip.images or None,
-        audio=clip.sounds or None,
-        videos=None if clip.frames is None else [clip.frames],
-        return_tensors="pt",
-        load_audio_from_video=clip.use_audio,
-        audio_from_video_indices=[0] if clip.use_audio else [],
-        images_kwargs=dict(do_resize=False),
-        videos_kwargs=dict(
-            do_resize=False,
-            do_sample_frames=False,
-            cap_pixels_per_frame=False,
-            fps=clip.fps,  # of the frames really taken; without it the processor takes one a second
-        ),
-    )
-    media, mel_lengths, seconds = {}, None, None
-    if "pixel_values" in batch:
-        media["image"] = dict(pixels=batch["pixel_values"], grid=batch["image_grid_thw"])
+    batch = qwen.process(processor, text, clip)  # without fps it would take one frame a second
     if "pixel_values_videos" in batch:
-        media["video"] = dict(pixels=batch["pixel_values_videos"], grid=batch["video_grid_thw"])
         seconds = torch.as_tensor(batch["video_second_per_grid"])
         pair = processor.video_processor.temporal_patch_size / clip.fps
         assert torch.equal(seconds, torch.tensor([pair])), f"{name}: {seconds} s a pair, not {pair}"
-    if "input_features" in batch:
-        mel_lengths = batch["feature_attention_mask"].sum(1)
-        mels = [mel[:, :n] for mel, n in zip(batch["input_features"], mel_lengths)]  # no padding
-        media["audio"] = dict(mel=torch.cat(mels, dim=1), lengths=mel_lengths)
-    input_ids = batch["input_ids"]
-    index = Thinker.__new__(Thinker)  # the model's own positions without the model
-    index.config, index.spatial_merge_size = config, config.vision_config.spatial_merge_size
-    position_ids, _ = index.get_rope_index(
-        input_ids,
-        image_grid_thw=batch.get("image_grid_thw"),
-        video_grid_thw=batch.get("video_grid_thw"),
-        attention_mask=torch.ones_like(input_ids),
-        audio_seqlens=mel_lengths,
-        second_per_grids=seconds,
-        use_audio_in_video=clip.use_audio,
-    )
-    return input_ids[0], position_ids[:, 0].clone(), media
+    return qwen.from_batch(Thinker, config, batch, use_audio=clip.use_audio)
 
 
 # ---- experts -----------------------------------------------------------------------------------
