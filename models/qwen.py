@@ -113,6 +113,23 @@ def encode(core, prompts, device, train_towers):
     returns  list of {modality: (n, D)}, one per prompt, and a dummy one where towers train on several
              processes; media that are encoded already pass through
     """
+    return encode_by(core, prompts, device, train_towers, run_visual, run_audio)
+
+
+def run_visual(core, pixels, grid):
+    """-> features of each image and video of a batch"""
+    return core.get_video_features(pixels, grid, return_dict=True).pooler_output
+
+
+def run_audio(core, mels, lengths):
+    """mels (num_mels, sum of lengths) -> features of each sound of a batch"""
+    after_conv, num_features = core.audio_tower._get_feat_extract_output_lengths(lengths)
+    outputs = core.audio_tower(mels, lengths.to(mels.device), after_conv.to(mels.device))
+    return outputs.last_hidden_state.split(num_features.tolist())
+
+
+def encode_by(core, prompts, device, train_towers, run_visual, run_audio):
+    """encode, with functions that run a backbone's towers."""
     if device.type == "cuda" and core.dtype != torch.float32:
         # else transformers calls attention once for every window
         for tower in (core.visual, core.audio_tower):
@@ -120,10 +137,7 @@ def encode(core, prompts, device, train_towers):
     features = [dict(prompt.media) for prompt in prompts]
     if train_towers and dist.is_initialized():
         # if a rank skipped a sharded tower, the others would wait in its collectives for ever
-        video = dict(pixels=torch.zeros(4, 1176), grid=torch.tensor([[1, 2, 2]]))
-        num_mels = core.audio_tower.config.num_mel_bins
-        sound = dict(mel=torch.zeros(num_mels, 200), lengths=torch.tensor([200]))
-        features.append(dict(video=video, audio=sound))
+        features.append(smallest_media(core.visual.config, core.audio_tower.config))
 
     pictures = []  # (features of a prompt, "image" or "video") still to be encoded
     sounds = []
@@ -132,31 +146,36 @@ def encode(core, prompts, device, train_towers):
             if isinstance(media.get(modality), dict):
                 pictures.append((media, modality))
         if isinstance(media.get("audio"), dict):
-            sounds.append(media)
+            sounds.append((media, "audio"))
     if pictures:
-        encode_pictures(core, pictures, device)
+        pixels = torch.cat([media[modality]["pixels"].to(device) for media, modality in pictures])
+        grid = torch.cat([media[modality]["grid"].to(device) for media, modality in pictures])
+        replace_by(run_visual(core, pixels, grid), pictures, counted_by="grid")
     if sounds:
-        encode_sounds(core, sounds, device)
+        mels = torch.cat([media["audio"]["mel"] for media, _ in sounds], dim=1).to(device)
+        lengths = torch.cat([media["audio"]["lengths"] for media, _ in sounds])
+        replace_by(run_audio(core, mels, lengths), sounds, counted_by="lengths")
     return features
 
 
-def encode_pictures(core, pictures, device):
-    """Replaces pixels by features, for all images and videos in one call of the tower."""
-    pixels = torch.cat([media[modality]["pixels"].to(device) for media, modality in pictures])
-    grid = torch.cat([media[modality]["grid"].to(device) for media, modality in pictures])
-    parts = iter(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
-    for media, modality in pictures:
-        own_parts = [next(parts) for _ in media[modality]["grid"]]
+def replace_by(parts, places, counted_by):
+    """
+    Puts a tower's outputs in the place of its inputs.
+
+    parts       features of each picture or sound, in the order of the batch
+    places      list of (media of a prompt, modality)
+    counted_by  the input of a modality that has a row for each of its pictures or sounds
+    """
+    parts = iter(parts)
+    for media, modality in places:
+        own_parts = [next(parts) for _ in media[modality][counted_by]]
         media[modality] = torch.cat(own_parts)
 
 
-def encode_sounds(core, sounds, device):
-    """Replaces mel spectrograms by features, for all sounds in one call of the tower."""
-    mels = torch.cat([media["audio"]["mel"] for media in sounds], dim=1).to(device)
-    lengths = torch.cat([media["audio"]["lengths"] for media in sounds])
-    after_conv, num_features = core.audio_tower._get_feat_extract_output_lengths(lengths)
-    outputs = core.audio_tower(mels, lengths.to(device), after_conv.to(device))
-    parts = iter(outputs.last_hidden_state.split(num_features.tolist()))
-    for media in sounds:
-        own_parts = [next(parts) for _ in media["audio"]["lengths"]]
-        media["audio"] = torch.cat(own_parts)
+def smallest_media(vision, audio):
+    """A pair of frames and some sound, by the towers' configurations, that every rank can run."""
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    size = vision.spatial_merge_size
+    frames = dict(pixels=torch.zeros(size**2, patch), grid=torch.tensor([[1, size, size]]))
+    mel = torch.zeros(audio.num_mel_bins, 200)
+    return dict(video=frames, audio=dict(mel=mel, lengths=torch.tensor([200])))

@@ -12,7 +12,6 @@ P prompt tokens, D width of the text model, K middle layers of the vision tower.
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import Qwen3OmniMoeProcessor as Processor  # noqa: F401
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
@@ -122,45 +121,23 @@ def route(router, hidden, choose):
 
 def encode(core, prompts, device, train_towers):
     """
-    The towers' outputs; each tower is run once for all prompts.
+    The towers' outputs; each tower runs once for all prompts.
 
-    returns  list, a prompt each, of modality -> (n, D), of pictures and frames (n, (1 + K) D): the
-             tower's last layer and the middle ones side by side. What was encoded before passes through
+    returns  list, one per prompt, of {modality: (n, D)}; of pictures and frames (n, (1 + K) D): the
+             tower's last layer and the middle ones side by side. What is encoded already passes through
     """
-    if device.type == "cuda" and core.dtype != torch.float32:  # else a call for every window
-        for tower in (core.visual, core.audio_tower):
-            tower.config._attn_implementation_internal = "flash_windows"
-    outputs = [dict(prompt.media) for prompt in prompts]
-    if train_towers and dist.is_initialized():
-        # sharded towers: a rank that skips one leaves the others waiting in its collectives
-        outputs.append(smallest_media(core.config))
-    visual = [(o, m) for o in outputs for m in ("image", "video") if isinstance(o.get(m), dict)]
-    if visual:
-        pixels = torch.cat([o[m]["pixels"].to(device) for o, m in visual])
-        grid = torch.cat([o[m]["grid"].to(device) for o, m in visual])
-        output = core.get_video_features(pixels, grid, return_dict=True)
-        layers = zip(output.pooler_output, *output.deepstack_features)
-        pieces = [torch.cat(layers_of_one, dim=1) for layers_of_one in layers]
-        for o, m in visual:
-            o[m] = torch.cat([pieces.pop(0) for _ in o[m]["grid"]])
-    audible = [o for o in outputs if isinstance(o.get("audio"), dict)]
-    if audible:
-        lengths = torch.cat([o["audio"]["lengths"] for o in audible])
-        mels = torch.cat([o["audio"]["mel"] for o in audible], dim=1).to(device)
-        features = core.audio_tower(mels, feature_lens=lengths.to(device)).last_hidden_state
-        window = core.audio_tower.n_window
-        sizes = qwen3_omni._get_feat_extract_output_lengths(lengths, window).tolist()
-        pieces = list(features.split(sizes))
-        for o in audible:
-            o["audio"] = torch.cat([pieces.pop(0) for _ in o["audio"]["lengths"]])
-    return outputs
+    return qwen.encode_by(core, prompts, device, train_towers, run_visual, run_audio)
 
 
-def smallest_media(config):
-    """A pair of frames and some sound, for towers that every rank has to run."""
-    vision = config.vision_config
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    size = vision.spatial_merge_size
-    frames = dict(pixels=torch.zeros(size**2, patch), grid=torch.tensor([[1, size, size]]))
-    mel = torch.zeros(config.audio_config.num_mel_bins, 200)
-    return dict(video=frames, audio=dict(mel=mel, lengths=torch.tensor([200])))
+def run_visual(core, pixels, grid):
+    """-> features of each image and video of a batch, those of the middle layers beside them"""
+    output = core.get_video_features(pixels, grid, return_dict=True)
+    layers = zip(output.pooler_output, *output.deepstack_features)
+    return [torch.cat(layers_of_one, dim=1) for layers_of_one in layers]
+
+
+def run_audio(core, mels, lengths):
+    """mels (num_mels, sum of lengths) -> features of each sound of a batch"""
+    features = core.audio_tower(mels, feature_lens=lengths.to(mels.device)).last_hidden_state
+    window = core.audio_tower.n_window
+    return features.split(qwen3_omni._get_feat_extract_output_lengths(lengths, window).tolist())
