@@ -144,9 +144,17 @@ def one_token(log_ratio, advantage, kl_coef=0.0, d=0.0, clip_eps=0.2, sequence_r
     """A token of b = exp(-1), pi = b exp(log_ratio), pi_ref = pi exp(d) -> loss, its slope, info."""
     logprobs = torch.tensor([[-1.0 + log_ratio]], requires_grad=True)
     old, ref = torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_ratio + d]])
-    one = torch.ones(1, 1, dtype=torch.bool)
-    given = (torch.tensor([[advantage]]), one, torch.ones(1), clip_eps, kl_coef, sequence_ratio)
-    loss, info = grpo_loss(logprobs, old, ref, *given)
+    loss, info = grpo_loss(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        token_advantages=torch.tensor([[advantage]]),
+        completion_mask=torch.ones(1, 1, dtype=torch.bool),
+        weights=torch.ones(1),
+        clip_eps=clip_eps,
+        kl_coef=kl_coef,
+        sequence_ratio=sequence_ratio,
+    )
     loss.backward()
     return loss.item(), logprobs.grad.item(), info
 
@@ -185,9 +193,17 @@ def test_one_ratio_by_hand():
     """Log-ratios .3 and -.1: each token's ratio is exp(.1), within the clip; a pad takes no part."""
     old = torch.tensor([[-1.0, -2.0, 7.0]])
     logprobs = (old + torch.tensor([[0.3, -0.1, 5.0]])).requires_grad_()
-    mask, advantages = torch.tensor([[True, True, False]]), torch.tensor([[2.0, 4.0, 9.0]])
-    given = (logprobs, old, None, advantages, mask, torch.ones(1), 0.2, 0.0)
-    loss, info = grpo_loss(*given, sequence_ratio=True)
+    case = dict(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=None,
+        token_advantages=torch.tensor([[2.0, 4.0, 9.0]]),
+        completion_mask=torch.tensor([[True, True, False]]),
+        weights=torch.ones(1),
+        clip_eps=0.2,
+        kl_coef=0.0,
+    )
+    loss, info = grpo_loss(**case, sequence_ratio=True)
     ratio = math.exp(0.1)
     assert loss.item() == pytest.approx(-3 * ratio)
     assert info["ratio_max"].item() == pytest.approx(ratio) and info["clip_frac"] == 0
@@ -195,13 +211,13 @@ def test_one_ratio_by_hand():
     torch.testing.assert_close(grad, torch.tensor([[-ratio, -2 * ratio, 0.0]]))
     assert info["surrogate_grad_scale"].item() == pytest.approx(3 * ratio)
     # token by token, the first is clipped: exp(.3) > 1.2
-    loss, info = grpo_loss(*given)
+    loss, info = grpo_loss(**case)
     assert (
         loss.item() == pytest.approx(-(2 * 1.2 + 4 * math.exp(-0.1)) / 2)
         and info["clip_frac"] == 0.5
     )
-    # what is told of the tokens themselves stays
-    again = grpo_loss(*given, sequence_ratio=True)[1]
+    # the numbers of the tokens themselves stay
+    again = grpo_loss(**case, sequence_ratio=True)[1]
     assert all(again[name] == info[name] for name in ("logprob_gap_max", "log_ratio", "num_tokens"))
 
 
@@ -341,12 +357,10 @@ def test_grad_scales_are_the_factors_of_grad_logprob():
 
 @pytest.mark.parametrize("sequence_ratio", [False, True])
 def test_nothing_off_the_mask_matters(sequence_ratio):
-    case, given = (
-        [x.clone() for x in random_case(2)],
-        dict(clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio),
-    )
+    case = [x.clone() for x in random_case(2)]
+    settings = dict(clip_eps=0.2, kl_coef=0.1, sequence_ratio=sequence_ratio)
     case[0].requires_grad_()
-    loss, info = grpo_loss(*case, **given)
+    loss, info = grpo_loss(*case, **settings)
     (grad,) = torch.autograd.grad(loss, case[0])
     assert (grad[~case[4]] == 0).all() and (grad[case[4]] != 0).any()
     wild = [x.detach().clone() for x in case]
@@ -354,15 +368,15 @@ def test_nothing_off_the_mask_matters(sequence_ratio):
         for x in wild[:4]:
             x[~wild[4]] = off
         wild[0].requires_grad_()
-        again, told = grpo_loss(*wild, **given)
+        again, same_info = grpo_loss(*wild, **settings)
         torch.testing.assert_close(again, loss)
-        torch.testing.assert_close(told, info)
+        torch.testing.assert_close(same_info, info)
         torch.testing.assert_close(torch.autograd.grad(again, wild[0])[0], grad)
         wild[0].requires_grad_(False)
     wider = [
         torch.nn.functional.pad(x.detach(), (0, 5)) if x.ndim == 2 else x for x in case
     ]  # more padding
-    torch.testing.assert_close(grpo_loss(*wider, **given)[0], loss.detach())
+    torch.testing.assert_close(grpo_loss(*wider, **settings)[0], loss.detach())
 
 
 def test_split_and_order_do_not_change_the_sum():
@@ -395,8 +409,17 @@ def test_loss_and_gradient_equal_trl(case):
         advantages = advantages[:, None].expand_as(logprobs)
     logprobs.requires_grad_()
     weights = torch.full((len(logprobs),), 1 / len(logprobs))  # trl's mean over the batch
-    given = (logprobs, old, ref, advantages, mask, weights, TRL["eps"], case["beta"])
-    loss, _ = grpo_loss(*given, sequence_ratio=case["level"] == "sequence")
+    loss, _ = grpo_loss(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        token_advantages=advantages,
+        completion_mask=mask,
+        weights=weights,
+        clip_eps=TRL["eps"],
+        kl_coef=case["beta"],
+        sequence_ratio=case["level"] == "sequence",
+    )
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     torch.testing.assert_close(logprobs.grad, torch.tensor(case["grad"]), atol=1e-6, rtol=1e-5)

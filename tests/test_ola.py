@@ -19,7 +19,7 @@ from media_files import make_row
 from pretended_gpu import GPU, Graph, pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_run import same_weights, stopped_copy, without_times
+from test_run import same_weights, stage_0_killed_and_resumed, stopped_copy, without_times
 from test_train_rl import read_metrics
 from transformers import Qwen2ForCausalLM
 
@@ -442,14 +442,7 @@ def flags(tiny, stage, out, *more):
 
 
 def test_stage_0_towers_and_all_killed_and_resumed(tiny, tmp_path):
-    words = "--steps 5 --batch-size 4 --save-every 3 --keep 9".split()
-    where = "--model", tiny / "random", "--data", tiny / "stage0" / "train.jsonl", "--out"
-    launch("train_sft.py", *where, tmp_path / "straight", *words)
-    losses = [m["loss"] for m in read_metrics(tmp_path / "straight")]
-    assert losses[-1] < losses[0]
-    stopped_copy(tmp_path / "straight", tmp_path / "resumed", 3)
-    launch("train_sft.py", *where, tmp_path / "resumed", *words, "--resume")
-    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+    stage_0_killed_and_resumed(tiny, tmp_path)
     before, after = (
         load_policy(f, 0, True).thinker.model
         for f in (tiny / "random", tmp_path / "straight" / "final")

@@ -47,8 +47,14 @@ run_main(main)
 def python(*words, **env):
     """A Python of its own -> exit code, what it printed."""
     env = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | env
-    given = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run([sys.executable, *map(str, words)], **given)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     return done.returncode, done.stdout
 
 

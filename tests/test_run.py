@@ -79,6 +79,22 @@ def stopped_copy(source, target, step):
     (target / "checkpoints" / "step-000009.part").mkdir()  # cut off while saving
 
 
+def stage_0_killed_and_resumed(tiny, tmp_path):
+    """
+    Five steps of SFT in one go, in tmp_path/straight, and the same stopped at step 3 and resumed.
+
+    tiny   folder with a model of random weights and rows of stage 0
+    """
+    words = "--steps 5 --batch-size 4 --save-every 3 --keep 9".split()
+    where = "--model", tiny / "random", "--data", tiny / "stage0" / "train.jsonl", "--out"
+    launch("train_sft.py", *where, tmp_path / "straight", *words)
+    losses = [m["loss"] for m in read_metrics(tmp_path / "straight")]
+    assert losses[-1] < losses[0]
+    stopped_copy(tmp_path / "straight", tmp_path / "resumed", 3)
+    launch("train_sft.py", *where, tmp_path / "resumed", *words, "--resume")
+    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+
+
 def test_sft_resumes_bit_for_bit_and_starts_the_next_stage(toy_dir, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     launch(*sft_flags(toy_dir, straight))
