@@ -481,8 +481,7 @@ def main():
     # with --json, notices must not stand among the lines of JSON
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         device = processes.init(args.device)
-        # "no rows": of the toy only the model is needed
-        toy_model, _, _ = toy.write_defaults(1, args.model, data="no rows")
+        toy_model = toy.default_model(args.model)
         folder = resolve_run_dir(args.model or toy_model)
         protocol = Protocol(system=read_system(args.system))
         policy = load_to_answer(folder, device, processes.compute_dtype(device, args.dtype))

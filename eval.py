@@ -311,11 +311,12 @@ def main():
     if baseline == []:
         raise UserError(f"--baseline: no records in {args.baseline}")
 
-    if args.benchmark:
-        toy_tests, toy_model = [], toy.write_defaults(1, args.model, args.data)[0]
-    else:
-        toy_files = [toy.write_defaults(stage, args.model, args.data) for stage in (1, 2, 3)]
-        toy_tests, toy_model = [test for _, _, test in toy_files], toy_files[0][0]
+    toy_model = toy.default_model(args.model)
+    toy_tests = []
+    if not args.benchmark:
+        for stage in (1, 2, 3):
+            _, _, toy_test = toy.write_defaults(stage, args.model, args.data)
+            toy_tests.append(toy_test)
     folder = resolve_run_dir(args.model or toy_model)
     protocol = open_protocol(args)
     media_config = media_config_from(args)

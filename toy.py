@@ -83,6 +83,14 @@ def make_rows(folder, stage, num_train, num_test, seed=0):
             write_rows(folder, stage, num_train, num_test, seed)
 
 
+def default_model(model, root=HERE / "toy"):
+    """Writes the toy's model where --model is not given (rank 0; the others wait) -> its folder"""
+    if processes.rank() == 0 and not model:
+        make_model(root / "model")
+    processes.all_gather_object(None)  # a barrier
+    return root / "model"
+
+
 def write_defaults(stage, model, data, root=HERE / "toy"):
     """
     Writes the toy's model and rows where --model or --data is not given (rank 0; the others wait).
@@ -91,8 +99,7 @@ def write_defaults(stage, model, data, root=HERE / "toy"):
     """
     folder = root / f"stage{stage}"
     num_train, num_test = NUM_ROWS[stage]
-    if processes.rank() == 0 and not model:
-        make_model(root / "model")
+    model_folder = default_model(model, root=root)
     if processes.rank() == 0 and not data:
         make_rows(folder, stage, num_train, num_test)
     processes.all_gather_object(None)  # a barrier
@@ -101,7 +108,7 @@ def write_defaults(stage, model, data, root=HERE / "toy"):
         if count != num_train:
             problem = f"{folder} has {count} training rows instead of {num_train}"
             processes.print0(f"  {problem}: remove the folder to have it written again")
-    return root / "model", folder / "train.jsonl", folder / "test.jsonl"
+    return model_folder, folder / "train.jsonl", folder / "test.jsonl"
 
 
 def judge(row, steps):

@@ -87,6 +87,7 @@ def workplace(toy_dir, finished_run, tmp_path, monkeypatch):
     (tmp_path / "toy").symlink_to(toy_dir)
     write_defaults = functools.partial(toy.write_defaults, root=toy_dir)
     monkeypatch.setattr(toy, "write_defaults", write_defaults)
+    monkeypatch.setattr(toy, "default_model", functools.partial(toy.default_model, root=toy_dir))
     shutil.copy(toy_dir / "stage2" / "test.jsonl", tmp_path / "rows.jsonl")
     (tmp_path / "clips").symlink_to(toy_dir / "stage2" / "clips")
     return tmp_path
