@@ -87,6 +87,7 @@ def parse_args(argv=None):
     flag("--num-off", type=int, default=4, help="replayed completions per prompt (paper); 0 = no replay")
     flag("--temperature", type=float, default=1.0, help="sampling temperature, also used for log-probs (authors' script)")
     flag("--max-new-tokens", type=int, default=2048, help="tokens of a completion at most (authors' script)")
+    flag("--rollout-prompts", type=int, default=0, metavar="N", help="prompts that each process decodes at one time; lower it to save memory; 0 = all")
 
     flag = parser.add_argument_group("optimisation and evaluation").add_argument
     flag("--lr", type=float, default=5e-7, help="peak learning rate: 5e-7 for full weights (authors' script), 1e-5 with LoRA (ours)")
@@ -121,6 +122,7 @@ def parse_args(argv=None):
         num_off=0,
         num_on=1 if args.num_off else 2,  # one fresh completion alone has no advantage
         prompts_per_step=1,
+        rollout_prompts=0,
         # the 40 % for Hard prompts must hold one replayed group
         buffer_size=max(1, -(-5 * args.num_off // 2)),
         max_new_tokens=1,
@@ -368,6 +370,7 @@ def main():
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
             micro_tokens=args.micro_tokens,
+            prompts_at_once=args.rollout_prompts,
             seed=args.seed,
         )
 
@@ -471,6 +474,7 @@ def main():
             eos_ids=builder.eos_ids,
             seeds=seeds[local],
             micro_tokens=args.micro_tokens,
+            prompts_at_once=args.rollout_prompts,
         )
         guards.stop_if_broken(step, completions)
         clock.lap("rollout")

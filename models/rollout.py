@@ -1,6 +1,7 @@
 """
 Sampling: prompts are read once, the completions of all of them are decoded together, and the log-prob
-of every sampled token is recorded under the distribution that it was sampled from.
+of every sampled token is recorded under the distribution that it was sampled from. Where the keys and
+values of all prompts would not fit into memory, the prompts come in waves, one after the other.
 
 Prompts that hold the very same media (one object: the questions about one clip) form a clip group. What
 they begin with alike, the clip above all, is encoded and read once for the whole group.
@@ -43,7 +44,8 @@ class Completion(NamedTuple):
 
 
 @out_of_memory_advice(
-    "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new-tokens"
+    "the rollout: lower --rollout-prompts (0: all prompts of a process at one time) or "
+    "--max-new-tokens, also with --resume (eval.py, ask.py: --batch-size)"
 )
 @torch.no_grad()
 @in_forward
@@ -57,11 +59,12 @@ def rollout(
     eos_ids,
     seeds,
     micro_tokens=16384,
+    prompts_at_once=0,
     prefix=None,
     on_token=None,
 ):
     """
-    Samples completions of all prompts together and records their log-probs.
+    Samples completions of all prompts and records their log-probs.
 
     prompts          list of B Prompt
     num_completions  list of B int
@@ -70,6 +73,8 @@ def rollout(
     eos_ids          list of int    each of them ends a completion and belongs to it
     seeds            list of B int  one for each prompt: the other prompts do not change its samples
     micro_tokens     int            prompt tokens that are read at one time
+    prompts_at_once  int            prompts that are decoded together; 0 = all. It changes log-probs
+                                    by the rounding of a matrix product of another height, no more
     prefix           ClipPrefix     what the one prompt begins with, read before (clip_prefix.py)
     on_token         callable       gets each step's tokens (rows,), to show them as they come
     returns          list of B lists of Completion
@@ -77,6 +82,45 @@ def rollout(
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
+    replay = policy.expert_replay
+    if replay:
+        replay.release()
+    completions = []
+    wave_size = prompts_at_once or len(prompts)
+    with unsharded(policy):
+        for first in range(0, len(prompts), wave_size):
+            wave = slice(first, first + wave_size)
+            completions += decode_together(
+                policy,
+                prompts[wave],
+                num_completions[wave],
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                eos_ids=eos_ids,
+                seeds=seeds[wave],
+                micro_tokens=micro_tokens,
+                prefix=prefix,
+                on_token=on_token,
+            )
+    if replay:
+        replay.remember(prompts, completions)
+    return completions
+
+
+def decode_together(
+    policy,
+    prompts,
+    num_completions,
+    *,
+    temperature,
+    max_new_tokens,
+    eos_ids,
+    seeds,
+    micro_tokens,
+    prefix,
+    on_token,
+):
+    """One wave of a rollout; arguments and result are those of `rollout`."""
     device = policy.device
     group_size = max(num_completions)
     clip_groups = shared_clip_groups(prompts)
@@ -90,89 +134,84 @@ def rollout(
     samples = SampleBuffer(padding + 1, max_new_tokens, device)
     replay = policy.expert_replay
     if replay:
-        replay.release()
         samples.make_room_for_experts(replay.num_layers, replay.num_chosen)
     num_alive = len(completion_index)
     count_alive = DelayedScalar()
     compact_below = COMPACT_BELOW_ON_GPU if completion_index.is_cuda else COMPACT_BELOW
 
-    with unsharded(policy):
-        if prefix is None:
-            logits, attention = prefill(policy, prompts, clip_groups, prompt_index, micro_tokens)
+    if prefix is None:
+        logits, attention = prefill(policy, prompts, clip_groups, prompt_index, micro_tokens)
+    else:
+        (prompt,) = prompts
+        logits, attention = continue_prefix(policy, prompt, prefix, len(prompt_index))
+    if not logits.isfinite().all():  # of the prompts: one look before anything is sampled
+        raise UserError(
+            "the model's logits are not finite, so its weights are broken (NaN or infinite): take "
+            "another --model; of a run in training, start a new --out with a lower --lr, or "
+            "remove the newest checkpoints and --resume"
+        )
+    logits = logits[prompt_index]  # (rows, V)
+    next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
+    first_position = next_positions.to(device)[prompt_index]  # (rows,)
+
+    fused = None
+    if completion_index.is_cuda and fused_decode.is_supported(policy):
+        fused = fused_decode.FusedDecoder(policy)
+
+    def decode_plainly(token, position):
+        """
+        Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V), and with
+        --replay-experts the experts that it took.
+        """
+        embeds = policy.thinker.get_input_embeddings()(token[:, None])
+        position_ids = position[None, :, None].expand(3, -1, 1)
+        experts = None
+        if fused is not None:
+            hidden = fused(embeds, position_ids, attention)
         else:
-            (prompt,) = prompts
-            logits, attention = continue_prefix(policy, prompt, prefix, len(prompt_index))
-        if not logits.isfinite().all():  # of the prompts: one look before anything is sampled
-            raise UserError(
-                "the model's logits are not finite, so its weights are broken (NaN or infinite): take "
-                "another --model; of a run in training, start a new --out with a lower --lr, or "
-                "remove the newest checkpoints and --resume"
-            )
-        logits = logits[prompt_index]  # (rows, V)
-        next_positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
-        first_position = next_positions.to(device)[prompt_index]  # (rows,)
-
-        fused = None
-        if completion_index.is_cuda and fused_decode.is_supported(policy):
-            fused = fused_decode.FusedDecoder(policy)
-
-        def decode_plainly(token, position):
-            """
-            Reads a token of every row, (rows,) at its position (rows,) -> next logits (rows, V), and with
-            --replay-experts the experts that it took.
-            """
-            embeds = policy.thinker.get_input_embeddings()(token[:, None])
-            position_ids = position[None, :, None].expand(3, -1, 1)
-            experts = None
-            if fused is not None:
-                hidden = fused(embeds, position_ids, attention)
-            else:
-                with replay.recording() if replay else nullcontext() as chosen:
-                    outputs = policy.thinker.model.language_model(
-                        inputs_embeds=embeds,
-                        position_ids=position_ids,
-                        use_cache=False,
-                        shared=attention,
-                    )
-                hidden = outputs.last_hidden_state[:, -1]
-                if replay:
-                    experts = torch.stack(chosen, dim=1).byte()  # (rows, J, k)
-            return float32_logits(policy.thinker.lm_head, hidden), experts
-
-        for step in range(max_new_tokens):
-            token, logprob = sample(logits, temperature, noise[completion_index, step])
-            ended = torch.isin(token, eos)
-            samples.write(completion_index, step, token, logprob, ended)
-            if on_token:
-                on_token(token)
-            completion_index = completion_index.masked_fill(ended, padding)
-
-            # on a GPU the count is two tokens old, so that the host never waits for it
-            num_before = num_alive
-            num_alive = count_alive((completion_index != padding).sum(), num_alive)
-            if num_alive == 0 or step + 1 == max_new_tokens:
-                break
-            if num_alive < num_before and num_alive <= compact_below * len(completion_index):
-                is_alive = (completion_index != padding).view(-1, attention.group_size)
-                groups_left, rows_left = compact(is_alive)
-                if 0 < len(rows_left) < len(completion_index):
-                    attention.select(groups_left, rows_left)
-                    completion_index = completion_index[rows_left]
-                    token = token[rows_left]
-                    first_position = first_position[rows_left]
-
-            inputs = token, first_position + step
-            if attention.next_token():
-                decode = decode_plainly  # the tensors are new; this call also warms up a recording
-            elif decode is decode_plainly:
-                decode = capture(decode_plainly, inputs)
-            logits, experts = decode(*inputs)
+            with replay.recording() if replay else nullcontext() as chosen:
+                outputs = policy.thinker.model.language_model(
+                    inputs_embeds=embeds,
+                    position_ids=position_ids,
+                    use_cache=False,
+                    shared=attention,
+                )
+            hidden = outputs.last_hidden_state[:, -1]
             if replay:
-                samples.experts[completion_index, step] = experts
-    completions = samples.completions(num_completions)
-    if replay:
-        replay.remember(prompts, completions)
-    return completions
+                experts = torch.stack(chosen, dim=1).byte()  # (rows, J, k)
+        return float32_logits(policy.thinker.lm_head, hidden), experts
+
+    for step in range(max_new_tokens):
+        token, logprob = sample(logits, temperature, noise[completion_index, step])
+        ended = torch.isin(token, eos)
+        samples.write(completion_index, step, token, logprob, ended)
+        if on_token:
+            on_token(token)
+        completion_index = completion_index.masked_fill(ended, padding)
+
+        # on a GPU the count is two tokens old, so that the host never waits for it
+        num_before = num_alive
+        num_alive = count_alive((completion_index != padding).sum(), num_alive)
+        if num_alive == 0 or step + 1 == max_new_tokens:
+            break
+        if num_alive < num_before and num_alive <= compact_below * len(completion_index):
+            is_alive = (completion_index != padding).view(-1, attention.group_size)
+            groups_left, rows_left = compact(is_alive)
+            if 0 < len(rows_left) < len(completion_index):
+                attention.select(groups_left, rows_left)
+                completion_index = completion_index[rows_left]
+                token = token[rows_left]
+                first_position = first_position[rows_left]
+
+        inputs = token, first_position + step
+        if attention.next_token():
+            decode = decode_plainly  # the tensors are new; this call also warms up a recording
+        elif decode is decode_plainly:
+            decode = capture(decode_plainly, inputs)
+        logits, experts = decode(*inputs)
+        if replay:
+            samples.experts[completion_index, step] = experts
+    return samples.completions(num_completions)
 
 
 def assign_rows(clip_groups, num_completions):

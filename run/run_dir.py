@@ -38,7 +38,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "clips.jsonl")  # each line has its `s
 # where and how fast the run computes, and what it tolerates
 FREE = """
     out resume log save_every keep keep_checkpoints eval_every eval_samples cache_gb device
-    micro_tokens allow_outside on_bad_step max_ratio max_seq_ratio attn concurrency
+    micro_tokens rollout_prompts allow_outside on_bad_step max_ratio max_seq_ratio attn concurrency
 """.split()
 # what messages name as a remedy, and where the same rows may lie by now: the run says that it changes
 FROM_HERE_ON = """

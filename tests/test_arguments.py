@@ -152,7 +152,7 @@ def test_every_flag_that_a_message_names_can_be_changed_with_resume():
     """The flags in messages of ours that stop a run which has begun."""
     remedies = """
         max_frames max_pixels max_audio_seconds max_prompt_tokens max_new_tokens prompts_per_step
-        micro_tokens on_bad_step max_seq_ratio allow_outside judge lr hints attn save_every
+        micro_tokens rollout_prompts on_bad_step max_seq_ratio allow_outside judge lr hints attn save_every
     """.split()
     args = vars(train_rl.parse_args(["--out", "x"])[0])
     for name in remedies:

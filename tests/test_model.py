@@ -8,6 +8,7 @@ toy's; the clips are real mp4 files.
 """
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
+import models.rollout
 from data.rows import Rows
 from models import loading
 from models.head import head_logprobs
@@ -185,6 +187,30 @@ def test_rollout_does_not_depend_on_the_batch(setup):
             seeds=[i + 1],
         )
         assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in together[i]]
+
+
+@pytest.mark.parametrize("prompts_at_once", [1, 2])
+def test_waves_of_prompts_sample_what_all_at_once_do(setup, prompts_at_once, monkeypatch):
+    """And the keys and values of a wave are freed before the next begins."""
+    policy, _, prompts, build = setup
+    sampling = dict(temperature=1.0, max_new_tokens=25, eos_ids=build.eos_ids, seeds=[1, 2, 3])
+    together = rollout(policy, prompts, [4, 2, 3], **sampling)
+    waves = []
+    prefill = models.rollout.prefill
+
+    def watched_prefill(policy, prompts, *args):
+        assert not any(attention() for attention in waves)
+        logits, attention = prefill(policy, prompts, *args)
+        waves.append(weakref.ref(attention))
+        return logits, attention
+
+    monkeypatch.setattr(models.rollout, "prefill", watched_prefill)
+    split = rollout(policy, prompts, [4, 2, 3], **sampling, prompts_at_once=prompts_at_once)
+    assert len(waves) == -(-3 // prompts_at_once)
+    for group, other in zip(together, split, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+            assert_same_values(a.logprobs, b.logprobs)
 
 
 def test_greedy_rollout_equals_hf_generate(setup):

@@ -118,7 +118,7 @@ def in_the_towers(monkeypatch):
         (in_stage_0, "the update: lower --micro-tokens"),
         (
             in_the_rollout,
-            "the rollout: fewer --prompts-per-step (eval.py: --batch-size), or --max-new",
+            "the rollout: lower --rollout-prompts",
         ),
         (
             in_the_hints,

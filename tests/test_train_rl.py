@@ -148,10 +148,11 @@ def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):
     assert "hint refused" not in printed.replace(f"hint refused: {rows[0]['prompt_id']}", "")
 
 
-def test_micro_batches_do_not_change_a_step(toy_dir, tmp_path):
+def test_micro_batches_and_waves_do_not_change_a_step(toy_dir, tmp_path):
     """A group is even read in parts when it is larger than --micro-tokens."""
-    for name, tokens in (("whole", 16384), ("parts", 300)):
-        launch(*rl_flags(toy_dir, 2, tmp_path / name, "--micro-tokens", tokens, "--eval-every", 0))
+    less_memory = ("--micro-tokens", 300, "--rollout-prompts", 1)
+    for name, flags in (("whole", ()), ("parts", less_memory)):
+        launch(*rl_flags(toy_dir, 2, tmp_path / name, "--eval-every", 0, *flags))
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for name in ("loss", "grad_norm", "kl", "off/ess_frac", "off/ratio_max", "clip_frac"):
         a, b = ([m[name] for m in metrics] for metrics in (whole, parts))

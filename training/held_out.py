@@ -21,7 +21,8 @@ class HeldOut:
     cache_bytes     int      for their clips
     encoder         policy of ClipCache: frozen towers encode each clip once
     num_samples     int      completions, about: as many of each row
-    temperature, max_new_tokens, seed    of sampling
+    temperature, max_new_tokens, micro_tokens, prompts_at_once    as rollout has them
+    seed            int
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class HeldOut:
         temperature,
         max_new_tokens,
         micro_tokens,
+        prompts_at_once,
         seed,
     ):
         self.rows = Rows(file)
@@ -47,6 +49,7 @@ class HeldOut:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.micro_tokens = micro_tokens
+        self.prompts_at_once = prompts_at_once
         self.seed = seed
 
     def accuracy(self):
@@ -87,6 +90,7 @@ class HeldOut:
             max_new_tokens=self.max_new_tokens,
             eos_ids=self.builder.eos_ids,
             micro_tokens=self.micro_tokens,
+            prompts_at_once=self.prompts_at_once,
             seeds=[processes.seed(self.seed, 0, i) if is_real else 0 for i, _, _ in pack],
         )
         if not is_real:
