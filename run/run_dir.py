@@ -88,8 +88,8 @@ def check_resume(out, about, arguments):
             refused.append(change)
     if refused:
         raise UserError(
-            f"--resume: these would make it another run: {', '.join(refused)}: leave them as they "
-            "were, or start a new --out"
+            f"--resume: these flags may not change: {', '.join(refused)}: leave them as they were, "
+            "or start a new --out"
         )
     if is_finished and not is_longer:
         raise Stopped(f"{out} is finished: its model is {out / 'final'}", 0)
