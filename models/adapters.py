@@ -10,7 +10,8 @@ For the same reason no adapter is merged into weights in bfloat16: most of it wo
 stage that starts from an adapter trains that adapter on. A frozen copy of it, the adapter "reference",
 is then the policy that the stage began with.
 
-Adapters of experts (--lora-experts) are PEFT's own: their product is added to the experts' weights.
+Experts (--lora-experts) have their weights in one tensor, and one kernel multiplies by all of them. It
+accumulates onto nothing, so there the adapter is further columns of the weights: [W, s B] [x; A x].
 """
 
 import re
@@ -19,9 +20,9 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import Linear, ParamWrapper
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
@@ -165,37 +166,32 @@ def merged_adapter(thinker, folder):
 class Switch:
     """Which adapter the layers of a policy use: TRAINED, REFERENCE, or None for the base alone."""
 
-    def __init__(self, expert_layers):
+    def __init__(self):
         self.adapter = TRAINED
-        self.expert_layers = expert_layers  # PEFT's own forward reads PEFT's own settings
-
-    def use(self, adapter):
-        self.adapter = adapter
-        for layer in self.expert_layers:
-            # PEFT's methods would also change what requires a gradient, which FSDP has fixed
-            layer._disable_adapters = adapter is None
-            layer._active_adapter = [adapter or TRAINED]
 
 
 def use_one_rounding(model):
-    """Gives all linear LoRA layers of a PeftModel the forward of this file, and one switch."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    model.switch = Switch([layer for layer in layers if not isinstance(layer, Linear)])
-    for layer in layers:
-        if isinstance(layer, Linear):
+    """
+    Gives the LoRA layers of a PeftModel the forward of this file, and one switch. An adapter from
+    elsewhere may have other kinds, such as convolutions: they keep PEFT's forward.
+    """
+    model.switch = Switch()
+    for layer in model.modules():
+        if isinstance(layer, Linear | ParamWrapper):
+            forward = lora_forward if isinstance(layer, Linear) else experts_forward
             layer.switch = model.switch
-            layer.forward = MethodType(lora_forward, layer)
+            layer.forward = MethodType(forward, layer)
     return model
 
 
 @contextmanager
 def reference_adapter(model):
     """In this context a PeftModel is the policy that its stage began with."""
-    model.switch.use(REFERENCE if REFERENCE in model.peft_config else None)
+    model.switch.adapter = REFERENCE if REFERENCE in model.peft_config else None
     try:
         yield
     finally:
-        model.switch.use(TRAINED)
+        model.switch.adapter = TRAINED
 
 
 def lora_forward(layer, x):
@@ -221,3 +217,57 @@ def lora_forward(layer, x):
     if base.bias is not None:
         out = out + base.bias
     return out.view(*x.shape[:-1], -1)
+
+
+def experts_forward(layer, hidden, indices, weights):
+    """
+    Forward of all experts of a layer, as transformers' grouped_mm_experts_forward
+
+    layer     PEFT's wrapper of `down_proj`, around the one of `gate_up_proj`, around the experts
+    hidden    (n, D)
+    indices   (n, K) int64    the experts of each token
+    weights   (n, K)          how much each of them counts
+    returns   (n, D)
+    """
+    wrappers = {layer.parameter_name: layer, layer.base_layer.parameter_name: layer.base_layer}
+    experts = layer.get_base_layer()
+    num_experts = len(experts.down_proj)
+    sorted_indices, order = indices.flatten().sort(stable=True)  # (n K,)
+    ends = torch.searchsorted(
+        sorted_indices, torch.arange(num_experts, device=hidden.device), right=True
+    ).int()  # (E,) where the rows of each expert end
+
+    rows = hidden[order // indices.shape[1]]  # (n K, D)
+    gate, up = experts_product(wrappers["gate_up_proj"], rows, ends).chunk(2, dim=-1)
+    out = experts_product(wrappers["down_proj"], experts.act_fn(gate) * up, ends)
+    out = out * weights.flatten()[order, None]
+    out = out[order.argsort()].view(*indices.shape, -1)  # (n, K, D)
+    return out.sum(1).to(hidden.dtype)
+
+
+def experts_product(wrapper, rows, ends):
+    """
+    W_e x + s B_e A_e x for the expert e of each row
+
+    wrapper  PEFT's, of a parameter (E, D_out, D)
+    rows     (m, D)      sorted by expert
+    ends     (E,) int32  where the rows of each expert end
+    returns  (m, D_out)
+    """
+    weight = wrapper.get_param()
+    num_experts, num_out, width = weight.shape
+    adapter = wrapper.switch.adapter or TRAINED
+    # PEFT's layout of all experts' matrices in one
+    a = wrapper.lora_A[adapter].weight.to(rows.dtype).view(num_experts, -1, width)  # (E, r, D)
+    b = wrapper.lora_B[adapter].weight.to(rows.dtype).view(num_out, -1, num_experts)
+    b = b.permute(2, 0, 1) * wrapper.scaling[adapter]  # (E, D_out, r)
+    if wrapper.switch.adapter is None:
+        b = torch.zeros_like(
+            b
+        )  # the same kernel on as many columns: an adapter that is 0 has no KL
+    missing = -a.shape[1] % 8  # a GPU's kernel takes rows of whole 16 bytes
+    a = F.pad(a, (0, 0, 0, missing))
+    b = F.pad(b, (0, missing))
+    small = F.grouped_mm(rows, a.mT, offs=ends)  # (m, r)
+    wide = torch.cat([weight, b], dim=2)  # as large as the weights that PEFT would add up
+    return F.grouped_mm(torch.cat([rows, small], dim=1), wide.mT, offs=ends)

@@ -25,7 +25,7 @@ MODEL_TYPES = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
 # linear layers that get a LoRA adapter: of the text model, of the towers. The router never does.
 TEXT_LAYERS = r"q_proj|k_proj|v_proj|o_proj"
 TOWER_LAYERS = (
-    r"visual\.(.*\.)?(qkv|proj|linear_fc[12]|mlp\.[02])"
+    r"visual\.(?!patch_embed\.)(.*\.)?(qkv|proj|linear_fc[12]|mlp\.[02])"
     r"|audio_tower\.(.*\.)?([qkv]_proj|out_proj|fc[12]|conv_out|proj[12])"
 )
 # parameters of three dimensions, one matrix an expert: they get one with --lora-experts

@@ -13,6 +13,10 @@ from conftest import assert_same_values, random_completions, toy_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeThinkerTextExperts,
+)
 
 from models import adapters, sharding
 from models.inputs import Prompt
@@ -88,6 +92,66 @@ def test_peft_alone_loses_most_of_a_small_adapter():
     layer = model.get_base_model()[0]
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
     assert arriving(change, 2 * x.double() @ a.T @ b.T) < 0.3
+
+
+def some_experts():
+    """-> experts of a layer with an adapter of PEFT, hidden states, chosen experts, their weights"""
+    torch.manual_seed(0)
+    config = Qwen3OmniMoeTextConfig(
+        hidden_size=512,
+        moe_intermediate_size=256,
+        num_experts=4,
+        experts_implementation="grouped_mm",
+    )
+    experts = nn.Sequential(Qwen3OmniMoeThinkerTextExperts(config))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.02)
+        parameter.data = parameter.data.bfloat16().float()
+    names = ["0.gate_up_proj", "0.down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=names)
+    model = get_peft_model(experts, lora)
+    indices = torch.stack([torch.randperm(4)[:2] for _ in range(100)])
+    return model, torch.randn(100, 512), indices, torch.rand(100, 2)
+
+
+def test_adapters_of_experts_compute_what_peft_computes():
+    model, *inputs = some_experts()
+    fill_adapter(model, 1e-2, 1)
+    results = []
+    for is_ours in (False, True):
+        if is_ours:
+            adapters.use_one_rounding(model)
+        hidden, indices, weights = inputs
+        hidden = hidden.clone().requires_grad_()
+        out = model.get_base_model()[0](hidden, indices, weights)
+        model.zero_grad()
+        out.square().sum().backward()
+        results.append([out, hidden.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) == 6
+    for theirs, ours in zip(*results):
+        largest = theirs.detach().abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_all_of_an_adapter_of_experts_arrives_in_bfloat16(is_ours):
+    """PEFT adds it to the weights in bfloat16, which keep a part of it."""
+    model, hidden, indices, weights = some_experts()
+    fill_adapter(model, 5e-7, 100)
+    if is_ours:
+        adapters.use_one_rounding(model)
+    layer = model.get_base_model()[0]
+    experts = layer.get_base_layer()
+    changes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sharding.cast_params(experts.parameters(), dtype)
+        inputs = hidden.to(dtype), indices, weights.to(dtype)
+        changes.append(layer(*inputs) - experts(*inputs))
+    exact, rounded = changes
+    share = arriving(rounded, exact)
+    assert share == pytest.approx(1, abs=0.1) if is_ours else share < 0.5
 
 
 def eight_layers(toy_dir):

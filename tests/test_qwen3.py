@@ -432,6 +432,7 @@ def test_what_trains(tiny):
     for part in ("visual.blocks.0.attn.qkv", "visual.merger_list.1.mlp.2", "audio_tower.proj2"):
         assert any(part in name for name in experts), part
     assert not any("mlp.gate" in name for name in lora | experts)
+    assert not any("patch_embed" in name for name in lora | experts)  # a convolution
 
 
 # ---- whole runs --------------------------------------------------------------------------------
