@@ -27,12 +27,13 @@ def tas_weights(completion_mask, shape, tas_lambda, equal_mean=False):
     shape            one of SHAPES
     tas_lambda       float >= 0           how much more the ends count than the middle
     equal_mean       bool                 divide each row by its mean weight, so that a shape
-                                          redistributes credit and does not add any (a control)
+                                          only moves credit between tokens (a control)
     returns          (N, T) float32       in [1, 1 + lambda] without equal_mean, 0 off the mask
     raises           ValueError           unknown shape; tas_lambda negative or not finite
 
-    [U10] The mean weight of a long row is 1 + lambda / 3 (parabolic): TAS also raises the step size;
-    equal_mean tells the two effects apart. A row of one token is all planning: t~ = 0.
+    [U10] The mean weight of a long row is 1 + lambda / 3 (parabolic), so the surrogate counts that much
+    more against the KL, whose terms TAS does not weigh; with equal_mean it does not. The size of Adam's
+    steps is nearly the same either way. A row of one token is all planning: t~ = 0.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown TAS shape {shape!r}, choose one of {', '.join(SHAPES)}")
