@@ -298,9 +298,9 @@ def print_report(report, out):
     for answer_type, count in report["answer_types"].items():
         lines.append((f"answers: {answer_type}", count, ""))
     if report["use_audio_auto"]:
-        sound = "heard where the file has a sound track"
+        sound = "used where the file has a sound track"
         if "silent_videos" in report:
-            sound = f"decoded: {report['silent_videos']} have none, and use_audio is false"
+            sound = f"decoded: use_audio is true, but false for {report['silent_videos']} without sound"
         lines.append(("a video's own sound: auto", report["use_audio_auto"], sound))
     if report["clips_in_two_files"]:
         count = report["clips_in_two_files"]

@@ -82,6 +82,8 @@ def check_resume(out, about, arguments):
         if name == "steps" and (is_longer or arguments["steps"] == num_steps):
             continue
         change = f"{as_flag(name)} was {before[name]}, is {arguments[name]}"
+        if name == "steps":
+            change += " (it may only grow)"
         if name in FROM_HERE_ON:
             print0(f"  from here on: {change}")
         else:

@@ -541,6 +541,16 @@ def test_an_unknown_form_is_named_with_all_its_keys(tmp_path):
     assert all(name in line for name in converters.FORMATS)
 
 
+def test_media_in_another_folder_than_the_records(tmp_path, media):  # noqa: F811
+    media(tmp_path / "videos" / "v.mp4", "film")
+    (tmp_path / "records").mkdir()
+    record = dict(question="How many?", answer="3", video="v.mp4")
+    (tmp_path / "records" / "in.json").write_text(json.dumps([record]))
+    convert(tmp_path, "records/in.json", "--media", tmp_path / "videos")
+    (row,) = rows_in(tmp_path)
+    assert row["video"] == "videos/v.mp4"
+
+
 def test_columns_of_a_form_of_ones_own(tmp_path, media):  # noqa: F811
     media(tmp_path / "v.mp4", "film")
     table = "file,text,A,B,C,correct\nv.mp4,What colour?,red,blue,green,B\n"

@@ -4,7 +4,8 @@ What README and docs promise is tried: their commands run, their examples work, 
     python -m pytest tests/test_docs.py
 
 A block of commands is run here, with few steps, unless its section says "not run", or a comment
-above it names the test that runs it: <!-- tested: tests/test_x.py -->
+above it names the test that runs it: <!-- tested: tests/test_x.py -->. That file must then use the
+block's scripts and flags.
 """
 
 import functools
@@ -54,20 +55,27 @@ def commands_of(block):
             yield words
 
 
+def named_test(section):
+    """The test file that the comment above the section's last block names, or None."""
+    named = re.search(r"<!-- tested: (\S+) -->\n+```bash\n[^`]*```$", section)
+    return named and named[1]
+
+
 def is_run_here(section):
     """False where the docs say that it was not run, or name the test that runs it."""
-    if re.search(r"not run", section, re.I):
-        return False
-    tested = re.search(r"<!-- tested: (\S+) -->\n+```bash\n[^`]*```$", section)
-    if tested:
-        assert (ROOT / tested[1]).exists(), tested[1]
-    return not tested
+    return not (re.search(r"not\s+run", section, re.I) or named_test(section))
 
 
 RUN_HERE = {
     page.name: [block for block, section in blocks_of(page) if is_run_here(section)]
     for page in PAGES
 }
+RUN_ELSEWHERE = [
+    (page.name, named_test(section), block)
+    for page in PAGES
+    for block, section in blocks_of(page)
+    if named_test(section)
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +101,20 @@ def workplace(toy_dir, finished_run, tmp_path, monkeypatch):
     return tmp_path
 
 
+def write_files_of_the_tutorial(folder):
+    """What the tutorial's reader brings: its clips, drawn as it shows, and its questions."""
+    (folder / "clips").unlink()
+    (folder / "rows.jsonl").unlink()
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    (folder / "mine.jsonl").write_text(re.search(r"```json\n(.*?)```", text, re.S)[1])
+
+
 @pytest.mark.parametrize("page", [name for name, blocks in RUN_HERE.items() if blocks])
 def test_commands_run(page, workplace, finished_run):
     """All blocks of a page, in order, in one folder."""
+    if page == "tutorial.md":
+        write_files_of_the_tutorial(workplace)
     if page != "README.md":  # its first command makes this run
         (workplace / "runs").mkdir()
         (workplace / "runs" / "stage2").symlink_to(finished_run)
@@ -111,6 +130,30 @@ def test_commands_run(page, workplace, finished_run):
         if script.startswith("train_") and "--resume" in flags:
             short = "--steps 2"
         launch(script, *flags, *short.split())
+
+
+def source_with_imports(test):
+    """The text of a test file and of the test files that it imports from."""
+    text = (ROOT / test).read_text()
+    for module in re.findall(r"^from (\w+) import", text, re.M):
+        path = ROOT / "tests" / f"{module}.py"
+        text += path.read_text() if path.exists() else ""
+    return text
+
+
+@pytest.mark.parametrize("page, test, block", RUN_ELSEWHERE)
+def test_the_named_test_uses_the_scripts_and_flags(page, test, block):
+    """So a flag that is renamed in the code, and with it in the test, fails here until the page has it."""
+    source = source_with_imports(test)
+    for words in commands_of(block):
+        if words[0] != "python":  # pip, tensorboard
+            continue
+        script = words[2] if words[1] == "-m" else words[1]
+        name = script.removesuffix(".py").split(".")[-1]
+        assert re.search(rf"\b{name}\b", source), (page, test, script)
+        for flag in (word for word in words if word.startswith("--")):
+            keyword = flag.strip("-").replace("-", "_")
+            assert re.search(rf"{flag}\b|\b{keyword}=", source), (page, test, flag)
 
 
 # ---- README
@@ -139,11 +182,21 @@ def test_citation_file_names_paper_and_version():
     assert f"## {citation['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_copied_files_work_as_the_readme_shows(tmp_path, monkeypatch):
+# ---- extend.md: its examples, as printed
+
+
+def examples(section):
+    """-> Python blocks of a section of extend.md."""
+    text = (ROOT / "docs" / "extend.md").read_text()
+    text = re.search(rf"^## {section}\n(.*?)(?=^## )", text, re.M | re.S)[1]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_copied_files(tmp_path, monkeypatch):
     for name in ("grpo.py", "tas.py"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (example,) = examples("Copy a file")
     old_logprobs = -torch.rand(4, 10)
     names = dict(
         torch=torch,
@@ -158,16 +211,6 @@ def test_copied_files_work_as_the_readme_shows(tmp_path, monkeypatch):
     exec(example, names)
     names["loss"].backward()
     assert names["logprobs"].grad.abs().sum() > 0
-
-
-# ---- extend.md: its examples, as printed
-
-
-def examples(section):
-    """-> Python blocks of a section of extend.md."""
-    text = (ROOT / "docs" / "extend.md").read_text()
-    text = re.search(rf"^## {section}\n(.*?)(?=^## )", text, re.M | re.S)[1]
-    return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 def test_own_reward_part(toy_dir, tmp_path, monkeypatch):

@@ -329,7 +329,7 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
     rows = Rows(out / "people.jsonl")
     assert len(rows) == 9 and rows[0]["use_audio"]
     sft = ["--model", out / "model", "--data", out / "sft.jsonl", "--out", tmp_path / "sft"]
-    launch("train_sft.py", *sft, "--steps", 2, "--batch-size", 4, *media)
+    launch("train_sft.py", *sft, "--steps", 2, "--batch-size", 4, "--lr", 1e-3, *media)
     launch(
         "train_rl.py",
         *("--stage", 2, "--model", tmp_path / "sft/final", "--data", out / "train.jsonl"),

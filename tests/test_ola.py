@@ -220,7 +220,8 @@ def test_names_of_the_published_weights(known):
 def tiny(toy_dir, tmp_path_factory):
     """A folder with a tiny Ola that knows the format, and rows of every stage."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_model(folder / "random", toy.WEIGHTS, "ola")
+    launch("toy.py", "--backbone", "ola", "--stages", "--out", folder / "made")
+    shutil.move(folder / "made" / "model", folder / "random")
     for stage in range(4):
         shutil.copytree(toy_dir / f"stage{stage}", folder / f"stage{stage}")
     rows = [
@@ -438,6 +439,7 @@ def flags(tiny, stage, out, *more):
     )
     words += " --temperature 1.3"  # so that what it has learned by heart is not all it says
     where = "--model", tiny / "model", "--data", rows / "train.jsonl", "--out", out
+    where += "--eval-data", rows / "test.jsonl"
     return "train_rl.py", "--stage", stage, *where, *words.split(), *more
 
 

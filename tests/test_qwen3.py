@@ -21,7 +21,6 @@ from test_run import same_weights, stage_0_killed_and_resumed, stopped_copy, wit
 from test_train_rl import read_metrics
 from transformers.core_model_loading import revert_weight_conversion
 
-import toy
 import train_sft
 from data.clip_cache import ClipCache
 from data.clips import BadRow, Clip
@@ -39,9 +38,9 @@ from run.errors import UserError
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):
     """A folder with a tiny Qwen3-Omni, weights random."""
-    folder = tmp_path_factory.mktemp("qwen3") / "random"
-    toy.make_model(folder, toy.WEIGHTS, "qwen3")
-    return folder
+    folder = tmp_path_factory.mktemp("qwen3")
+    launch("toy.py", "--backbone", "qwen3", "--stages", "--out", folder)
+    return folder / "model"
 
 
 # ---- against transformers' own forward ---------------------------------------------------------
