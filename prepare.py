@@ -300,7 +300,9 @@ def print_report(report, out):
     if report["use_audio_auto"]:
         sound = "used where the file has a sound track"
         if "silent_videos" in report:
-            sound = f"decoded: use_audio is true, but false for {report['silent_videos']} without sound"
+            sound = (
+                f"decoded: use_audio is true, but false for {report['silent_videos']} without sound"
+            )
         lines.append(("a video's own sound: auto", report["use_audio_auto"], sound))
     if report["clips_in_two_files"]:
         count = report["clips_in_two_files"]
