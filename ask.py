@@ -28,7 +28,9 @@ from run.errors import UserError
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     parser.usage = '%(prog)s FILE ... "QUESTION" [--flag value ...]'
-    parser.add_argument("words", nargs="*", metavar="FILE ... QUESTION", help="media, the question")
+    parser.add_argument(
+        "words", nargs="*", metavar="FILE ... QUESTION", help="media files, then the question"
+    )
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="folder of a run or model, or hub id; without it the toy")

@@ -9,9 +9,9 @@ around every number.
     python eval.py --model M --data test.jsonl --without sound --baseline scores/M --out scores/muted
     python eval.py --table scores/base scores/grpo scores/avatar     # the paper's tables
 
-An item that cannot be read counts as wrong and is named; the denominator is the number of items.
-Intervals: 95 % bootstrap over clips, since questions about one clip are right or wrong together. A
-clip is decoded, encoded and read once for all questions about it.
+The score is a mean over all items; one that cannot be read counts as wrong. Intervals: 95 % bootstrap
+over clips, because answers about one clip are correlated. A clip is decoded, encoded and read once for
+all questions about it.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -49,7 +49,10 @@ def parse_args(argv=None):
         metavar="NAME",
         help=f"benchmarks of the paper: all (fifteen), {', '.join(benchmarks.BENCHMARKS)}",
     )
-    flag("--root", help="folder with the benchmarks, each in a folder of its name; or a single one")
+    flag(
+        "--root",
+        help="folder that holds each benchmark in a folder of its name, or a single benchmark",
+    )
     flag(
         "--allow-missing",
         action="store_true",
@@ -67,7 +70,7 @@ def parse_args(argv=None):
     flag(
         "--system",
         metavar="FILE",
-        help="system prompt in the place of the protocol's; 'none': the model's own default",
+        help="system prompt instead of the protocol's; 'none': the model's own default",
     )
     flag(
         "--without",

@@ -8,8 +8,8 @@ Without --full, OUT is the thinker alone, which transformers' thinker class load
 copy of the whole checkpoint BASE in which the thinker's weights are the trained ones. Talker, vocoder,
 configuration and processor files are those of BASE, byte for byte.
 
-The number format is that of the weights before training, which is mostly bfloat16. Small updates may be
-lost in it: how much of what was learnt survives the rounding is measured and printed.
+The weights keep the number format that they had before training, mostly bfloat16. It may round small
+updates away: the command prints how much of the update survives.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -29,7 +29,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--full",
         metavar="BASE",
-        help="folder or hub id of a whole Omni checkpoint: write a whole one",
+        help="write a whole Omni checkpoint: a copy of this one (folder or hub id) with the trained thinker",
     )
     parser.add_argument(
         "--dtype",

@@ -10,7 +10,7 @@ and hints by frozen models.
     python prepare.py hints --data heard.jsonl --out hinted.jsonl --teacher http://localhost:8002/v1 \\
         --teacher-model Qwen/Qwen2.5-VL-72B-Instruct
 
-In place of a URL, a Hugging Face folder may stand: the model then runs in this process.
+A Hugging Face folder may be given instead of a URL; the model then runs in this process.
 """
 
 import run.before_torch  # noqa: F401  must come before torch
@@ -57,8 +57,8 @@ def parse_args(argv=None):
     flag(
         "--map",
         metavar="FIELD=COLUMN,...",
-        help="for a form of your own: question=Q,answer=A,video=clip; a column may be a path "
-        "(meta.answer), and options may stand in several columns (options=A+B+C+D)",
+        help="for a format of your own: question=Q,answer=A,video=clip; a column may be nested "
+        "(meta.answer), and options may be spread over several columns (options=A+B+C+D)",
     )
     flag("--media", help="folder that media paths are relative to; by default the first file's")
     flag(
@@ -70,8 +70,8 @@ def parse_args(argv=None):
     flag(
         "--use-audio",
         choices=list(SOUND),
-        help="whether a video's own sound is heard, where the record does not decide it; auto: if the "
-        "file has a sound track. By default auto, or as --stage sets it",
+        help="whether a video's own sound is used, where the record does not decide it; auto: if the "
+        "file has a sound track (default: as --stage sets it, else auto)",
     )
     flag(
         "--open-type",
@@ -85,12 +85,29 @@ def parse_args(argv=None):
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="of each answer type, the share of rows that may have its commonest answer; surplus rows "
-        "are dropped by --seed",
+        help="largest share of an answer type's rows that may have the same answer; surplus rows are "
+        "dropped, chosen by --seed",
     )
-    flag("--held-out", type=int, default=0, metavar="N", help="set about N rows apart, by clip")
-    flag("--limit", type=int, default=0, metavar="N", help="at most N rows, by --seed; 0: all")
-    flag("--seed", type=int, default=0, help="random seed: wording, wrong options, which rows stay")
+    flag(
+        "--held-out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="move about N rows, by whole clips, to OUT.held-out.jsonl",
+    )
+    flag(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep at most N rows, chosen by --seed; 0 = all",
+    )
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of wording, wrong options and the choice of rows",
+    )
     flag(
         "--exclude-benchmarks",
         metavar="ROOT",
@@ -121,10 +138,13 @@ def parse_args(argv=None):
     add_media_flags(check, keeps_clips=False)
     captions = command("captions", "write audio_caption into every row that has sound (stage 2)")
     add_frozen_model_flags(captions, "captioner")
-    hints = command("hints", "write a hint into every row, one that does not give the answer away")
+    hints = command("hints", "write a hint that does not give the answer away into every row")
     add_frozen_model_flags(hints, "teacher")
     hints.add_argument(
-        "--attempts", type=int, default=5, help="replies to ask for a row, until one does not leak"
+        "--attempts",
+        type=int,
+        default=5,
+        help="attempts to get a hint that does not give the answer away",
     )
 
     args = parser.parse_args(argv)
@@ -147,17 +167,22 @@ def add_frozen_model_flags(parser, role):
     """role   "captioner" or "teacher": the flag that says which model is asked"""
     flag = parser.add_argument
     flag("--data", required=True, help="JSONL of rows")
-    flag("--out", required=True, help="JSONL to write, one row for each row")
+    flag("--out", required=True, help="JSONL to write, with each row of --data")
     flag(f"--{role}", required=True, help="URL of a chat server (http://host:8000/v1), or a folder")
     flag(f"--{role}-model", help="the model's name on the server")
-    flag("--cache-dir", help="folder of the cached replies; OUT.answers if not given")
+    flag("--cache-dir", help="folder of the cached replies (default: OUT.answers)")
     flag("--concurrency", type=int, default=16, help="requests at the same time")
     flag("--timeout", type=float, default=300.0, help="seconds for one attempt")
     flag("--retries", type=int, default=4, help="attempts after the first")
     formats = ["images", "video"]
-    help = "how frames are sent: one image each, or one video part for all (vLLM only)"
+    help = "send the frames as images, or as one video (vLLM only)"
     flag("--frame-format", choices=formats, default="images", help=help)
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for a folder's model")
+    flag(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="device of a model given as a folder",
+    )
     add_media_flags(parser, keeps_clips=False)
     # old names
     hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)

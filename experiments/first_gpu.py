@@ -1,13 +1,13 @@
 """
-A first run on a GPU: whether what holds on the CPU holds there, and where the time goes, the most
-valuable checks first. One card, eight minutes; a text model of the 7B's shape with random weights and
-a LoRA adapter, placed as train_rl.py places it.
+A first run on a GPU: checks there what the tests check on a CPU, and measures where the time goes, the
+most valuable first. It needs one GPU and eight minutes. The model is a text model of the 7B's shape with
+random weights and a LoRA adapter, placed as train_rl.py places it.
 
     python -m experiments.first_gpu first_gpu.json            # on a GPU
-    python -m experiments.first_gpu first_gpu.json --tiny     # that it runs at all, anywhere
+    python -m experiments.first_gpu first_gpu.json --tiny     # a dry run, also on a CPU
 
-The result of a step is on the disk before the next begins, and one that fails does not stop the
-others: its error is its result. The plain way, at the end, is the same model with transformers'
+The result of a step is on the disk before the next begins. A step that fails does not stop the others;
+its error is its result. The plain way, at the end, is the same model with transformers'
 attention: copies of the prompt and full logits, `generate` for the rollout.
 
 P prompt tokens, C completion tokens, G completions of a prompt, B prompts.

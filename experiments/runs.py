@@ -22,11 +22,20 @@ from run.io import REPOSITORY
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **arguments.PARSER)
     flag = parser.add_argument
-    flag("name", nargs="?", choices=[*EXPERIMENTS], help="which experiment; without: list them")
+    flag(
+        "name",
+        nargs="?",
+        choices=[*EXPERIMENTS],
+        help="name of an experiment; without it, all are listed",
+    )
     flag("--seeds", type=int, default=0, help="number of seeds, the first of those listed; 0 = all")
     flag("--jobs", type=int, default=1, help="runs at the same time, one core each")
     flag("--quick", action="store_true", help="one seed of 12 steps each")
-    flag("--out", default=REPOSITORY / "experiments/results", help="folder for NAME.json")
+    flag(
+        "--out",
+        default=REPOSITORY / "experiments/results",
+        help="folder for NAME.json (default: experiments/results)",
+    )
     return parser.parse_args(argv)
 
 

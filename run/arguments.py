@@ -54,8 +54,8 @@ def add_flags(parser):
     """
     parser.usage = "%(prog)s [--flag value ...]"
     parser.epilog = """
-The defaults shown are those for the other flags on this command line. Without --model they are the
-toy's. Tags in [] are explained in README.md and docs/method.md.
+The defaults shown depend on the other flags of this command line; without --model they are the toy's.
+Tags in [] are explained in README.md and docs/method.md.
 """
     kernels = ["auto", "flash", "fa3", "fa4", "sdpa"]
     hidden = argparse.SUPPRESS
@@ -69,9 +69,9 @@ toy's. Tags in [] are explained in README.md and docs/method.md.
     add_device_flags(flag)
     flag("--attn", default="auto", choices=kernels, help="attention kernel; auto: flash where it works")
     flag("--save-every", type=int, default=50, help="steps between checkpoints; 0 = never")
-    flag("--keep-checkpoints", type=int, default=2, metavar="N", help="keep the newest N; a dying machine may cut off the last one")
+    flag("--keep-checkpoints", type=int, default=2, metavar="N", help="keep the newest N checkpoints; a crash may damage the last one")
     flag("--keep", type=int, dest="keep_checkpoints", default=hidden, help=hidden)
-    flag("--on-bad-step", choices=["stop", "skip"], default="stop", help="what to do if a step's loss or gradient is not finite, or a ratio too large")
+    flag("--on-bad-step", choices=["stop", "skip"], default="stop", help="what to do if a step's loss or gradient is not finite, or in RL a ratio is too large")
     flag("--log", action="append", choices=TRACKERS, default=[], help=f"also log to {' or '.join(TRACKERS)}; may be given twice")
 
     flag = parser.add_argument_group("model and data").add_argument
