@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from models.attention import DecodeAttention, Spans, flash
+from models.head import float32_logits
 from models.sharding import in_forward
 
 
@@ -51,7 +52,7 @@ def continue_prefix(policy, prompt, prefix, num_rows):
         use_cache=False,
         shared=attention,
     )
-    logits = policy.thinker.lm_head(outputs.last_hidden_state[0, -1:]).float()
+    logits = float32_logits(policy.thinker.lm_head, outputs.last_hidden_state[0, -1:])
 
     own_kv = {}  # every completion gets its own copy of the question, and continues it
     for layer, (k, v) in attention.recorded.items():

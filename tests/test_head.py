@@ -11,8 +11,10 @@ import torch
 from pretended_gpu import GPU, pretended_gpu
 from torch import nn
 
+from models.clip_prefix import continue_prefix, read_prefix
 from models.head import float32_logits, head_logprobs
-from models.loading import load_policy
+from models.inputs import Prompt
+from models.loading import load_policy, load_to_answer
 from models.patch_embedding import is_patch_embedding, patch_product
 
 
@@ -77,6 +79,14 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr("models.head.CHUNK", 10)
     for one, two in zip(whole, head_logprobs(lm_head, hidden, targets, 0.9), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@torch.no_grad()
+def test_the_first_token_after_a_kept_clip_has_float32_logits_too(toy_dir):
+    policy = load_to_answer(str(toy_dir / "model"), torch.device("cpu"), torch.bfloat16)
+    prompt = Prompt(torch.arange(10, 30), torch.arange(20).expand(3, -1), {})
+    logits, _ = continue_prefix(policy, prompt, read_prefix(policy, prompt, 12), num_rows=1)
+    assert logits.dtype == torch.float32 and (logits.bfloat16() != logits).any()
 
 
 # ---- patch embeddings ----------------------------------------------------------------------------
