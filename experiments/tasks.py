@@ -41,14 +41,16 @@ NUM_NEVER, NUM_HARD = 13, 64  # hard rows that are never solved, and all
 SAMPLES = 256  # completions among which a row that is never solved has no right one
 
 
-def python(*words, log):
-    """Runs a script of ours on one core; its output goes to a file, whose end explains a failure."""
+def python(*words, log, code=REPOSITORY):
+    """
+    Runs a script of ours on one core; its output goes to a file, whose end explains a failure.
+
+    code   the checkout that it is run from
+    """
     command = [sys.executable, *map(str, words)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        done = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=env
-        )
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=code, env=env)
     if done.returncode:
         end = log.read_text()[-600:]
         raise UserError(f"{words[0]} ended with {done.returncode}, see {log}:\n{end}")

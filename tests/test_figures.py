@@ -16,7 +16,8 @@ from conftest import ROOT, launch
 import buffer
 import hints
 import train_rl
-from experiments import commands, curves, runs, tables, tasks, variants
+import train_sft
+from experiments import bfloat16_chain, commands, curves, runs, tables, tasks, variants
 from run.errors import UserError
 from training import metrics
 
@@ -440,3 +441,44 @@ def test_a_long_reasoning_is_decided_where_it_says(kind, share):
 def test_a_missing_folder_is_an_error(tmp_path):
     printed = launch("experiments/figures.py", "--results", tmp_path / "none", code=1)
     assert str(tmp_path / "none") in printed and "Traceback" not in printed
+
+
+# ---- the chain in bfloat16 -----------------------------------------------------------------------
+
+
+def one_chain(label, seed, before, after):
+    return dict(label=label, seed=seed, before={"all": before}, accuracy={"all": after})
+
+
+def test_what_a_chain_keeps_is_taken_over_the_seeds_that_both_have():
+    chains = [
+        one_chain("float32", 0, 0.2, 0.6),
+        one_chain("bfloat16", 0, 0.2, 0.5),
+        one_chain("float32", 1, 0.2, 0.4),
+        one_chain("bfloat16", 1, 0.2, 0.4),
+        one_chain("float32", 2, 0.2, 0.9),
+    ]
+    assert bfloat16_chain.kept({"runs": chains}, "bfloat16") == pytest.approx(0.5 / 0.6)
+    assert bfloat16_chain.kept({"runs": chains}, "float32") == pytest.approx(1)
+
+
+def test_commands_of_the_chain_are_those_of_the_trainers():
+    args = bfloat16_chain.parse_args([])
+    for stage, script in enumerate([train_sft, train_rl, train_rl, train_rl]):
+        name, *words = bfloat16_chain.train_words(args, stage)
+        assert name == f"{script.__name__}.py"
+        parsed = script.parse_args([*words, "--dtype", "bfloat16"])[0]
+        assert parsed.lora_rank == args.rank and parsed.lr == float(args.lr)
+        assert stage == 0 or parsed.stage == stage
+
+
+def test_a_finished_chain_is_not_run_again(tmp_path):
+    for stage in bfloat16_chain.STAGES:
+        (tmp_path / f"stage{stage}" / "final").mkdir(parents=True)
+    scores = {"all": {"score": 0.5}, "toy/stage1/test.jsonl": {"score": 0.7}}
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "scores.json").write_text(json.dumps({"scores": scores}))
+    args = bfloat16_chain.parse_args([])
+    accuracy = bfloat16_chain.run_chain(args, "float32", 0, tmp_path, tmp_path, processes=1)
+    assert accuracy == {"all": 0.5, "stage1": 0.7}
+    assert not (tmp_path / "log.txt").exists()
