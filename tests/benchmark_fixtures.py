@@ -558,7 +558,7 @@ WRITERS = {
     "video-tt": video_tt,
 }
 
-# name: items, not scored, score, parts of what else is told
+# name: items, not scored, score, parts of what else is reported
 EXPECTED = {
     "omnibench": (3, 0, 2 / 3, {"task type": {"Object": 1 / 2, "Plot": 1}}),
     "daily-omni": (

@@ -506,7 +506,7 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, media):  # noqa: F811
     }
     assert "keys: what" in report["dropped"]["a form that is not known"]["example"]
     ids = [row["prompt_id"] for row in rows_in(tmp_path)]
-    assert ids == ["Set-7", "Set-7-2"]  # ids repeat in the source, and are told apart
+    assert ids == ["Set-7", "Set-7-2"]  # ids repeat in the source, and are kept apart
     assert "add --force" in convert(tmp_path, "in.jsonl", code=1)
 
 

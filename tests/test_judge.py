@@ -365,7 +365,7 @@ def test_a_slow_judge_changes_nothing(toy_dir, tmp_path, fast_run):
 
 
 def test_a_judge_that_dies_in_mid_run_loses_nothing(toy_dir, tmp_path, fast_run, monkeypatch):
-    """One line, the state before the step saved; with the judge back, the run goes on as ever."""
+    """One line, the state before the step saved; with the judge back, the run continues as before."""
     out = tmp_path / "run"
     answered = []  # numbers of the requests of the second step
 

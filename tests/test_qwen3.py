@@ -64,7 +64,7 @@ CASES = {
     "several images": Clip(None, None, None, IMAGES, False),
     "video": Clip(FRAMES, FPS, None, [], False),
     "video with its sound": Clip(FRAMES, FPS, sound(5, 16000 * 3), [], True),
-    "video, its sound goes on": Clip(FRAMES[:2], FPS, SOUND, [], True),
+    "video with longer sound": Clip(FRAMES[:2], FPS, SOUND, [], True),
     "sound": Clip(None, None, SOUND, [], False),
     "several sounds": Clip(None, None, [SOUND, sound(6, 8000)], [], False),
     "video and sound beside it": Clip(FRAMES, FPS, SOUND, [], False),
@@ -295,7 +295,7 @@ def test_logprobs_are_those_of_the_rollout_and_of_whole_sequences(tiny):
 
 
 def whole_logprobs(policy, plain, prompt, ids, temperature):
-    """Log-probs of one completion by transformers' text model, which is told of the features as its thinker does."""
+    """Log-probs of one completion by transformers' text model, which gets the features as in its thinker."""
     (head,) = policy.embed([prompt])
     embeds = torch.cat([head.embeds, plain.get_input_embeddings()(ids)])
     after = positions_after(prompt.position_ids, len(ids))
