@@ -17,7 +17,7 @@ import buffer
 import hints
 import train_rl
 import train_sft
-from experiments import bfloat16_chain, commands, curves, runs, tables, tasks, variants
+from experiments import bfloat16_chain, commands, curves, rounding, runs, tables, tasks, variants
 from run.errors import UserError
 from training import metrics
 
@@ -482,3 +482,18 @@ def test_a_finished_chain_is_not_run_again(tmp_path):
     accuracy = bfloat16_chain.run_chain(args, "float32", 0, tmp_path, tmp_path, processes=1)
     assert accuracy == {"all": 0.5, "stage1": 0.7}
     assert not (tmp_path / "log.txt").exists()
+
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+def test_what_rounding_loses():
+    torch.manual_seed(0)
+    near_one = torch.ones(1000)
+    assert rounding.share_after_cast(near_one, lr=1e-6, steps=100) == 0  # a step of bfloat16: .004
+    assert rounding.share_after_cast(near_one, lr=1e-3, steps=100) == pytest.approx(1, abs=0.05)
+    value, grad = rounding.kl_error(1e-2)
+    assert 0 < value < 0.01 and 0 < grad < 1e-4
+    assert rounding.kl_error(1e-4)[0] > 10 * value
+    assert rounding.merge_error(torch.float32) == pytest.approx(1, abs=0.01)
+    assert rounding.merge_error(torch.bfloat16) > 1.1
