@@ -19,7 +19,10 @@ import argparse
 import faulthandler
 import gc
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -35,12 +38,14 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from experiments import bench
 from experiments.gpu_attention import decode_is_right, packed_is_right, packed_ms, random, timed
+from experiments.gpu_estimates import VISION
+from experiments.gpu_rounding import adapter_arrives, head_gap, tower
 from models import graphs, sharding
 from models.graphs import capture
 from models.loading import wrap_policy
 from models.policy import completion_logprobs
 from run import arguments, checkpoint, optim, processes
-from run.io import write_text
+from run.io import REPOSITORY, write_text
 from run.launch import run_main
 from run.run_dir import git_commit, installed_version
 
@@ -125,6 +130,10 @@ def build_policy(at):
         kv_heads=at.kv_heads,
         vocab=at.vocab,
     )
+    if not at.tiny:  # the true vision tower
+        for name, value in VISION.items():
+            setattr(config.vision_config, name, value)
+        config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
     torch.manual_seed(0)
     with torch.device(at.device):
         thinker = Thinker(config)
@@ -144,6 +153,24 @@ def build(at):
     weights = sum(p.numel() for p in at.policy.parameters())
     trained = sum(p.numel() for p in at.policy.parameters() if p.requires_grad)
     return dict(billions=weights / 1e9, trained_millions=trained / 1e6, not_by_hash_store=problem)
+
+
+def two_processes(at):
+    """What collectives.py finds; on GPUs it needs two of them."""
+    if at.on_gpu and torch.cuda.device_count() < 2:
+        return "left out: one GPU"
+    words = "-m torch.distributed.run --standalone --nproc-per-node 2 -m experiments.collectives"
+    done = subprocess.run(
+        [sys.executable, *words.split()],
+        cwd=REPOSITORY,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode:
+        return dict(error=done.stderr[-1500:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def eager(decode, inputs):
@@ -302,6 +329,10 @@ STEPS = [  # name, seconds that must be left, function
     ("host copies", 5, host_copies),
     ("build: NCCL, FSDP, LoRA", 60, build),
     ("log-probs: the rollout's and the recomputed", 60, logprob_gap),
+    ("adapter: what arrives in bfloat16", 20, adapter_arrives),
+    ("head: large logits", 5, head_gap),
+    ("vision tower: right? ms", 20, tower),
+    ("two processes: collectives, FSDP", 60, two_processes),
     ("update: s, kernels", 60, update),
     ("decode, B=1: ms a token, s of recording", 40, partial(decode, num_prompts=1)),
     ("decode, B=8: ms a token, s of recording", 60, partial(decode, num_prompts=8)),
