@@ -91,27 +91,16 @@ def assert_same_values(ours, theirs, rel=1e-5, **kwargs):
     torch.testing.assert_close(ours.detach(), theirs.detach(), atol=rel * size, rtol=0, **kwargs)
 
 
-def launch(script, *flags, code=0, processes=1, torchrun=False):
+def launch(script, *flags, code=0, processes=1):
     """
     Runs a script as `python script flags` does -> what it printed. One process runs in this one,
-    which saves the seconds of importing; several are forked (spawned.py), or run under torchrun.
+    which saves the seconds of importing; several are forked (spawned.py).
     """
     argv = [str(word) for word in (script, *flags)]
-    if processes > 1 and not torchrun:
+    if processes > 1:
         running = spawned.start(*argv, processes=processes)
         printed = running.communicate()
         status = running.returncode
-    elif torchrun:
-        words = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",  # a port of its own
-            "--nproc-per-node",
-            str(processes),
-        ]
-        done = subprocess.run([*words, *argv], cwd=ROOT, capture_output=True, text=True)
-        printed, status = done.stdout + done.stderr, done.returncode
     else:
         out, status = io.StringIO(), 0
         with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:

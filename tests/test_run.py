@@ -112,7 +112,8 @@ def test_sft_resumes_bit_for_bit_and_starts_the_next_stage(toy_dir, tmp_path):
 def test_micro_batches_and_processes_do_not_change_sft(toy_dir, tmp_path):
     losses = []
     for i, (more, processes) in enumerate([((), 1), (("--micro-tokens", 100), 1), ((), 2)]):
-        launch(*sft_flags(toy_dir, tmp_path / str(i), *more), processes=processes)
+        flags = sft_flags(toy_dir, tmp_path / str(i), "--steps", 2, *more)
+        launch(*flags, processes=processes)
         losses.append([(m["loss"], m["grad_norm"]) for m in read_metrics(tmp_path / str(i))])
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
     np.testing.assert_allclose(losses[2], losses[0], rtol=2e-3)
@@ -160,7 +161,7 @@ def test_two_processes_are_one(toy_dir, tmp_path):
     flags += ("--eval-samples", 7, "--eval-every", 2)
     flags += ("--data", rows / "train.jsonl")
     launch(*rl_flags(toy_dir, 2, tmp_path / "one", *flags))
-    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2, torchrun=True)
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "two", *flags), processes=2)
     assert printed.count("step    1/4  reward") == 1
     one, two = (read_metrics(tmp_path / n) for n in ("one", "two"))
     exact = ("step", "completions_generated", "buffer/size", "hints/entered", "hints/frac")
