@@ -146,9 +146,10 @@ def main():
         with_reference=False,
     )
     optimizer = optim.adamw(policy, args.lr)
+    encoder = None if args.train_towers else policy  # frozen towers encode each clip once
     row_stream = RowStream(
         rows,
-        ClipCache(builder, int(args.cache_gb * 1e9)),
+        ClipCache(builder, int(args.cache_gb * 1e9), encoder),
         rows_per_step=args.batch_size,
         seed=args.seed,
         required_field="reasoning",

@@ -39,6 +39,14 @@ def long_task(name, samples):
     )
 
 
+# clips of real recordings: hands_and_voices.py writes the rows, train_sft.py the start
+# (docs/hands_and_voices.md has both commands)
+HANDS = (
+    f"kept-features --stage 2 {NO_SAVES} --model runs/experiments/hands-sft/final "
+    "--data runs/experiments/hands/train.jsonl --eval-data runs/experiments/hands/people.jsonl "
+    "--max-frames 12 --max-audio-seconds 6 --max-new-tokens 80 --eval-samples 128"
+)
+
 # ---- methods -----------------------------------------------------------------------------------
 
 # "no replay" is the control: AVATAR's 4 fresh completions a prompt and nothing else of the method,
@@ -350,6 +358,20 @@ EXPERIMENTS["stage3"] = {
     "format, judge, .2 accuracy": f"{STAGE3} --reward-weights format=.4,judge=.4,acc=.2",
     "judge wrong in 20 %": f"wrong-judge {STAGE3}",
     "judge of form alone": f"form-judge {STAGE3}",
+}
+
+# ---- hands and voices ---------------------------------------------------------------------------
+
+# all three take as many optimizer steps and make 32 completions a step (AVATAR 32 more in its first)
+HANDS_METHODS = {
+    "GRPO": "--algo grpo --prompts-per-step 4",
+    "no replay": "--algo grpo --num-on 4 --prompts-per-step 8",
+    "AVATAR": "--prompts-per-step 8",
+}
+# the learning rate is the toy's, tuned for none of them
+EXPERIMENTS["hands"] = {
+    method: f"{HANDS} --steps 16 --eval-every 8 {words} --lr 1e-4"
+    for method, words in HANDS_METHODS.items()
 }
 
 # ---- seeds -------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ digit, questions that need both, and a small model to train on them. docs/hands_
     OUT/train.jsonl          rows for RL, of the same people
     OUT/people.jsonl         held out: hands and voices of other people
     OUT/combinations.jsonl   held out: the same people, pairs of shown and said digit that the others lack
-    OUT/model/               a small Qwen2.5-Omni thinker with random weights, ears from --ears
+    OUT/model/               a small Qwen2.5-Omni thinker: ears from --ears, eyes that name digits
+                             (senses.py), the text model of the toy's start
 
 The recordings stay in their own folders and in OUT: none is part of this repository.
 """
@@ -30,13 +31,14 @@ def parse_args(argv=None):
     flag("--voices", required=True, help="clone of Jakobovski/free-spoken-digit-dataset")
     flag("--ears", help="Hugging Face folder of a Whisper (ears.py); without: random ears")
     flag("--out", required=True, help="folder to write; must be new")
-    flag("--seconds", type=int, nargs=2, default=[6, 12], help="length of a clip, least and most")
-    flag("--num-sft", type=int, default=2048, help="rows with a reasoning")
+    flag("--seconds", type=int, nargs=2, default=[3, 5], help="length of a clip, least and most")
+    flag("--eye-steps", type=int, default=800, help="steps that train the eyes; 0: random eyes")
+    flag("--num-sft", type=int, default=1280, help="rows with a reasoning")
     flag("--num-train", type=int, default=128, help="rows for RL")
     flag("--num-test", type=int, default=128, help="rows of each held-out file")
     flag("--seed", type=int, default=0, help="random seed; the same seed writes the same rows")
     args = parser.parse_args(argv)
-    arguments.check_bounds(args, num_sft=1, num_train=1, num_test=1, seed=0)
+    arguments.check_bounds(args, num_sft=1, num_train=1, num_test=1, eye_steps=0, seed=0)
     least, most = args.seconds
     if not 2 <= least <= most <= len(ORDINALS):
         raise UserError(f"--seconds {least} {most}: give two numbers from 2 to {len(ORDINALS)}")
@@ -56,21 +58,28 @@ import json
 import re
 import wave
 from collections import Counter
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 import torchaudio
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from data.rows import SYSTEM_PROMPT, completion_text, question_text
+import toy
+from data.clips import MediaConfig
+from data.rows import SYSTEM_PROMPT, Rows, completion_text, question_text
 from data.toy_clips import VIDEO_FPS, write_mp4
-from experiments import ears
+from experiments import ears, senses
 from hints import place_hint
 from models import qwen, toy_model
+from models.inputs import InputBuilder
+from models.loading import load_policy
 from run.io import temp_dir
 from run.launch import run_main
 
@@ -428,21 +437,27 @@ def read_recording(path):
     return samples[:MAX_VOICE].numpy()
 
 
-def write_clip(path, seconds, people, rng):
-    """One person's hand and one person's voice; where in its second a digit is said is random."""
-    hand = people.hands[rng.integers(len(people.hands))]
-    voice = people.voices[rng.integers(len(people.voices))]
-    frames = []
+def say(voice, digits, rng):
+    """-> (n AUDIO_RATE,) samples, a digit each second; where in its second it is said is random"""
     # silence in no recording is perfect: a mel of exact zeros would mark the gaps
-    audio = rng.normal(0, 0.003, (len(seconds), AUDIO_RATE))
-    for second, (shown, said) in zip(audio, seconds):
-        photograph = read_photograph(hand[shown], FRAME_SIZE)
-        frames += [photograph] * VIDEO_FPS
-        recordings = voice[said]
+    audio = rng.normal(0, 0.003, (len(digits), AUDIO_RATE))
+    for second, digit in zip(audio, digits):
+        recordings = voice[digit]
         samples = read_recording(recordings[rng.integers(len(recordings))])
         start = rng.integers(AUDIO_RATE - len(samples) + 1)
         second[start : start + len(samples)] += samples
-    write_mp4(path, frames, FRAME_SIZE, audio.ravel(), AUDIO_RATE)
+    return audio.ravel()
+
+
+def write_clip(path, seconds, people, rng):
+    """One person's hand and one person's voice."""
+    hand = people.hands[rng.integers(len(people.hands))]
+    voice = people.voices[rng.integers(len(people.voices))]
+    frames = []
+    for shown, _ in seconds:
+        frames += [read_photograph(hand[shown], FRAME_SIZE)] * VIDEO_FPS
+    audio = say(voice, [said for _, said in seconds], rng)
+    write_mp4(path, frames, FRAME_SIZE, audio, AUDIO_RATE)
 
 
 def write_split(folder, split, num_rows, people, seconds_range, seed):
@@ -463,20 +478,109 @@ def write_split(folder, split, num_rows, people, seconds_range, seed):
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def corpus(seconds_range):
-    """Texts with every word that the rows use, for the tokenizer."""
+def corpus():
+    """Texts with every word that the rows use, for the tokenizer: the same for clips of any length."""
     rng = np.random.default_rng(0)
     for i in range(3000):
-        row, _ = make_row(rng, "sft", i, seconds_range)
+        row, _ = make_row(rng, "sft", i, (6, len(ORDINALS)))
         question = question_text(row, False)
         if "hint" in row:
             question = place_hint(question, row["hint"])
         yield f"system\n{SYSTEM_PROMPT}user\n{question}assistant\n{completion_text(row)}"
 
 
-def write_model(folder, ears_folder, seconds_range):
-    """The toy's architecture with random weights; with ears_folder its audio tower is that Whisper."""
-    tokenizer_json = toy_model.make_tokenizer_json(corpus(seconds_range), vocab_size=640)
+def start_text(thinker, tokenizer):
+    """
+    The text model of the toy's start, which can already go through a clip second by second. Tokens
+    that the toy's tokenizer lacks keep their random rows.
+    """
+    with safe_open(toy.WEIGHTS, "pt") as file:
+        toy_vocab = Tokenizer.from_str(file.metadata()["tokenizer"]).get_vocab()
+    weights = {name: weight.float() for name, weight in load_file(toy.WEIGHTS).items()}
+    vocab = tokenizer.get_vocab()
+    known = [token for token in vocab if token in toy_vocab]
+    ids = [vocab[token] for token in known]
+    toy_ids = [toy_vocab[token] for token in known]
+    with torch.no_grad():
+        for name, param in thinker.named_parameters():
+            if name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+                param[ids] = weights[name][toy_ids]
+            elif name.startswith("model.language_model."):
+                param.copy_(weights[name])
+
+
+def photographs(hands):
+    """-> (people, 10, 3, FRAME_SIZE, FRAME_SIZE) uint8"""
+    pictures = [[read_photograph(hand[digit], FRAME_SIZE) for digit in DIGITS] for hand in hands]
+    return torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3)
+
+
+def sounds_of(voices):
+    """SOUNDS_PER_VOICE sounds of each voice, digits at random -> list of samples, (all seconds,) digits"""
+    rng = np.random.default_rng(0)
+    sounds, digits = [], []
+    for voice in voices:
+        for _ in range(senses.SOUNDS_PER_VOICE):
+            said = rng.integers(10, size=senses.SECONDS_HEARD)
+            sounds.append(say(voice, said, rng))
+            digits.extend(said.tolist())
+    return sounds, torch.tensor(digits)
+
+
+def train_senses(thinker, processor, train_people, held_out_people, has_ears, eye_steps):
+    """Eyes from random weights, and the projection of given ears; random ears are left to SFT."""
+    if eye_steps:
+        share = senses.train_eyes(
+            thinker.model.visual,
+            processor.video_processor,
+            photographs(train_people.hands),
+            photographs(held_out_people.hands),
+            eye_steps,
+        )
+        print(f"eyes: name {share:.3f} of the photographs of held-out people")
+    if has_ears:
+        features = []  # and digits: of the voices to train on, of the others
+        for people in (train_people, held_out_people):
+            sounds, digits = sounds_of(people.voices)
+            tower = thinker.model.audio_tower
+            features += [senses.hear(tower, processor.feature_extractor, sounds), digits]
+        share = senses.train_projection(tower, *features)
+        print(f"ears: name {share:.3f} of the digits that held-out voices say")
+
+
+def toy_features():
+    """-> {modality: (n, D)}: what the toy's own towers make of four of its clips"""
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        toy.make_model(folder / "model")
+        toy.make_rows(folder / "stage2", 2, num_train=4, num_test=1)
+        config = MediaConfig(2.0, 16, 64 * 64, 8.0, 4096)
+        build = InputBuilder(folder / "model", config, folder / "stage2", audio_captions=False)
+        policy = load_policy(folder / "model", lora_rank=0, train_towers=False)
+        media = [policy.encoded(build(row)).media for row in Rows(folder / "stage2/train.jsonl")]
+    return {name: torch.cat([one[name] for one in media]) for name in ("video", "audio")}
+
+
+@torch.no_grad()
+def match_senses(thinker, processor, people):
+    """The towers' features get the mean and the spread that the toy's text model knows."""
+    wanted = toy_features()
+    tower = thinker.model.visual
+    pictures = photographs(people.hands[:20]).flatten(0, 1)
+    seen = senses.see(tower, processor.video_processor, senses.shrink(pictures).byte())
+    senses.match(tower.merger.mlp[-1], seen.flatten(0, 1), wanted["video"])
+    tower = thinker.model.audio_tower
+    sounds, _ = sounds_of(people.voices[:1])
+    heard = tower.proj(senses.hear(tower, processor.feature_extractor, sounds))
+    senses.match(tower.proj, heard.flatten(0, 1), wanted["audio"])
+
+
+def write_model(folder, ears_folder, train_people, held_out_people, eye_steps):
+    """
+    The toy's architecture and text model. With ears_folder its audio tower is that Whisper. The eyes
+    and the ears' projection are trained by senses.py.
+    """
+    tokenizer_json = toy_model.make_tokenizer_json(corpus(), vocab_size=640)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
         eos_token="<|im_end|>",
@@ -496,8 +600,12 @@ def write_model(folder, ears_folder, seconds_range):
             feature_size=audio_config["num_mel_bins"], return_attention_mask=True
         )
     thinker = qwen.Thinker(config)
+    start_text(thinker, tokenizer)
     if ears_folder:
         ears.put_ears(thinker.model.audio_tower, state)
+    has_ears = bool(ears_folder)
+    train_senses(thinker, processor, train_people, held_out_people, has_ears, eye_steps)
+    match_senses(thinker, processor, train_people)
     thinker.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -513,7 +621,13 @@ def main():
         print("no --ears: the audio tower is random and has to be trained")
     part = temp_dir(Path(args.out))
     (part / "clips").mkdir()
-    write_model(part / "model", args.ears, args.seconds)
+    write_model(
+        part / "model",
+        args.ears,
+        train_people,
+        held_out_people,
+        args.eye_steps,
+    )
     for split, num_rows, people in (
         ("sft", args.num_sft, train_people),
         ("train", args.num_train, train_people),

@@ -37,7 +37,7 @@ from run.launch import run_main
 # accuracy, of the power calculation: the differences that are claimed are about so large
 EFFECT = 0.02
 MIN_SEEDS_FOR_POWER = 5
-BUSY_MACHINE = ["control"]  # run beside other work: their seconds say nothing
+BUSY_MACHINE = ["control", "hands"]  # run beside other work: their seconds say nothing
 
 TITLES = {
     "control": "The default run's first 40 steps, at equal completions and optimizer steps",
@@ -59,6 +59,7 @@ TITLES = {
     "tune-longer": "What was tried, longer reasonings",
     "tune-sparse": "What was tried, rare rewards",
     "tune-ratio": "Clips that were tried with one ratio a completion",
+    "hands": "Hands and voices: clips of real recordings",
 }
 
 # which differences are reported: (label, minus this one); other labels: minus REFERENCE's
@@ -91,7 +92,10 @@ PAIRS = {
     "sparse": METHODS,
     "ratio-long": ONE_RATIO,
     "ratio-longer": ONE_RATIO,
+    "hands": METHODS,
 }
+# also reported here: each label's end minus its start, the accuracy before training
+FROM_START = ["hands"]
 REFERENCE = {
     "replay": "AVATAR",
     "plan": "uniform",
@@ -192,32 +196,39 @@ def pairs_of(name, runs):
     return [(label, reference) for label, reference in pairs if {label, reference} <= runs.keys()]
 
 
+def difference_row(label, reference, measure, values):
+    """values: a difference for each seed"""
+    mean, low, high = t_interval(values)
+    needed = None  # from fewer seeds the spread itself is hardly known
+    if len(values) >= MIN_SEEDS_FOR_POWER:
+        needed = seeds_needed(values, EFFECT)
+    return {
+        "label": label,
+        "minus": reference,
+        "measure": measure,
+        "seeds": len(values),
+        "difference": mean,
+        "low": or_none(low),
+        "high": or_none(high),
+        "seeds_needed": needed,
+    }
+
+
 def difference_numbers(name, result):
     """-> list of dicts: label, minus, measure, seeds, difference, low, high, seeds_needed"""
     runs = by_label(result)
-    # paired by seed: a seed gives both sides the same rows in the same order, and the same start
     differences = []
+    if name in FROM_START:
+        for label, label_runs in runs.items():
+            curves = [one["accuracy"] for one in label_runs]
+            gains = [curve[-1][1] - curve[0][1] for curve in curves]
+            differences.append(difference_row(label, "its start", "end", gains))
+    # paired by seed: a seed gives both sides the same rows in the same order, and the same start
     for label, reference in pairs_of(name, runs):
         for measure, value in measures(result).items():
             values = paired(runs, label, reference, value)
-            if not values:
-                continue
-            mean, low, high = t_interval(values)
-            needed = None  # from fewer seeds the spread itself is hardly known
-            if len(values) >= MIN_SEEDS_FOR_POWER:
-                needed = seeds_needed(values, EFFECT)
-            differences.append(
-                {
-                    "label": label,
-                    "minus": reference,
-                    "measure": measure,
-                    "seeds": len(values),
-                    "difference": mean,
-                    "low": or_none(low),
-                    "high": or_none(high),
-                    "seeds_needed": needed,
-                }
-            )
+            if values:
+                differences.append(difference_row(label, reference, measure, values))
     return differences
 
 

@@ -6,18 +6,26 @@ What the experiments compare and no flag offers: train_rl.py with one function o
 
 import run.before_torch  # noqa: F401  must come before torch
 
+import hashlib
 import json
+import os
 import sys
 import zlib
 from pathlib import Path
+
+import torch
 
 import buffer
 import hints
 import toy
 import train_rl
+from data.clip_cache import CachedClip, ClipCache
 from data.clips import BadRow
+from data.rows import clip_of
 from run.errors import UserError
+from run.io import REPOSITORY
 from run.launch import run_main
+from training import held_out
 
 # ---- hints -------------------------------------------------------------------------------------
 
@@ -107,6 +115,48 @@ def learnability(items, mean_reward):
     return p * (1 - p)
 
 
+# ---- time --------------------------------------------------------------------------------------
+
+
+class KeptClips(ClipCache):
+    """
+    Keeps what frozen towers make of a clip in runs/experiments/features, for all runs: the same numbers,
+    but a Whisper takes longer to hear 250 clips than a run takes to train.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        digest = hashlib.sha1(f"{self.builder.root.resolve()} {self.builder.media_config}".encode())
+        for tower in self.policy.towers:
+            for tensor in tower.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        self.folder = REPOSITORY / "runs/experiments/features" / digest.hexdigest()[:12]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, clip):
+        return self.folder / f"{hashlib.sha1(repr(clip).encode()).hexdigest()}.pt"
+
+    def prefetch(self, row):
+        if not self.path(clip_of(row)).exists():
+            super().prefetch(row)
+
+    def _read(self, clip, row):
+        if not self.path(clip).exists():
+            return super()._read(clip, row)
+        prompt_id, prompt = torch.load(self.path(clip), weights_only=False)
+        cached = CachedClip(prompt_id, prompt)
+        self._keep(clip, cached)
+        return cached
+
+    def _keep(self, clip, cached):
+        super()._keep(clip, cached)
+        path = self.path(clip)
+        if cached.prompt.encoded and not path.exists():
+            part = path.with_suffix(f".{os.getpid()}")  # another run may write the same
+            torch.save(tuple(cached), part)
+            part.rename(path)
+
+
 VARIANTS = {  # name -> module, what is exchanged in it, by what
     "never-withdrawn": (hints, "HintSchedule", NeverWithdrawn),
     "by-rank": (hints, "HintSchedule", ByRank),
@@ -116,6 +166,7 @@ VARIANTS = {  # name -> module, what is exchanged in it, by what
     "newest": (buffer, "_most_informative", newest),
     "best": (buffer, "_most_informative", best),
     "learnability": (buffer, "_draw_weight", learnability),
+    "kept-features": (train_rl, "ClipCache", KeptClips),
 }
 
 
@@ -125,6 +176,8 @@ def main():
         raise UserError(f"give one of {', '.join(VARIANTS)}, then the flags of train_rl.py")
     module, attribute, replacement = VARIANTS[name]
     setattr(module, attribute, replacement)
+    if name == "kept-features":
+        held_out.ClipCache = KeptClips
     train_rl.main()
 
 

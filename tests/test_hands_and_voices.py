@@ -19,10 +19,15 @@ from safetensors.torch import load_file
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+import toy
+from data.clips import MediaConfig
 from data.rows import Rows
 from data.thumbnails import encode_picture
-from experiments import ears, hands_and_voices
+from experiments import ears, hands_and_voices, senses
+from experiments.variants import KeptClips
 from models import qwen
+from models.inputs import InputBuilder
+from models.loading import load_policy
 from run.errors import UserError
 
 SCRIPT = "experiments/hands_and_voices.py"
@@ -121,6 +126,7 @@ def folders(tmp_path_factory):
 
 def build(folder, out, *flags):
     sizes = ["--num-sft", 14, "--num-train", 7, "--num-test", 9, "--seconds", 3, 5]
+    sizes += ["--eye-steps", 2]
     inputs = ["--hands", folder / "hands", "--voices", folder / "voices", "--ears", folder / "ears"]
     return launch(SCRIPT, *inputs, *sizes, "--out", folder / out, *flags)
 
@@ -320,6 +326,99 @@ def test_sharded_towers_take_a_dummy_of_80_mels(folders, monkeypatch):
     assert out[-1]["audio"].shape[1] == thinker.config.text_config.hidden_size
 
 
+# ---- the model's start
+
+
+def encoded_row(folders, row):
+    """A row's prompt, and what the towers of the built model make of its clip."""
+    config = MediaConfig(2.0, 12, 64 * 64, 12.0, 4096)
+    build = InputBuilder(folders / "out/model", config, folders / "out", audio_captions=False)
+    policy = load_policy(folders / "out/model", lora_rank=0, train_towers=False)
+    prompt = build(row)
+    return build, policy, prompt, policy.encoded(prompt).media
+
+
+def test_senses_are_trained_on_what_a_clip_gives(folders):
+    """see and hear give the features that the policy gets of a clip, for its frames and its sound."""
+    row = read_rows(folders / "out", "train")[0]
+    build, policy, prompt, features = encoded_row(folders, row)
+    num_seconds = len(row["events"])
+    with av.open(str(folders / "out" / row["video"])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    pictures = torch.from_numpy(np.array(frames[::4])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        pictures = senses.shrink(pictures).byte()
+        seen = senses.see(policy.thinker.model.visual, build.processor.video_processor, pictures)
+    assert seen.shape[0] == num_seconds
+    difference = (seen.flatten(0, 1) - features["video"]).norm()
+    assert difference < 0.2 * features["video"].norm()  # the resizing is another one
+
+    with av.open(str(folders / "out" / row["video"])) as container:
+        sound = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    tower, extractor = policy.thinker.model.audio_tower, build.processor.feature_extractor
+    sound = sound[: 16000 * num_seconds]
+    heard = senses.hear(tower, extractor, [sound])
+    assert heard.shape[:2] == (num_seconds, 25)
+    with torch.no_grad():
+        heard = tower.proj(heard).flatten(0, 1)
+    assert (heard - features["audio"]).norm() < 0.1 * features["audio"].norm()
+
+
+def test_senses_learn_to_name_digits():
+    """Of features that differ by their digit, under noise, the projection keeps what tells them apart."""
+    torch.manual_seed(0)
+    tower = torch.nn.Module()
+    tower.proj = torch.nn.Linear(32, 16)
+    digits = torch.arange(400) % 10
+    features = torch.eye(10)[digits].repeat(1, 4)[:, None, :32] + 0.5 * torch.randn(400, 5, 32)
+    halves = features[:200], digits[:200], features[200:], digits[200:]
+    assert senses.train_projection(tower, *halves) > 0.9
+    shuffled = halves[0], digits[:200][torch.randperm(200)], *halves[2:]
+    assert senses.train_projection(tower, *shuffled) < 0.3
+
+
+def test_varied_pictures_stay_pictures():
+    pictures = torch.rand(8, 3, 56, 56, generator=torch.Generator().manual_seed(0)) * 255
+    varied = senses.vary(pictures, torch.Generator().manual_seed(1))
+    assert varied.shape == pictures.shape
+    assert 0 <= varied.min() and varied.max() <= 255
+    assert (varied - pictures).abs().mean() > 5
+    again = senses.vary(pictures, torch.Generator().manual_seed(1))
+    assert torch.equal(varied, again)
+
+
+def test_text_model_is_the_toys(folders):
+    """Layers as they are shipped, embeddings by the token's name: the two vocabularies differ."""
+    thinker = qwen.Thinker.from_pretrained(folders / "out/model")
+    shipped = load_file(toy.WEIGHTS)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(dict(thinker.named_parameters())[name], shipped[name].float())
+    toy.make_model(folders / "toy")
+    ours = InputBuilder(folders / "out/model", None, folders, audio_captions=False).tokenizer
+    toys = InputBuilder(folders / "toy", None, folders, audio_captions=False).tokenizer
+    embeds = thinker.get_input_embeddings().weight
+    toy_embeds = shipped["model.language_model.embed_tokens.weight"].float()
+    for token in ("<|im_end|>", "7", "\u010a"):  # a line's end, as byte-level BPE writes it
+        i, j = ours.convert_tokens_to_ids(token), toys.convert_tokens_to_ids(token)
+        assert torch.equal(embeds[i], toy_embeds[j]), token
+
+
+def test_kept_features_are_the_towers(folders, tmp_path, monkeypatch):
+    """A second cache reads from the disk what the first one wrote, and decodes nothing."""
+    monkeypatch.setattr("experiments.variants.REPOSITORY", tmp_path)
+    row = read_rows(folders / "out", "train")[0]
+    build, policy, _, features = encoded_row(folders, row)
+    first = KeptClips(build, 10**9, policy).get(row)
+    monkeypatch.setattr(build, "from_clip", None)  # what decodes
+    second = KeptClips(build, 10**9, policy)
+    second.prefetch(row)
+    again = second.get(row)
+    for modality in ("video", "audio"):
+        assert torch.equal(again.media[modality], features[modality])
+        assert torch.equal(first.media[modality], features[modality])
+    assert torch.equal(again.input_ids, first.input_ids)
+
+
 # ---- the whole way
 
 
@@ -329,7 +428,21 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
     rows = Rows(out / "people.jsonl")
     assert len(rows) == 9 and rows[0]["use_audio"]
     sft = ["--model", out / "model", "--data", out / "sft.jsonl", "--out", tmp_path / "sft"]
-    launch("train_sft.py", *sft, "--steps", 2, "--batch-size", 4, "--lr", 1e-3, *media)
+    launch(
+        "train_sft.py",
+        *sft,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--lr",
+        1e-3,
+        "--no-train-towers",
+        *media,
+    )
+    before, after = (load_file(f / "model.safetensors") for f in (sft[1], tmp_path / "sft/final"))
+    changed = [name for name in after if not torch.equal(before[name], after[name])]
+    assert changed and not any("visual" in name or "audio_tower" in name for name in changed)
     launch(
         "train_rl.py",
         *("--stage", 2, "--model", tmp_path / "sft/final", "--data", out / "train.jsonl"),
