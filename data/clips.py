@@ -29,6 +29,8 @@ SEEK_AHEAD = 8.0  # seconds; what is wanted further ahead than this is reached b
 PREROLL = 0.5  # seconds decoded before the sound wanted: after a seek, codecs start blurred
 SLACK = 1.0  # seconds by which `end` may exceed a file's length, and a declared length the real one
 MIN_SOUND = 0.1  # seconds
+LOUDEST = 1e9  # of a sample, where full scale is 1: above it, or NaN, the spectrogram is not finite
+LARGEST_PICTURE = 2**28  # pixels
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -97,7 +99,7 @@ def decode_clip(row, folder, config):
     use_audio = row.get("use_audio") or False
     if row.get("video"):
         path = find_media(name, folder, row["video"], config)
-        frames, fps, span = decode_video(path, name, start, end, config)
+        frames, fps, span = decode_video(path, name, start, end, config, with_sound=bool(use_audio))
         if use_audio:
             try:
                 audio = decode_audio(path, name, *span, config, of_video=True)
@@ -195,13 +197,16 @@ def _begin(stream):
 
 def _declared_end(container, stream):
     """The time stamp of a stream's end as the file declares it, in seconds; None if it does not."""
+    ends = []
     if stream.duration and container.format.name not in ("mp3", "aac"):  # these are guesses
-        return _begin(stream) + float(stream.duration * stream.time_base)
+        ends.append(_begin(stream) + float(stream.duration * stream.time_base))
     for key, value in stream.metadata.items():
         if key.startswith("DURATION") and re.fullmatch(r"\d+:\d+:[\d.]+", value):  # Matroska, WebM
             hours, minutes, seconds = value.split(":")
-            return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
-    return None
+            ends.append(3600 * float(hours) + 60 * float(minutes) + float(seconds))
+            break
+    # in Matroska, `duration` may be the whole file's
+    return min(ends, default=None)
 
 
 def _scanned_end(path, name, index):
@@ -220,6 +225,11 @@ def _scanned_end(path, name, index):
     return ends.get(index, 0.0)
 
 
+def _end_of(container, stream, path, name):
+    """The time stamp of a stream's end, in seconds."""
+    return _declared_end(container, stream) or _scanned_end(path, name, stream.index)
+
+
 def _span(start, end, length, path, name):
     """The part of a file that a row takes -> (start, end) in seconds."""
     if length <= 0:
@@ -229,14 +239,22 @@ def _span(start, end, length, path, name):
     return float(start or 0), float(min(end or length, length))
 
 
-def _decode(container, stream):
+def _decode(container, stream, after_seek=False):
     """All frames that have a time stamp, from where the container stands."""
-    for frame in container.decode(stream):
-        if stream.type == "video" and frame.is_corrupt:  # filled in by the decoder without an error
-            second = (frame.time or 0.0) - _begin(stream)
-            raise av.InvalidDataError(0, f"damaged at {second:.1f} s")
-        if frame.time is not None:
-            yield frame
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:
+            if after_seek:  # it may lead into the middle of a frame: MPEG program streams
+                continue
+            raise
+        for frame in frames:
+            after_seek = False
+            if stream.type == "video" and frame.is_corrupt:  # filled in by the decoder, no error
+                second = (frame.time or 0.0) - _begin(stream)
+                raise av.InvalidDataError(0, f"damaged at {second:.1f} s")
+            if frame.time is not None:
+                yield frame
 
 
 def _decode_from(container, stream, time):
@@ -246,7 +264,7 @@ def _decode_from(container, stream, time):
     # an index may follow another clock, or be a guess: step back until a frame before `time` comes
     for back in (0.0, 10.0, time):
         container.seek(int(max(time - back, 0.0) / stream.time_base), stream=stream)
-        frames = _decode(container, stream)
+        frames = _decode(container, stream, after_seek=True)
         first = next(frames, None)
         if first is not None and first.time <= time:
             break
@@ -279,28 +297,64 @@ def decode_image(path, name, config):
     """
     import torch
 
+    frame = _read_picture(path, name)
+    size = frame_size(frame.width, frame.height, config.max_pixels, config.side)
+    if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
+        frame = _on_white(frame)
+    orientation = exif_orientation(path)
+    if orientation is None:
+        pixels = _upright(frame, size)
+    else:
+        pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+        pixels = _oriented(pixels, orientation)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _read_picture(path, name):
+    """-> the picture as a frame of PyAV, by FFmpeg, or by PIL where FFmpeg cannot read all of it."""
+    problem = None
     with open_media(path, name) as container:
         stream = _best_stream(container, "video", path, name)
         # without it, half a JPEG decodes to a picture that is half grey
         stream.codec_context.options = {"err_detect": "explode"}
-        try:
-            frame = next(container.decode(stream), None)
-        except av.FFmpegError as error:
-            raise BadRow(
-                f"{name}: {path} is cut off or not an image ({error.strerror}): fetch it"
-            ) from None
-        if frame is None:
-            raise BadRow(f"{name}: {path} holds no image: give another file")
-        size = frame_size(frame.width, frame.height, config.max_pixels, config.side)
-        if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
-            frame = _on_white(frame)
-        orientation = exif_orientation(path)
-        if orientation is None:
-            pixels = _upright(frame, size)
-        else:
-            pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-            pixels = _oriented(pixels, orientation)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        # AVIF and HEIC hold transparency, and the tiles of a large picture, in streams of their own
+        is_in_parts = container.format.name.startswith("mov") and len(container.streams.video) > 1
+        if not is_in_parts:
+            try:
+                frame = next(container.decode(stream), None)
+                problem = None if frame else "no picture in it"
+            except av.FFmpegError as error:
+                problem = error.strerror
+    if problem or is_in_parts:  # PIL reads animated WebP and TIFF with JPEG inside
+        frame = _read_with_pil(path, name)
+    if frame is None and is_in_parts:
+        raise BadRow(f"{name}: {path} is a picture in several parts: convert it to JPEG or PNG")
+    if frame is None:
+        raise BadRow(f"{name}: {path} is cut off or not an image ({problem}): fetch it")
+    return frame
+
+
+def _read_with_pil(path, name):
+    """-> a frame of PyAV; None if PIL cannot read the file either."""
+    try:
+        with _open_with_pil(path) as image:
+            num_pixels = image.width * image.height
+            if num_pixels > LARGEST_PICTURE:
+                millions = f"{num_pixels / 1e6:.0f} million pixels"
+                raise BadRow(f"{name}: {path} has {millions}: make it smaller")
+            pixels = np.array(image.convert("RGBA"))
+    except BadRow:
+        raise
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return av.VideoFrame.from_ndarray(pixels, format="rgba")
+
+
+def _open_with_pil(path):
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # phones take larger pictures than PIL's limit against attacks
+    return Image.open(path)
 
 
 def _on_white(frame):
@@ -316,10 +370,8 @@ def exif_orientation(path):
     1 to 8, 1 = upright; None if PIL cannot read the file. PyAV knows only the rotation, not whether a
     picture is mirrored.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with _open_with_pil(path) as image:
             return image.getexif().get(0x0112, 1)
     except (OSError, ValueError, SyntaxError):
         return None
@@ -333,9 +385,12 @@ def _oriented(pixels, orientation):
     return np.rot90(pixels, quarter_turns)
 
 
-def decode_video(path, name, start, end, config):
+def decode_video(path, name, start, end, config, *, with_sound):
     """
     -> frames (T, 3, H, W) uint8, fps of the frames taken, (start, end) in seconds.
+
+    with_sound   bool   whether the video's sound is wanted too: if it outlasts the pictures by over
+                        SLACK, as music with a still picture does, the last frame stays to its end
 
     [U17] The span is cut into T equal parts, and the frame visible in the middle of each is taken:
     frame i stands for the time i / fps, which is what its position says.
@@ -346,12 +401,19 @@ def decode_video(path, name, start, end, config):
         stream = _best_stream(container, "video", path, name)
         stream.thread_type = "AUTO"
         begin = _begin(stream)
-        stream_end = _declared_end(container, stream) or _scanned_end(path, name, stream.index)
-        start, end = _span(start, end, stream_end - begin, path, name)
+        stream_end = _end_of(container, stream, path, name)
+        end_with_sound = stream_end
+        sound = container.streams.best("audio") if with_sound else None
+        if sound is not None:
+            sound_end = _end_of(container, sound, path, name)
+            if sound_end > stream_end + SLACK:
+                end_with_sound = sound_end
+        start, end = _span(start, end, end_with_sound - begin, path, name)
 
         num_wanted = max(round((end - start) * config.fps / 2) * 2, 2)
         count = min(num_wanted, config.max_frames // 2 * 2)
         times = begin + start + (np.arange(count) + 0.5) * (end - start) / count
+        times = np.minimum(times, stream_end)  # the last frame stays
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         frames, size = [], None
         try:
@@ -463,6 +525,8 @@ def decode_audio(path, name, start, end, config, *, of_video):
             f"{name}: {path} gives under {MIN_SOUND} s of sound: mend start and end, or do without it"
         )
     track = _joined(pieces, start, limit, rate)
+    if not (np.abs(track) < LOUDEST).all():
+        raise BadRow(f"{name}: {path} has samples that are NaN or above {LOUDEST:g}: re-encode it")
     return torchaudio.functional.resample(torch.from_numpy(track), rate, AUDIO_RATE).numpy()
 
 

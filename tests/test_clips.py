@@ -8,6 +8,7 @@ import itertools
 import random
 import re
 import struct
+import zlib
 
 import av
 import numpy as np
@@ -224,11 +225,49 @@ def test_the_sound_of_a_video_is_aligned_with_its_frames(tmp_path, name):
         assert onsets(clip.audio) == pytest.approx(heard, abs=near)
 
 
-@pytest.mark.parametrize("seconds, heard", [(3.0, (1,)), (9.0, (1, 4))])
+@pytest.mark.parametrize("seconds, heard", [(3.0, (1,)), (6.5, (1, 4))])
 def test_a_track_is_padded_or_cut_to_the_span_of_the_video(tmp_path, seconds, heard):
     path = write(tmp_path / "x.mp4", audio="aac", sound=bursts(seconds, at=(1, 4)[: len(heard)]))
     clip = decode(tmp_path, video=path, use_audio=True)
     assert len(clip.audio) == 6 * 16000 and onsets(clip.audio) == pytest.approx(heard, abs=0.003)
+
+
+@pytest.mark.parametrize("name, num_frames", [("mp4", 1), ("mp4", 4), ("mkv", 1), ("ts", 4)])
+def test_the_last_frame_stays_while_the_sound_goes_on(tmp_path, name, num_frames):
+    times = np.array([0, 0.1, 0.2, 1.9])[:num_frames]
+    path = write(tmp_path / f"x.{name}", audio="aac", sound=bursts(9, at=(1, 7)), times=times)
+    for use_audio in (True, "auto"):
+        clip = decode(tmp_path, video=path, use_audio=use_audio)
+        assert len(clip.audio) / 16000 == pytest.approx(9, abs=0.1)
+        assert len(clip.audio) / 16000 == pytest.approx(len(clip.frames) / clip.fps, abs=1e-3)
+        assert onsets(clip.audio) == pytest.approx((1, 7), abs=0.003)
+        assert numbers(clip.frames)[-8:] == [num_frames - 1] * 8
+    clip = decode(tmp_path, video=path, use_audio=True, start=6.5, end=8.5)
+    assert numbers(clip.frames) == [num_frames - 1] * 4
+    assert onsets(clip.audio) == pytest.approx((0.5,), abs=0.003)
+    mute = decode(tmp_path, video=path, use_audio=False)
+    assert len(mute.frames) / mute.fps < 2.2
+
+
+def test_a_seek_may_lead_into_the_middle_of_a_frame(tmp_path):
+    """Program streams: what is left of a cut-off frame of sound cannot be decoded."""
+    how = dict(video="mpeg2video", audio="mp2", format="mpeg", fps=25, seconds=14)
+    write(tmp_path / "x.mpg", sound=bursts(14, at=range(1, 14)), **how)
+    for start in (9.25, 10.25, 11.25, 12.25):
+        clip = decode(tmp_path, video="x.mpg", use_audio=True, start=start, end=start + 1.5)
+        assert onsets(clip.audio) == pytest.approx((0.75,), abs=0.03)
+
+
+@pytest.mark.parametrize("sample", [np.nan, np.inf, 1e29])
+def test_samples_that_are_no_sound(tmp_path, sample):
+    samples = np.zeros(16000, "<f4")
+    samples[5000] = sample
+    form = struct.pack("<HHIIHH", 3, 1, 16000, 64000, 4, 32)  # 3: float
+    chunks = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", 64000)
+    data = b"RIFF" + struct.pack("<I", len(chunks) + 64000) + chunks + samples.tobytes()
+    (tmp_path / "x.wav").write_bytes(data)
+    with pytest.raises(BadRow, match="r7.*x.wav has samples that are NaN or above 1e\\+09"):
+        decode(tmp_path, audio="x.wav")
 
 
 def test_sound_in_a_long_video_is_reached_by_seeking(tmp_path):
@@ -414,6 +453,45 @@ def test_pictures_are_turned_and_mirrored_as_their_exif_says(tmp_path, orientati
         ours = clip.images[0].permute(1, 2, 0).numpy()
         assert ours.shape == expected.shape
         assert np.abs(ours.astype(int) - expected).mean() < 2
+
+
+def test_pictures_that_ffmpeg_reads_only_in_part(tmp_path):
+    """AVIF keeps transparency in a stream of its own; TIFF may hold a JPEG, WebP an animation."""
+    pixels = np.zeros((112, 140, 4), np.uint8)
+    pixels[:, 60:] = (0, 0, 0, 255)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.avif", quality=95)
+    picture.save(
+        tmp_path / "a.webp", save_all=True, append_images=[Image.new("RGBA", picture.size)]
+    )
+    ground = with_white_ground(picture)
+    ground.save(tmp_path / "a.tif", compression="jpeg")
+    for name in ("a.avif", "a.webp", "a.tif"):
+        (image,) = decode(tmp_path, RECIPE._replace(max_pixels=10**6), images=[name]).images
+        assert image[:, :, 5:50].min() > 247 and image[:, :, 70:135].max() < 8, name
+
+    # as HEIC of a phone, whose tiles are streams: PIL does not read it
+    with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as container:
+        for _ in range(2):
+            stream = container.add_stream("mjpeg", rate=1)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for stream in container.streams.video:
+            picture = np.zeros((64, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    with pytest.raises(BadRow, match="r7.*a.heic is a picture in several parts: convert it"):
+        decode(tmp_path, images=["a.heic"])
+
+
+def test_pictures_larger_than_the_limit_of_pil(tmp_path):
+    Image.new("1", (15000, 12000)).save(tmp_path / "phone.png")
+    (image,) = decode(tmp_path, images=["phone.png"]).images
+    assert image.max() == 0
+    content = bytearray((tmp_path / "phone.png").read_bytes())
+    content[16:24] = struct.pack(">II", 40000, 30000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "huge.png").write_bytes(content)
+    with pytest.raises(BadRow, match="r7.*huge.png has 1200 million pixels: make it smaller"):
+        decode(tmp_path, images=["huge.png"])
 
 
 def test_sound_is_taken_where_there_is_some(media, tmp_path):
