@@ -81,6 +81,12 @@ def parse_args(argv=None):
         f"free-form from {converters.MANY_WORDS} words on",
     )
     flag(
+        "--all-turns",
+        action="store_true",
+        help="a row for each question of a conversation (messages), without the turns before it; else "
+        "only for the first. LLaVA's questions stand alone: each makes a row",
+    )
+    flag(
         "--max-answer-share",
         type=float,
         default=1.0,
@@ -228,6 +234,7 @@ def rows(args):
         seed=args.seed,
         open_type=args.open_type,
         columns=args.columns,
+        all_turns=args.all_turns,
     )
     conversion = Conversion(out, context, form=None if args.form == "auto" else args.form)
     # where media lie is no matter here: the report says if they lie outside OUT's folder

@@ -6,8 +6,10 @@ Files of records -> a JSONL of rows, and a report of what became of every record
 Rows are written to a temporary file as they are made: memory holds a few numbers a row.
 """
 
+import base64
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
@@ -50,8 +52,10 @@ REMEDIES = {  # reason -> what may help
     "a benchmark's own file": "it is to be evaluated, not trained on",
     "no answer": "name its column: --map question=COLUMN,answer=COLUMN,video=COLUMN",
     "media missing": "--media FOLDER is what paths are relative to; --allow-missing keeps such rows",
-    "several turns": "only a record with one question and one answer makes a row",
+    "several turns": "a row has one question: split such records, each with what it needs to know",
+    "a box is the answer": "no answer_type scores boxes; --open-type text keeps them (equal or not)",
 }
+DATA_URI = re.compile(r"data:(?:image|video|audio)[\w/.+-]*;base64,")
 ONE_SIDED = 0.6  # share of a type's commonest answer above which the report warns
 MIN_ROWS_FOR_SHARE = 10  # of a type: fewer say nothing about shares
 
@@ -253,7 +257,7 @@ class Conversion:
         """In place: media paths as seen from the folder of OUT. raises FileNotFoundError"""
 
         def resolve(path):
-            whole = self.context.media / str(path)
+            whole = self.context.media / str(path).removeprefix("file://")
             if not allow_missing and not whole.is_file():
                 raise FileNotFoundError(f"{row['prompt_id']}: no file at {whole}")
             return Path(os.path.relpath(whole, self.out.parent)).as_posix()
@@ -435,15 +439,27 @@ def is_outside(path):
 
 
 def extract_media(value, folder):
-    """A record that holds media as {"bytes", "path"}: each is written to the folder, named by its hash."""
+    """
+    A record whose media are files: what it holds as {"bytes", "path"} or as a data URI is written to the
+    folder, named by its hash. NaN, which pandas writes for an empty cell, becomes None.
+    """
     if isinstance(value, list):
         return [extract_media(item, folder) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        uri = DATA_URI.match(value)
+        return write_medium(base64.b64decode(value[uri.end() :]), "", folder) if uri else value
     if not isinstance(value, dict):
         return value
     content = value.get("bytes")
     if not isinstance(content, bytes):
         return {key: extract_media(item, folder) for key, item in value.items()}
-    suffix = Path(str(value.get("path"))).suffix
+    return write_medium(content, Path(str(value.get("path"))).suffix, folder)
+
+
+def write_medium(content, suffix, folder):
+    """Writes bytes to a file of the folder -> its whole path."""
     name = hashlib.blake2b(content, digest_size=12).hexdigest() + suffix
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():

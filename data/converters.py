@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from answers import LETTERS
-from data.questions import PlaceholderError, name_placeholders, split_question
+from data.questions import PLACEHOLDER, PlaceholderError, name_placeholders, split_question
 from data.rows import FIELDS, PROBLEM_TYPES, from_video_r1, without_tags
 
 INSTRUMENTS = (  # MUSIC-AVQA's
@@ -66,16 +66,20 @@ class Context:
     open_type    "auto", "text" or "free-form"   the answer_type of answers in words; auto: free-form
                  from MANY_WORDS words on
     columns      {field: column}   where the fields of a form of one's own stand (--map)
+    all_turns    whether each question of a conversation makes a row, not only the first
 
     notes        reason -> how often a record was changed; note_examples: reason -> the first example
     """
 
-    def __init__(self, media, use_audio="auto", seed=0, open_type="auto", columns=None):
+    def __init__(
+        self, media, use_audio="auto", seed=0, open_type="auto", columns=None, all_turns=False
+    ):
         self.media = Path(media)
         self.use_audio = use_audio
         self.seed = seed
         self.open_type = open_type
         self.columns = columns or {}
+        self.all_turns = all_turns
         self.labels_of_clip = {}  # AVE's: a clip may have two
         self.all_labels = set()  # VGGSound's: wrong options come from them
         self.notes = Counter()
@@ -339,9 +343,11 @@ def _text_of_parts(parts, media):
     """Parts of a turn -> its text with a placeholder for each medium; the media are added to `media`."""
     pieces = []
     for part in parts:
-        kind = part.get("type")
+        key = str(part.get("type"))
+        kind = key.removesuffix("_url")  # {"type": "image_url", "image_url": {"url": "x.png"}}
         if kind in MEDIA_KINDS:
-            media[kind].append(part.get(kind))
+            value = part.get(key)
+            media[kind].append(value.get("url") if isinstance(value, dict) else value)
             pieces.append(f"<{kind}>")
         elif kind == "text":
             pieces.append(part.get("text", ""))
@@ -434,37 +440,98 @@ def final_answer(text):
 def answer_type_of(answer, options, open_type="auto"):
     """The answer_type that an answer's form suggests."""
     if options:
-        letters = re.fullmatch(r"[A-J](?:\s*[,;]\s*[A-J])+", answer)
-        return "multi" if letters else "choice"
+        return "multi" if _names_several_options(answer, options) else "choice"
     if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer):
         return "number"
     if answer.strip(".").lower() in ("yes", "no", "true", "false"):
         return "yesno"
     if open_type != "auto":
         return open_type
+    if answer[0] in "[({" and answer[-1] in "])}" and len(re.findall(r"\d+", answer)) >= 4:
+        raise Dropped("a box is the answer", answer)
     return "free-form" if len(answer.split()) >= MANY_WORDS else "text"
 
 
+def _names_several_options(answer, options):
+    """Whether an answer is "A, C", "ABD" or "(A) and (B)"; not if it is an option's own text."""
+    texts = options.values() if isinstance(options, dict) else options
+    if not isinstance(options, str) and answer in [str(text) for text in texts]:
+        return False
+    letters = re.sub(r"\band\b|[\s()\[\].,、;|&+/]", "", answer)
+    is_once_each = len(set(letters)) == len(letters) > 1
+    return is_once_each and set(letters) <= set(LETTERS[: len(options)])
+
+
 def chat(record, context):
-    """ms-swift, LLaMA-Factory, TRL, verl: one question a record, its answer in a column or the last turn."""
+    """
+    ms-swift, LLaMA-Factory, TRL, verl: the answer stands in a column or in the assistant's turn.
+
+    A row has no turns before its question, and later questions may lean on earlier ones. So only the
+    first question makes a row, or with --all-turns each.
+    """
     turns, media_in_turns = turns_of(record)
     questions = [text for role, text in turns if role == "user"]
-    if len(questions) != 1:
-        raise Dropped("several turns", f"{len(questions)} questions")
-    answer = "".join(text for role, text in turns if role == "assistant")
+    if not questions:
+        raise Dropped("no question", str(turns)[:60])
     reward_model = record.get("reward_model")  # verl's
     if not isinstance(reward_model, dict):
         reward_model = {}
     # a column of answers goes before the assistant's turn, which may be a worked solution
+    answer = None
     for value in (record.get("solution"), record.get("answer"), reward_model.get("ground_truth")):
         if value is not None:
             answer = str(value)
             break
+    if len(questions) > 1 and answer is not None:
+        raise Dropped(
+            "several turns", f"{len(questions)} questions, its answer is that of the last"
+        )
+    if len(questions) == 1:
+        if answer is None:
+            answer = "".join(text for role, text in turns if role == "assistant")
+        pairs = [(0, questions[0], answer)]
+    else:
+        # what is said before the media come is not about them
+        with_media = [i for i, text in enumerate(questions) if PLACEHOLDER.search(text)]
+        first = min(with_media, default=0)
+        pairs = [pair for pair in answered_questions(turns) if pair[0] >= first]
+    if not pairs:
+        raise Dropped("no pair of turns", str(turns)[:60])
+    if len(pairs) > 1 and not context.all_turns:
+        context.note("later questions of a conversation are left out", pairs[1][1])
+        pairs = pairs[:1]
+
     media = media_of(record, media_in_turns)
-    (question,) = without_placeholders(questions, media, context)
-    row = media_fields(media, questions, context)
-    row["prompt_id"] = record.get("id") or record.get("prompt_id")
-    yield row | text_fields(question, answer, context)
+    media_row = media_fields(media, questions, context)
+    prompt_id = record.get("id") or record.get("prompt_id")
+    for i, question, reply in pairs:
+        (question,) = without_placeholders([question], media, context)
+        row = media_row | dict(prompt_id=prompt_id)
+        if prompt_id is not None and len(pairs) > 1:
+            row["prompt_id"] = f"{prompt_id}-{i}"
+        yield row | text_fields(question, reply, context)
+
+
+def answered_questions(turns):
+    """[(role, text)] -> [(number of the question, question, the reply right after it)]"""
+    pairs, number = [], -1
+    for (role, text), (next_role, reply) in zip(turns, [*turns[1:], (None, "")]):
+        if role == "user":
+            number += 1
+            if next_role == "assistant":
+                pairs.append((number, text, reply))
+    return pairs
+
+
+def problem(record, context):
+    """EasyR1, open-r1: a problem with its answer or solution, and media in columns of their own."""
+    turns = [dict(role="user", content=record["problem"])]
+    record = {**record, "messages": turns}
+    # beside an answer, a solution without tags is a worked one
+    if record.get("answer") is not None and "<answer>" not in str(record.get("solution")):
+        record["solution"] = None
+    record.setdefault("id", record.get("problem_id"))
+    yield from chat(record, context)
 
 
 def llava(record, context):
@@ -476,14 +543,12 @@ def llava(record, context):
     named = iter(without_placeholders(questions, media, context))
     turns = [(role, next(named) if role == "user" else text) for role, text in turns]
 
-    num_pairs = 0
-    for (role, question), (next_role, reply) in zip(turns, turns[1:]):
-        if (role, next_role) == ("user", "assistant"):
-            row = dict(prompt_id=f"{record['id']}-{num_pairs}") | media_row
-            yield row | text_fields(question, reply, context)
-            num_pairs += 1
-    if not num_pairs:
+    pairs = answered_questions(turns)
+    if not pairs:
         raise Dropped("no pair of turns", str(turns)[:60])
+    for i, (_, question, reply) in enumerate(pairs):
+        row = dict(prompt_id=f"{record['id']}-{i}") | media_row
+        yield row | text_fields(question, reply, context)
 
 
 def ours(record, context):
@@ -509,7 +574,11 @@ def ours(record, context):
     # a row with an answer_type is taken as it is: it has been prepared before
     if "answer_type" not in row:
         options = row.get("options")
-        if isinstance(row["answer"], list):
+        is_list = isinstance(row["answer"], list)
+        if is_list and len(row["answer"]) == 1:
+            (row["answer"],) = row["answer"]
+            is_list = False
+        if is_list and not all(isinstance(part, (int, float)) for part in row["answer"]):
             row["answer_type"] = "multi"
         elif type(row["answer"]) is int and options:  # an index from 0
             row["answer_type"] = "choice"
@@ -521,10 +590,15 @@ def ours(record, context):
 
 
 def _number_in_cell(cell):
+    """Seconds: "90", "90.5", "1:30", "0:01:30"; what is none of these is left to the row's check."""
+    parts = cell.strip().split(":")
     try:
-        return float(cell)
+        seconds = 0.0
+        for part in parts[:3]:
+            seconds = 60 * seconds + float(part)
     except ValueError:
-        return cell  # the row's check names it
+        return cell
+    return seconds if len(parts) <= 3 else cell
 
 
 def _boolean_in_cell(cell):
@@ -602,6 +676,7 @@ FORMATS = {  # in the order in which they are tried
     "messages": Format({"messages"}, chat),  # ms-swift, LLaMA-Factory
     "llama-factory": Format({"conversations"}, chat),
     "trl": Format({"prompt"}, chat),  # and verl
+    "easy-r1": Format({"problem"}, problem),  # and open-r1
 }
 MEDIA_COLUMNS = {"video", "audio", "image", "images"}
 
@@ -633,6 +708,8 @@ def format_of(record):
         if name == "ours" and not (keys & MEDIA_COLUMNS or "prompt_id" in keys):
             continue
         if name == "llava" and not isinstance(record.get("video", record.get("image")), str):
+            continue
+        if name == "easy-r1" and not keys & {"answer", "solution"}:
             continue
         return name
     raise Dropped("a form that is not known", f"keys: {', '.join(str(key) for key in keys)}")

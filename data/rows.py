@@ -10,6 +10,7 @@ import ast
 import difflib
 import hashlib
 import json
+import math
 import re
 from array import array
 from pathlib import Path
@@ -271,6 +272,13 @@ def _read_options(options, name):
         return None
     if not isinstance(read, (list, dict)):
         raise problem
+    # tables fill up options that a row does not have
+    if isinstance(read, dict):
+        read = {letter: text for letter, text in read.items() if not _is_missing(text)}
+    else:
+        read = list(read)
+        while read and _is_missing(read[-1]):
+            read.pop()
     texts = list(read.values()) if isinstance(read, dict) else read
     if not all(isinstance(text, (str, int, float)) for text in texts):
         raise problem
@@ -286,6 +294,10 @@ def _read_options(options, name):
     if not all(text.strip() for text in table.values()):
         raise problem
     return read
+
+
+def _is_missing(value):
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def _read_answer(answer, answer_type, options, name):

@@ -5,9 +5,11 @@ left out, and that the report adds up.
     python -m pytest tests/test_converters.py
 """
 
+import base64
 import csv
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from conftest import launch
 from media_files import write
 from torchvision.io import write_png
 
+from answers import normalize_answer, option_table
 from data import converters, readers
 from data.clips import BadRow
+from data.rows import normalize_row
 
 R1 = dict(
     problem_id=7,
@@ -30,6 +34,7 @@ R1 = dict(
     path="./Set/a.mp4",
     data_source="Set",
 )
+R1_SAID = "<think>I look.</think><answer>B</answer>"
 TALK = [dict(role="system", content="Be kind."), dict(role="user", content="<video>Is it red?")]
 
 
@@ -257,6 +262,25 @@ CASES = {  # name -> (records, media: path -> kind, stage, rows that they make: 
             dict(prompt_id="in-0", answer="red", answer_type="text", use_audio="auto"),
             dict(answer="B", answer_type="choice", images=["i.png"]),
             dict(question="Which?", answer="B", options=["A. red", "B. blue"]),
+        ],
+    ),
+    "easy-r1": (  # and open-r1, which has a solution
+        [
+            dict(problem="<image>Find x.", answer="3", images=["i.png"]),
+            dict(
+                problem="<video>Why?",
+                answer="it fell",
+                solution="First we see it.",
+                videos=["v.mp4"],
+            ),
+            dict(problem="Which?\nA. red\nB. blue", solution=R1_SAID, video="v.mp4", problem_id=5),
+        ],
+        {"i.png": "picture", "v.mp4": "film"},
+        2,
+        [
+            dict(question="Find x.", answer="3", answer_type="number", images=["i.png"]),
+            dict(question="Why?", answer="it fell", use_audio="auto"),
+            dict(prompt_id="5", answer="B", options=["A. red", "B. blue"], reasoning="I look."),
         ],
     ),
     "humanomni-v2": (
@@ -519,7 +543,16 @@ USELESS = {  # file -> its content, and what the line has to name
     "empty.json": ("", "empty"),
     "list.json": ("[]", "no record"),
     "text.txt": ("hello\nworld\n", "JSONL"),
-    "turns.jsonl": (json.dumps(dict(messages=TALK + TALK, videos=["v.mp4"])), "several turns"),
+    "turns.jsonl": (
+        json.dumps(dict(messages=TALK + TALK, videos=["v.mp4"], answer="no")),
+        "several turns",
+    ),
+    "box.jsonl": (
+        json.dumps(
+            dict(problem="<image>Where?", image="i.png", solution=[74.0, 302.0, 181.0, 500.0])
+        ),
+        "no answer_type scores boxes",
+    ),
     "no_answer.jsonl": (json.dumps(dict(messages=TALK, videos=["v.mp4"])), "no answer"),
 }
 
@@ -578,7 +611,7 @@ def test_a_table_holds_booleans_and_seconds(tmp_path, media):  # noqa: F811
     media(tmp_path / "v.mp4", "film")
     table = (
         "prompt_id,video,question,answer,answer_type,options,use_audio,start,end\n"
-        'a,v.mp4,Which?,red,choice,"[""red"", ""blue""]",true,0,1.5\n'
+        'a,v.mp4,Which?,red,choice,"[""red"", ""blue""]",true,0:00:00,0:01.5\n'
         "b,v.mp4,How many?,2,number,,FALSE,,\n"
         "c,v.mp4,How many now?,2,number,,auto,1,\n"
         "d,v.mp4,How many then?,2,number,,maybe,soon,\n"
@@ -616,6 +649,97 @@ def test_sound_is_heard_where_there_is_a_track(toy_dir, tmp_path, media):  # noq
     assert [row["use_audio"] for row in rows_in(tmp_path)] == [True, False]
     report = report_of(tmp_path)
     assert report["kept"] == 2 and report["silent_videos"] == 1
+
+
+def test_what_tables_write_for_nothing_is_nothing(toy_dir, tmp_path, media):  # noqa: F811
+    """pandas writes NaN, datasets fill up the options that other rows have."""
+    media(tmp_path / "v.mp4", "film")
+    nothing = dict.fromkeys(("audio", "image", "start", "end", "hint"), math.nan)
+    options = [
+        dict(A="red", B="blue", C=None, D=None),
+        dict(A="red", B="blue", C=math.nan),
+        ["red", "blue", None, ""],
+        math.nan,
+    ]
+    records = [dict(question="How?", answer="fast", video="v.mp4") | nothing]
+    for i, given in enumerate(options):
+        records.append(dict(question=f"Which, {i}?", answer="blue", video="v.mp4", options=given))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    convert(tmp_path, "in.jsonl")
+    rows = rows_in(tmp_path)
+    assert not nothing.keys() & rows[0].keys()
+    tables = [option_table(row.get("options")) for row in rows]
+    assert tables == [{}, *[{"A": "red", "B": "blue"}] * 3, {}]
+    # a JSONL of ours that has not been converted
+    row = dict(prompt_id="a", question="?", answer="A", answer_type="choice", video="v.mp4")
+    normal = normalize_row(row | dict(options=options[0]))
+    assert normal["options"] == {"A": "red", "B": "blue"}
+
+
+@pytest.mark.parametrize("answer", ["ABD", "A, B, D", "A, B and D", "(A)(B)(D)", ["A", "B", "D"]])
+def test_several_right_options(tmp_path, media, answer):  # noqa: F811
+    media(tmp_path / "v.mp4", "film")
+    record = dict(question="Which?", answer=answer, options=["w", "x", "y", "z"], video="v.mp4")
+    unit = dict(question="Which current?", answer="AC", options=["AC", "DC"], video="v.mp4")
+    (tmp_path / "in.json").write_text(json.dumps([record, unit]))
+    convert(tmp_path, "in.json")
+    row, unit = rows_in(tmp_path)
+    assert row["answer_type"] == "multi" and unit["answer_type"] == "choice"
+    assert normalize_answer(row["answer"], "multi", row["options"]) == {"A", "B", "D"}
+
+
+def test_media_as_chat_servers_take_them(tmp_path, media):  # noqa: F811
+    """file:// paths, data URIs, and parts named image_url."""
+    media(tmp_path / "i.png", "picture")
+    media(tmp_path / "v.mp4", "film")
+    uri = "data:image/png;base64," + base64.b64encode((tmp_path / "i.png").read_bytes()).decode()
+    records = []
+    for number, part in enumerate(
+        (
+            dict(type="video", video=f"file://{tmp_path}/v.mp4"),
+            dict(type="image", image=uri),
+            dict(type="image_url", image_url=dict(url=uri)),
+            dict(type="image_url", image_url=dict(url="i.png")),
+        )
+    ):
+        content = [part, dict(type="text", text=f"What is it, {number}?")]
+        records.append(dict(messages=chat_turns(content, "a test")))
+    records.append(dict(question="What?", answer="a test", image=uri))
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    convert(tmp_path, "in.json", "--check-media")
+    rows = rows_in(tmp_path)
+    (name,) = (tmp_path / "media").iterdir()
+    assert name.read_bytes() == (tmp_path / "i.png").read_bytes()
+    inside = f"media/{name.name}"
+    assert rows[0]["video"] == "v.mp4"
+    assert [row["images"] for row in rows[1:]] == [[inside], [inside], ["i.png"], [inside]]
+
+
+def test_conversations_of_several_questions(tmp_path, media):  # noqa: F811
+    """The first makes a row, as later ones may lean on it; or with --all-turns each."""
+    media(tmp_path / "v.mp4", "film")
+    said = [*TALK, dict(role="assistant", content="no"), *chat_turns("And how many?", "3")]
+    greeted = [*chat_turns("Hello!", "Hello, what shall I see?"), *said]
+    repeated = [*said[:3], *chat_turns("<video>And how many?", "4")]  # the medium in each turn
+    records = [dict(id="a", messages=said), dict(id="b", messages=greeted)]
+    records += [dict(id="c", messages=repeated), dict(id="d", messages=said, solution="3")]
+    for i, record in enumerate(records):
+        record["messages"] = [*record["messages"]]
+        record["videos"] = ["v.mp4"]
+        question = next(t for t in record["messages"] if "red" in t["content"])
+        place = record["messages"].index(question)
+        record["messages"][place] = dict(role="user", content=f"<video>Is it red, {i}?")
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    convert(tmp_path, "in.json")
+    rows = [(row["prompt_id"], row["question"], row["answer"]) for row in rows_in(tmp_path)]
+    assert rows == [(q, f"Is it red, {i}?", "no") for i, q in enumerate("abc")]
+    report = report_of(tmp_path)
+    assert report["changed"]["later questions of a conversation are left out"]["count"] == 3
+    assert report["dropped"]["several turns"]["count"] == 1
+    convert(tmp_path, "in.json", "--all-turns", "--force")
+    rows = [(row["prompt_id"], row["answer"]) for row in rows_in(tmp_path)]
+    # b's second question is a's, about the same clip
+    assert rows == [("a-0", "no"), ("a-1", "3"), ("b-1", "no"), ("c-0", "no"), ("c-1", "4")]
 
 
 def test_text_around_a_question(tmp_path, media):  # noqa: F811
