@@ -21,6 +21,7 @@ import run.before_torch  # noqa: F401  must come before torch
 
 import argparse
 import functools
+import math
 
 import rewards
 import toy
@@ -220,6 +221,11 @@ def score(rows, completions, texts, *, step, hinted, reward_weights, judge):
         for completion, (reward, reward_parts) in zip(group, scored):
             if reward is None:
                 continue
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"step {step}, row {prompt_id}: reward {reward} of {reward_parts}: every part must be "
+                    "a finite number (None: not judged)"
+                )
             entry = Entry(
                 prompt_id=prompt_id,
                 completion_ids=completion.ids,
@@ -295,6 +301,24 @@ def add_gradient(
 
 
 # ---- the run -----------------------------------------------------------------------------------
+
+
+def warnings_about_rows(rows, held_out, prompts_per_step):
+    """-> lines for the run's header.  held_out: HeldOut or None"""
+    lines = []
+    if len(rows) < prompts_per_step:
+        lines.append(
+            f"only {len(rows)} rows for {prompts_per_step} prompts per step: a step takes rows more than "
+            "once, each time as a group of its own (--prompts-per-step)"
+        )
+    if held_out:
+        num_shared = int(np.isin(held_out.rows.content_hashes, rows.content_hashes).sum())
+        if num_shared:
+            lines.append(
+                f"{num_shared} of {len(held_out.rows)} held-out rows are also trained on: the held-out "
+                "accuracy is not that of unseen rows (--eval-data)"
+            )
+    return lines
 
 
 def main():
@@ -435,6 +459,8 @@ def main():
     processes.print0(
         f"  {len(rows)} rows, {num_steps} steps of {args.prompts_per_step} prompts, from step {start_step}"
     )
+    for line in warnings_about_rows(rows, held_out, args.prompts_per_step):
+        processes.print0(f"  {line}")
     accuracy = None
     if held_out and start_step == 0:
         progress["before"] = held_out.accuracy()

@@ -67,10 +67,10 @@ def check_resume(out, about, arguments):
     num_steps = about.get("num_steps") or before.get("steps", 0)  # --steps 0 is one epoch
     is_longer = arguments["steps"] > num_steps
     if is_longer:
-        print0(
-            f"  continues to step {arguments['steps']} instead of {num_steps}: from here on at the "
-            "learning rate of a run that long"
-        )
+        line = f"  continues to step {arguments['steps']} instead of {num_steps}"
+        if script == "train_sft.py":  # its learning rate falls until the last step
+            line += ": from here on at the learning rate of a run that long"
+        print0(line)
         if not has_checkpoint(out):
             raise UserError(
                 f"{out} has no checkpoint to continue from (--save-every 0): start a new --out with "

@@ -16,7 +16,9 @@ import tas
 import toy
 import train_rl
 from data import toy_clips, toy_rows
+from models.rollout import Completion
 from models.toy_model import write_model
+from run.errors import UserError
 
 # ---- arguments
 
@@ -122,6 +124,33 @@ def test_a_run_of_every_stage(toy_dir, tmp_path, stage, algo):
     about = json.loads((out / "run.json").read_text())
     assert about["arguments"]["stage"] == stage and "torch" in about["versions"]
     assert (out / "samples.jsonl").exists() and (out / "final" / "model.safetensors").exists()
+
+
+def test_fewer_rows_than_prompts_and_held_out_rows_that_are_trained_on(toy_dir, tmp_path):
+    """Both are said before the first step. A prompt that stands twice in a step is two groups."""
+    lines = (toy_dir / "stage2" / "train.jsonl").read_text().splitlines(keepends=True)
+    few = toy_dir / "stage2" / "few.jsonl"
+    few.write_text("".join(lines[:2]))
+    flags = ("--data", few, "--eval-data", few, "--steps", 1)
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "run", *flags))
+    assert "only 2 rows for 4 prompts per step" in printed
+    assert "2 of 2 held-out rows are also trained on" in printed
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and len({s["prompt_id"] for s in samples}) == 1
+    for sample in samples:
+        assert len(sample["tokens"]) == len(sample["ratios"])
+        np.testing.assert_allclose(sample["ratios"], 1, atol=1e-3)
+    printed = launch(*rl_flags(toy_dir, 2, tmp_path / "more", "--steps", 1))
+    assert "only" not in printed and "trained on" not in printed
+
+
+def test_a_reward_that_is_no_number_is_one_line(toy_dir):
+    """A part of one's own may give NaN for what it cannot read."""
+    row = dict(prompt_id="q", answer="yes", answer_type="yesno")
+    completion = Completion(torch.tensor([1, 2]), torch.zeros(2), False)
+    how = dict(step=3, hinted=set(), reward_weights=dict(format=math.nan), judge=None)
+    with pytest.raises(UserError, match="step 3, row q: reward nan of .*: every part must be"):
+        train_rl.score([row], [[completion]], [["yes"]], **how)
 
 
 def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):

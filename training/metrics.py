@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.rows import stable_hash
 from run.processes import all_gather_object
 
 METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
@@ -85,8 +86,8 @@ def completion_info(info, micro_batch, step, *, logprobs, entropy, completion_ma
     Adds to grpo_loss's info what else is reported of each completion of a micro-batch.
 
     info      dict of (N,) tensors, of grpo_loss
-    returns   dict of (N,) tensors on the CPU, and of lists of N: prompt_id, and each completion's
-              tas_weights and log_ratios, a number per token
+    returns   dict of (N,) tensors on the CPU, and of lists of N: prompt_id, ids_hash of its tokens, and
+              each completion's tas_weights and log_ratios, a number per token
     """
     lengths = completion_mask.sum(1)
     entries = micro_batch.entries
@@ -100,9 +101,15 @@ def completion_info(info, micro_batch, step, *, logprobs, entropy, completion_ma
     info = {name: value.cpu() for name, value in info.items()}
     log_ratios = logprobs.detach() - micro_batch.padded("old_logprobs", like=logprobs)
     info["prompt_id"] = [entry.prompt_id for entry in entries]
+    info["ids_hash"] = [ids_hash(entry) for entry in entries]
     info["tas_weights"] = unpadded(tas_weights, lengths)
     info["log_ratios"] = unpadded(log_ratios, lengths)
     return info
+
+
+def ids_hash(entry):
+    """A number that tells the completions of a prompt apart, on every rank the same."""
+    return stable_hash(entry.completion_ids.numpy().tobytes())
 
 
 def unpadded(rows, lengths):

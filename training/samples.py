@@ -22,6 +22,7 @@ from data.rows import answer_spec, question_text
 from data.thumbnails import THUMBNAIL_LIMITS, clip_as_data_uris
 from run import processes
 from run.io import append_json
+from training.metrics import ids_hash
 
 MIN_INTERVAL = 10  # steps between sampled ones
 MAX_STEPS = 100  # sampled steps of a run
@@ -87,12 +88,13 @@ class SampleLog:
             self.with_clip.add(prompt_id)
             clip = dict(step=step, prompt_id=prompt_id) | self.clip(row)
             append_json(self.out / "clips.jsonl", clip)
-        # a group is on one rank, and info keeps its order
         is_kind = (info["fresh"] == (kind == "fresh")).tolist()
-        places = [i for i, q in enumerate(info["prompt_id"]) if q == prompt_id and is_kind[i]]
-        if len(places) > len(group):
-            return  # the prompt stands twice in this step: which places are this group's is not told apart
-        for entry, advantage, i in zip(group, advantages.tolist(), places):
+        place_of = {}  # by its tokens: the prompt may stand twice in this step
+        for i, (q, tokens) in enumerate(zip(info["prompt_id"], info["ids_hash"])):
+            if q == prompt_id and is_kind[i]:
+                place_of[tokens] = i
+        for entry, advantage in zip(group, advantages.tolist()):
+            i = place_of[ids_hash(entry)]
             ratios = [math.exp(min(x, 20)) for x in info["log_ratios"][i]]
             sample = dict(
                 step=step,
