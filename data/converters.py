@@ -578,6 +578,9 @@ def ours(record, context):
         if is_list and len(row["answer"]) == 1:
             (row["answer"],) = row["answer"]
             is_list = False
+        if _is_index(row["answer"], options):  # a table's cells are text
+            row["answer"] = int(row["answer"])
+            context.note("an answer is the number of an option, counted from 0", record["answer"])
         if is_list and not all(isinstance(part, (int, float)) for part in row["answer"]):
             row["answer_type"] = "multi"
         elif type(row["answer"]) is int and options:  # an index from 0
@@ -587,6 +590,15 @@ def ours(record, context):
         if row.get("video") and not row.get("audio"):
             row.setdefault("use_audio", context.use_audio)
     yield row
+
+
+def _is_index(answer, options):
+    """Whether an answer is the number of an option as text, and none of the options themselves."""
+    if not isinstance(answer, str) or not isinstance(options, (list, dict)):
+        return False
+    texts = options.values() if isinstance(options, dict) else options
+    is_option = answer in [str(text) for text in texts]
+    return bool(re.fullmatch(r"\d", answer)) and not is_option
 
 
 def _number_in_cell(cell):

@@ -592,6 +592,12 @@ def test_columns_of_a_form_of_ones_own(tmp_path, media):  # noqa: F811
     (row,) = rows_in(tmp_path)
     assert row["options"] == ["red", "blue", "green"] and row["answer_type"] == "choice"
     assert (row["answer"], row["video"], row["question"]) == ("B", "v.mp4", "What colour?")
+    (tmp_path / "in.csv").write_text(table.replace("green,B", "green,1"))  # counted from 0
+    mapping = "question=text,answer=correct,video=file,options=A+B+C"
+    convert(tmp_path, "in.csv", "--force", "--map", mapping)
+    (row,) = rows_in(tmp_path)
+    assert (row["answer"], row["answer_type"]) == ("B", "choice")
+    assert report_of(tmp_path)["changed"]["an answer is the number of an option, counted from 0"]
     nested = dict(q="How many?", meta=dict(truth=[3]), clips=[dict(path="v.mp4")])
     (tmp_path / "in.json").write_text(json.dumps([nested]))
     mapping = "question=q,answer=meta.truth.0,video=clips.0.path"

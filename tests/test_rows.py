@@ -42,7 +42,7 @@ BAD_ROWS = [
     (dict(answer="a cat", answer_type="location"), "location answer"),
     (dict(answer="maybe", answer_type="yesno"), "yesno answer"),
     (dict(options="A. red B. blue"), "options 'A. red B. blue': give a list"),
-    (dict(options=[1, None]), "options .*give a list"),
+    (dict(options=[None, 1]), "options .*give a list"),
     (dict(options=["a", " "]), "options .*give a list"),
     (dict(options={"X": "a"}), "options .*A..J"),
     (dict(options={"a": "x", "A": "y"}), "options .*give a list"),
