@@ -22,6 +22,7 @@ import train_rl
 from data.clip_cache import CachedClip, ClipCache
 from data.clips import BadRow
 from data.rows import clip_of
+from models.inputs import Prompt
 from run.errors import UserError
 from run.io import REPOSITORY
 from run.launch import run_main
@@ -141,10 +142,11 @@ class KeptClips(ClipCache):
             super().prefetch(row)
 
     def _read(self, clip, row):
-        if not self.path(clip).exists():
+        path = self.path(clip)
+        if not path.exists():
             return super()._read(clip, row)
-        prompt_id, prompt = torch.load(self.path(clip), weights_only=False)
-        cached = CachedClip(prompt_id, prompt)
+        prompt_id, prompt = torch.load(path, weights_only=True)
+        cached = CachedClip(prompt_id, Prompt(**prompt))
         self._keep(clip, cached)
         return cached
 
@@ -153,7 +155,7 @@ class KeptClips(ClipCache):
         path = self.path(clip)
         if cached.prompt.encoded and not path.exists():
             part = path.with_suffix(f".{os.getpid()}")  # another run may write the same
-            torch.save(tuple(cached), part)
+            torch.save((cached.prompt_id, cached.prompt._asdict()), part)
             part.rename(path)
 
 
