@@ -24,11 +24,14 @@ FLAGS = {"prepare": ["check", "rows.jsonl"], "ask": ["README.md"], "export": ["r
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_flags_are_parsed_before_torch_is_loaded(command):
+def test_flags_are_parsed_before_torch_is_loaded(command, tmp_path):
     """A command is cut off where it first imports torch: by then its flags have been parsed."""
+    flags = FLAGS.get(command, [])
+    if command == "toy":  # without a model in its folder it needs torch before it writes any clip
+        flags = ["--out", str(tmp_path)]
     code = f"""
 import runpy, sys
-sys.argv = ["{command}.py", *{FLAGS.get(command, [])}]
+sys.argv = ["{command}.py", *{flags}]
 class Cut:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "transformers", "torchvision", "torchaudio"):
