@@ -259,8 +259,9 @@ def git_commit():
 
 
 def modified_files():
-    """-> tracked files that differ from the commit."""
-    lines = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    """-> tracked files that differ from the commit, but for results: a run adds its own to them."""
+    others = (".", ":!experiments/results")
+    lines = git("status", "--porcelain", "--untracked-files=no", "--", *others).splitlines()
     return [line[3:] for line in lines]  # after two letters of status and a space
 
 

@@ -216,13 +216,17 @@ def test_a_changed_tree_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "REPOSITORY", tmp_path)
     assert run_dir.git_commit() is None  # outside git
     git("init", "-q")
+    (tmp_path / "experiments/results").mkdir(parents=True)
+    (tmp_path / "experiments/results/dense.json").write_text("1\n")
     (tmp_path / "rewards.py").write_text("1\n")
     git("add", ".")
     git("commit", "-qm", "one")
     commit = run_dir.git_commit()
     assert commit and "modified" not in commit and run_dir.modified_files() == []
-    (tmp_path / "rewards.py").write_text("2\n")
+    (tmp_path / "experiments/results/dense.json").write_text("2\n")
     (tmp_path / "untracked.txt").write_text("")
+    assert run_dir.git_commit() == commit  # neither changes what the code does
+    (tmp_path / "rewards.py").write_text("2\n")
     assert run_dir.git_commit() == f"{commit}, modified: rewards.py"
     run_dir.begin_run_dir(tmp_path / "..", arguments={}, step=0, num_steps=1)
     about = json.loads((tmp_path / ".." / "run.json").read_text())
