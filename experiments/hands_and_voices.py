@@ -33,7 +33,7 @@ def parse_args(argv=None):
     flag("--out", required=True, help="folder to write; must be new")
     flag("--seconds", type=int, nargs=2, default=[3, 5], help="length of a clip, least and most")
     flag("--eye-steps", type=int, default=800, help="steps that train the eyes; 0: random eyes")
-    flag("--num-sft", type=int, default=1280, help="rows with a reasoning")
+    flag("--num-sft", type=int, default=1280, help="clips for rows with a reasoning, 4 a clip")
     flag("--num-train", type=int, default=128, help="rows for RL")
     flag("--num-test", type=int, default=128, help="rows of each held-out file")
     flag("--seed", type=int, default=0, help="random seed; the same seed writes the same rows")
@@ -186,6 +186,15 @@ def random_pairs(rng, num_seconds, pairs, num_agreeing=None):
 class Question(NamedTuple):
     fields: dict  # of the row: question, answer, answer_type, options, hint
     look: list  # the seconds that decide; empty: all
+    notes: list  # the answer so far, after each second; OPEN while nothing is known
+
+
+OPEN = "open"
+
+
+def known_from(k, answer, num_seconds):
+    """Notes of a question that second k decides."""
+    return [OPEN] * k + [answer] * (num_seconds - k)
 
 
 def only_second(values, value):
@@ -215,7 +224,7 @@ def ask_said_while(rng, seconds, k):
         "answer_type": "choice",
         "hint": f"find the second in which the hand shows {shown}, listen there",
     }
-    return Question(fields, [k])
+    return Question(fields, [k], known_from(k, fields["answer"], len(seconds)))
 
 
 def ask_shown_while(rng, seconds, k):
@@ -228,7 +237,7 @@ def ask_shown_while(rng, seconds, k):
         "answer_type": "number",
         "hint": f"find the second in which the voice says {said}, look there",
     }
-    return Question(fields, [k])
+    return Question(fields, [k], known_from(k, fields["answer"], len(seconds)))
 
 
 def ask_shown_before(rng, seconds, k):
@@ -243,7 +252,7 @@ def ask_shown_before(rng, seconds, k):
         "answer_type": "choice",
         "hint": f"find the second in which the voice says {said}, look one second earlier",
     }
-    return Question(fields, [k - 1, k])
+    return Question(fields, [k - 1, k], known_from(k, fields["answer"], len(seconds)))
 
 
 def ask_sum(rng, seconds, k):
@@ -254,18 +263,19 @@ def ask_sum(rng, seconds, k):
         "answer_type": "number",
         "hint": f"add both digits of the {ORDINALS[k]} second",
     }
-    return Question(fields, [k])
+    return Question(fields, [k], known_from(k, fields["answer"], len(seconds)))
 
 
 def ask_agree_count(seconds):
-    count = sum(shown == said for shown, said in seconds)
+    counts = np.cumsum([shown == said for shown, said in seconds])
+    notes = [str(count) for count in counts]
     fields = {
         "question": "How often do hand and voice agree?",
-        "answer": str(count),
+        "answer": notes[-1],
         "answer_type": "number",
         "hint": "write a line for each second, then count the lines with equal digits",
     }
-    return Question(fields, [])
+    return Question(fields, [], notes)
 
 
 def ask_agree_second(seconds):
@@ -276,7 +286,7 @@ def ask_agree_second(seconds):
         "answer_type": "text",
         "hint": "write a line for each second, find the one with equal digits",
     }
-    return Question(fields, agreeing)
+    return Question(fields, agreeing, known_from(agreeing[0], fields["answer"], len(seconds)))
 
 
 def ask_ever_agree(seconds):
@@ -287,7 +297,9 @@ def ask_ever_agree(seconds):
         "answer_type": "yesno",
         "hint": "write a line for each second, look for equal digits",
     }
-    return Question(fields, agreeing)
+    first_agreeing = agreeing[0] if agreeing else len(seconds)
+    notes = ["no"] * first_agreeing + ["yes"] * (len(seconds) - first_agreeing)
+    return Question(fields, agreeing, notes)
 
 
 # about one second, which may have a pair that is held out; and about the agreement in a whole clip
@@ -300,23 +312,29 @@ ONE_SECOND = {
 # number of agreeing seconds: drawn first, so that no answer is much more frequent than another
 AGREEMENT = {"agree count": (0, 1, 2, 3), "agree second": (1,), "ever agree": (0, 1)}
 KINDS = [*ONE_SECOND, *AGREEMENT]
+QUESTIONS_PER_CLIP = 4  # in sft.jsonl
 KINDS_OF_A_PAIR = ["said while", "shown while", "sum"]  # answered by both digits of one second
+
+
+def ask(rng, kind, seconds):
+    """-> Question of this kind about a clip, or None if it has no clear answer"""
+    if kind in ONE_SECOND:
+        return ONE_SECOND[kind](rng, seconds, int(rng.integers(len(seconds))))
+    if kind == "agree count":
+        return ask_agree_count(seconds)
+    if kind == "ever agree":
+        return ask_ever_agree(seconds)
+    num_agreeing = sum(shown == said for shown, said in seconds)
+    return ask_agree_second(seconds) if num_agreeing == 1 else None
 
 
 def make_question(rng, kind, num_seconds, pairs):
     """-> (seconds, Question), or None if this clip has no clear answer"""
+    num_agreeing = None
     if kind in AGREEMENT:
         num_agreeing = min(int(rng.choice(AGREEMENT[kind])), num_seconds)
-        seconds = random_pairs(rng, num_seconds, pairs, num_agreeing)
-        if kind == "agree count":
-            return seconds, ask_agree_count(seconds)
-        if kind == "agree second":
-            return seconds, ask_agree_second(seconds)
-        return seconds, ask_ever_agree(seconds)
-
-    seconds = random_pairs(rng, num_seconds, pairs)
-    k = int(rng.integers(num_seconds))
-    question = ONE_SECOND[kind](rng, seconds, k)
+    seconds = random_pairs(rng, num_seconds, pairs, num_agreeing)
+    question = ask(rng, kind, seconds)
     return None if question is None else (seconds, question)
 
 
@@ -342,7 +360,7 @@ def describe(pair):
 STYLES = {"full": 0.5, "short": 0.1, "hasty": 0.4}
 
 
-def add_reasoning(rng, row, seconds, look):
+def add_reasoning(rng, row, seconds, question):
     """Adds a reasoning, and in its hasty style a guessed answer."""
     has_hint = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
     style = "full" if has_hint else str(rng.choice(list(STYLES), p=list(STYLES.values())))
@@ -352,9 +370,12 @@ def add_reasoning(rng, row, seconds, look):
         row["answer"] = guess(rng, row, len(seconds))
         row["reasoning"] = f"it seems {row['answer']}"
         return
-    lines = [f"{k + 1}: {describe(pair)}" for k, pair in enumerate(seconds)]
-    if style == "short" and look:
-        lines = [lines[k] for k in look]
+    lines = [
+        f"{k + 1}: {describe(pair)}; {note}"
+        for k, (pair, note) in enumerate(zip(seconds, question.notes))
+    ]
+    if style == "short" and question.look:
+        lines = [lines[k] for k in question.look]
     row["reasoning"] = "\n".join([*lines, f"so {row['answer']}"])
 
 
@@ -368,8 +389,8 @@ def guess(rng, row, num_seconds):
     return str(rng.integers(10))
 
 
-def make_row(rng, split, i, seconds_range):
-    """-> row, its seconds; the kinds take turns"""
+def make_clip(rng, split, i, seconds_range):
+    """-> kind of question, its Question, the seconds of the clip; the kinds take turns"""
     num_seconds = int(rng.integers(seconds_range[0], seconds_range[1] + 1))
     kinds = KINDS_OF_A_PAIR if split == "combinations" else KINDS
     kind = kinds[i % len(kinds)]
@@ -380,18 +401,39 @@ def make_row(rng, split, i, seconds_range):
         else:
             clip = make_question(rng, kind, num_seconds, TRAIN_PAIRS)
     seconds, question = clip
-    name = f"{split}-{i:05d}"
-    row = {
-        "prompt_id": f"hands-{name}",
-        **question.fields,
-        "video": f"clips/{name}.mp4",
-        "use_audio": True,
-        "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
-        "kind": kind,
-    }
+    return kind, question, seconds
+
+
+def make_rows(rng, split, i, seconds_range):
+    """
+    -> the rows of a clip, its seconds
+
+    A clip has one row, but QUESTIONS_PER_CLIP in sft.jsonl: who sees a clip with one answer only learns
+    that answer by heart.
+    """
+    kind, question, seconds = make_clip(rng, split, i, seconds_range)
+    questions = {kind: question}
     if split == "sft":
-        add_reasoning(rng, row, seconds, question.look)
-    return row, seconds
+        for other in rng.permutation([other for other in KINDS if other != kind]):
+            another = ask(rng, str(other), seconds)
+            if another is not None and len(questions) < QUESTIONS_PER_CLIP:
+                questions[str(other)] = another
+
+    name = f"{split}-{i:05d}"
+    rows = []
+    for kind, question in questions.items():
+        row = {
+            "prompt_id": f"hands-{name}" if split != "sft" else f"hands-{name}-{len(rows)}",
+            **question.fields,
+            "video": f"clips/{name}.mp4",
+            "use_audio": True,
+            "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
+            "kind": kind,
+        }
+        if split == "sft":
+            add_reasoning(rng, row, seconds, question)
+        rows.append(row)
+    return rows, seconds
 
 
 def best_blind_guess(rows):
@@ -460,16 +502,16 @@ def write_clip(path, seconds, people, rng):
     write_mp4(path, frames, FRAME_SIZE, audio, AUDIO_RATE)
 
 
-def write_split(folder, split, num_rows, people, seconds_range, seed):
+def write_split(folder, split, num_clips, people, seconds_range, seed):
     """Writes folder/SPLIT.jsonl and its clips -> the rows"""
     splits = ["sft", "train", "people", "combinations"]
     rng = np.random.default_rng([seed, splits.index(split)])
-    # a generator for each file: the number of rows in one does not change another
+    # a generator for each file: the number of clips in one does not change another
     rows = []
-    for i in tqdm(range(num_rows), desc=f"{split} clips", disable=None, leave=False):
-        row, seconds = make_row(rng, split, i, seconds_range)
-        write_clip(folder / row["video"], seconds, people, rng)
-        rows.append(row)
+    for i in tqdm(range(num_clips), desc=f"{split} clips", disable=None, leave=False):
+        clip_rows, seconds = make_rows(rng, split, i, seconds_range)
+        write_clip(folder / clip_rows[0]["video"], seconds, people, rng)
+        rows += clip_rows
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{split}.jsonl").write_text(text)
     return rows
@@ -482,7 +524,8 @@ def corpus():
     """Texts with every word that the rows use, for the tokenizer: the same for clips of any length."""
     rng = np.random.default_rng(0)
     for i in range(3000):
-        row, _ = make_row(rng, "sft", i, (6, len(ORDINALS)))
+        rows, _ = make_rows(rng, "sft", i, (6, len(ORDINALS)))
+        row = rows[i % len(rows)]
         question = question_text(row, False)
         if "hint" in row:
             question = place_hint(question, row["hint"])
@@ -628,13 +671,13 @@ def main():
         held_out_people,
         args.eye_steps,
     )
-    for split, num_rows, people in (
+    for split, num_clips, people in (
         ("sft", args.num_sft, train_people),
         ("train", args.num_train, train_people),
         ("people", args.num_test, held_out_people),
         ("combinations", args.num_test, train_people),
     ):
-        rows = write_split(part, split, num_rows, people, args.seconds, args.seed)
+        rows = write_split(part, split, num_clips, people, args.seconds, args.seed)
         line = f"{split}.jsonl: {len(rows)} rows"
         if split != "sft":
             line += f", the best guess without the clip solves {best_blind_guess(rows):.2f}"

@@ -207,7 +207,7 @@ def test_answers_follow_from_the_clip(split):
     rng = np.random.default_rng(0)
     kinds = set()
     for i in range(210):
-        row, seconds = hands_and_voices.make_row(rng, split, i, (6, 12))
+        (row,), seconds = hands_and_voices.make_rows(rng, split, i, (6, 12))
         assert 6 <= len(seconds) <= 12 and pairs_of(row) == seconds
         assert row["answer"] == solve(row), row
         if row["kind"].endswith("while") or row["kind"] == "shown before":
@@ -226,19 +226,58 @@ def test_answers_follow_from_the_clip(split):
 def test_a_guess_without_the_clip_solves_few():
     rng = np.random.default_rng(0)
     for split in ("train", "combinations"):
-        rows = [hands_and_voices.make_row(rng, split, i, (6, 12))[0] for i in range(700)]
+        rows = [hands_and_voices.make_rows(rng, split, i, (6, 12))[0][0] for i in range(700)]
         assert hands_and_voices.best_blind_guess(rows) < 0.3
 
 
-def test_reasonings_are_imperfect_as_they_should_be():
+def sft_rows(num_clips):
     rng = np.random.default_rng(0)
-    rows = [hands_and_voices.make_row(rng, "sft", i, (6, 12))[0] for i in range(700)]
+    rows = []
+    for i in range(num_clips):
+        rows += hands_and_voices.make_rows(rng, "sft", i, (3, 5))[0]
+    return rows
+
+
+def test_a_clip_of_the_cold_start_has_several_questions():
+    rows = sft_rows(num_clips=70)
+    assert 270 < len(rows) <= 280  # a few clips have no fourth with a clear answer
+    assert len({row["video"] for row in rows}) == 70
+    assert len({row["prompt_id"] for row in rows}) == len(rows)
+    assert len({(row["video"], row["kind"]) for row in rows}) == len(rows)
+
+
+def test_reasonings_are_imperfect_as_they_should_be():
+    rows = sft_rows(num_clips=200)
     hasty = [row for row in rows if row["reasoning"].startswith("it seems")]
     others = [row for row in rows if row not in hasty]
     assert 0.25 < len(hasty) / len(rows) < 0.4
     assert all(row["answer"] == solve(row) for row in others)
     assert sum(row["answer"] == solve(row) for row in hasty) < 0.4 * len(hasty)
     assert not any("hint" in row for row in hasty)
+
+
+def answer_so_far(row, num_seconds):
+    """The answer that follows from the first seconds, by other code; "open" if none does."""
+    try:
+        return solve(row | {"events": row["events"][:num_seconds]})
+    except (ValueError, IndexError, AssertionError):
+        return "open"
+
+
+def test_each_line_notes_the_answer_so_far():
+    num_lines = 0
+    for row in sft_rows(num_clips=100):
+        *lines, last = row["reasoning"].split("\n")
+        if not lines:  # hasty
+            continue
+        for line in lines:
+            second, event, note = re.fullmatch(r"(\d): (.*); (\w+)", line).groups()
+            assert event == row["events"][int(second) - 1]
+            assert note == answer_so_far(row, int(second)), row
+            num_lines += 1
+        assert last == f"so {note}" == f"so {row['answer']}"
+        assert toy.judge(row, lines) == [1.0] * len(lines)  # a note is no part of what is judged
+    assert num_lines > 700
 
 
 # ---- clips
@@ -452,6 +491,12 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
     )
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 2 and "eval/acc" in json.loads(metrics[-1])
+    launch(
+        "eval.py",
+        *("--model", tmp_path / "run", "--data", out / "people.jsonl", "--without", "sound"),
+        *("--max-new-tokens", 16, "--html", 3, "--out", tmp_path / "scores", *media[:4]),
+    )
+    assert (tmp_path / "scores/items.html").exists()
 
 
 # ---- bad input
