@@ -78,7 +78,7 @@ def parse_args(argv=None):
     flag("--tas-lambda", type=float, default=0.3, help="extra weight of the first and last token (paper) [TAS.w]")
     flag("--buffer-size", type=int, default=10000, help="completions stored (paper) [ROOM]")
     flag("--hints", action=boolean, default=True, help="give hints to prompts that stay hard [HINT]")
-    flag("--hint-patience", type=int, default=2, help="visits in Hard without success before a hint [U7]")
+    flag("--hint-patience", type=int, default=2, help="visits in Hard without success before a hint; the first counts [U7]")
     flag("--hint-kl-threshold", type=float, default=0.02, help="give a hint only if KL(behaviour || policy) is below this, nats per token [U7]")
     flag("--hint-kl", type=float, dest="hint_kl_threshold", default=hidden, help=hidden)
 
@@ -188,16 +188,16 @@ def draw_replayed(buffer, args, step, update=0):
     """
     groups = []
     if args.num_off > 0:
-        words = [args.seed, step]
+        seed_parts = [args.seed, step]
         if update > 0:
-            words += [update, 1]  # the 1: numpy takes [seed, step, 0] for [seed, step]
-        rng = np.random.default_rng(words)
+            seed_parts += [update, 1]  # the 1: numpy takes [seed, step, 0] for [seed, step]
+        rng = np.random.default_rng(seed_parts)
         groups = buffer.draw(args.prompts_per_step, args.num_off, step, rng)
     num_missing = args.prompts_per_step - len(groups)
     return groups + [[] for _ in range(num_missing)]
 
 
-def score(rows, completions, texts, *, step, hinted, reward_weights, judge):
+def reward_and_gather(rows, completions, texts, *, step, hinted, reward_weights, judge):
     """
     The fresh completions of all ranks with their rewards.                              [R.stage]
 
@@ -206,16 +206,16 @@ def score(rows, completions, texts, *, step, hinted, reward_weights, judge):
     returns       list of P lists of Entry. A completion that could not be judged leaves its group:
                   it does not count as 0.
     """
-    judge_reward = None
+    score_reasoning = None
     if judge:
         judge.submit(rows, texts)  # in threads; judge.reward waits for each score
-        judge_reward = judge.reward
+        score_reasoning = judge.reward
     groups = []
     for row, group, group_texts in zip(rows, completions, texts):
         prompt_id = row["prompt_id"]
         mean_logprobs = [completion.logprobs.mean().item() for completion in group]
         scored = rewards.reward_completions(
-            row, group_texts, mean_logprobs, reward_weights, judge_reward
+            row, group_texts, mean_logprobs, reward_weights, score_reasoning
         )
         entries = []
         for completion, (reward, reward_parts) in zip(group, scored):
@@ -507,7 +507,7 @@ def main():
 
         # ---- rewards; from here on every rank has the fresh completions of all ranks
         texts = [builder.texts(group) for group in completions]
-        fresh = score(  # [R.stage]
+        fresh = reward_and_gather(  # [R.stage]
             step_rows[local],
             completions,
             texts,
@@ -524,38 +524,41 @@ def main():
             if update > 0:
                 replayed = draw_replayed(buffer, args, step, update)
             # a clip that can no longer be read empties its group and leaves the buffer
-            replayed_prompts = row_stream.replayed_prompts(replayed, buffer, steps)
+            replayed_prompts, replayed = row_stream.read_replayed(replayed, buffer, steps)
             replayed_entries = flatten(replayed)
+            replayed_rewards = rewards_of(replayed_entries)
 
             # ---- advantages: a fresh completion against its group, a replayed one against R̄(q)
-            on_advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
+            fresh_advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
             mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in replayed_entries])
-            off_advantages = replay_advantages(
-                rewards_of(replayed_entries), mean_rewards
-            )  # [VCRS.A]
-            off_advantages = off_advantages.split([len(group) for group in replayed])
+            replayed_advantages = replay_advantages(replayed_rewards, mean_rewards)  # [VCRS.A]
+            replayed_advantages = replayed_advantages.split([len(group) for group in replayed])
 
             # ---- weights in J: the mean over all fresh, alpha times the mean over all replayed
-            on_weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
-            off_weight = args.off_policy_coef / max(len(replayed_entries), 1)  # [J.off]
-            on_groups = []
+            fresh_weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
+            replayed_weight = args.off_policy_coef / max(len(replayed_entries), 1)  # [J.off]
+            fresh_groups = []
             for i, prompt in enumerate(prompts, start=local.start):  # i: place among all P
-                on_groups.append(WeightedGroup(prompt, fresh[i], on_advantages[i], on_weight))
-            off_groups = []
+                fresh_groups.append(
+                    WeightedGroup(prompt, fresh[i], fresh_advantages[i], fresh_weight)
+                )
+            replayed_groups = []
             for i, prompt in replayed_prompts.items():
-                off_groups.append(WeightedGroup(prompt, replayed[i], off_advantages[i], off_weight))
-            on_batches = pack(on_groups, args.micro_tokens, dummy)
-            off_batches = pack(off_groups, args.micro_tokens, dummy)
+                replayed_groups.append(
+                    WeightedGroup(prompt, replayed[i], replayed_advantages[i], replayed_weight)
+                )
+            fresh_batches = pack(fresh_groups, args.micro_tokens, dummy)
+            replayed_batches = pack(replayed_groups, args.micro_tokens, dummy)
 
             # ---- log pi_ref, once per completion                                       [U15]
             if args.kl_coef > 0:
-                add_ref_logprobs(policy, reference, off_batches, replayed, args.temperature)
-                add_ref_logprobs(policy, reference, on_batches, fresh, args.temperature)
+                add_ref_logprobs(policy, reference, replayed_batches, replayed, args.temperature)
+                add_ref_logprobs(policy, reference, fresh_batches, fresh, args.temperature)
 
             # ---- the gradient of J: log-probs, [TAS.A], [RATIO], [KL], loss
             infos = add_gradient(
                 policy,
-                off_batches + on_batches,
+                replayed_batches + fresh_batches,
                 step,
                 temperature=args.temperature,
                 tas=tas,
@@ -571,9 +574,9 @@ def main():
                 first_update = metrics.UpdateRecord(
                     info=info,
                     fresh=fresh,
-                    on_advantages=on_advantages,
+                    fresh_advantages=fresh_advantages,
                     replayed=replayed,
-                    off_advantages=off_advantages,
+                    replayed_advantages=replayed_advantages,
                     grad_norm=grad_norm,
                 )
             if guard.rejects(

@@ -157,7 +157,7 @@ def main():
     )
 
     # ---- what a checkpoint holds beside the weights
-    guard = guards.StepGuard(max_ratio=0)
+    guard = guards.StepGuard(max_seq_ratio=0)
     start_step = 0
     if args.resume:
         state = checkpoint.load(out, policy, optimizer)

@@ -67,8 +67,8 @@ class ClipCache:
             cached = self.cache[clip]
         else:
             cached = self._read(clip, row)
-        if self.policy and not cached.prompt.encoded:
-            cached = cached._replace(prompt=self.policy.encoded(cached.prompt))
+        if self.policy and not cached.prompt.is_encoded:
+            cached = cached._replace(prompt=self.policy.with_encoded_media(cached.prompt))
             self._keep(clip, cached)
 
         if hint is None and cached.prompt_id == row["prompt_id"]:

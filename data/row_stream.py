@@ -197,16 +197,17 @@ class RowStream:
                 except BadRow:
                     pass  # no longer in the file: reported when it is needed
 
-    def replayed_prompts(self, groups, buffer, steps):
+    def read_replayed(self, groups, buffer, steps):
         """
-        The prompts of replayed groups. If a clip can no longer be read, or its row is gone, the group
-        is emptied and the prompt leaves the buffer, on all ranks together.
+        Reads the prompts of replayed groups. If a clip can no longer be read, or its row is gone, the
+        group comes back empty and the prompt leaves the buffer, on all ranks together.
 
-        groups   list of lists of buffer.Entry, one list a prompt; emptied in place
+        groups   list of lists of buffer.Entry, one list a prompt
         buffer   buffer.ReplayBuffer
         steps    processes.Steps, which prints a line for each group that is emptied
-        returns  {place in `groups`: Prompt}, this rank's
+        returns  {place in `groups`: Prompt}, this rank's; the groups
         """
+        groups = list(groups)
         prompts, failures = {}, {}
         for place in range(len(groups))[processes.rank() :: processes.world_size()]:
             if not groups[place]:
@@ -226,7 +227,7 @@ class RowStream:
             buffer.forget(prompt_id)
             steps.tell(f"no longer replayed: {problem}")
             groups[place] = []
-        return prompts
+        return prompts, groups
 
     # ---- the state
 

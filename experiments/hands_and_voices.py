@@ -600,7 +600,10 @@ def toy_features():
         config = MediaConfig(2.0, 16, 64 * 64, 8.0, 4096)
         build = InputBuilder(folder / "model", config, folder / "stage2", audio_captions=False)
         policy = load_policy(folder / "model", lora_rank=0, train_towers=False)
-        media = [policy.encoded(build(row)).media for row in Rows(folder / "stage2/train.jsonl")]
+        media = [
+            policy.with_encoded_media(build(row)).media
+            for row in Rows(folder / "stage2/train.jsonl")
+        ]
     return {name: torch.cat([one[name] for one in media]) for name in ("video", "audio")}
 
 

@@ -153,7 +153,7 @@ class KeptClips(ClipCache):
     def _keep(self, clip, cached):
         super()._keep(clip, cached)
         path = self.path(clip)
-        if cached.prompt.encoded and not path.exists():
+        if cached.prompt.is_encoded and not path.exists():
             part = path.with_suffix(f".{os.getpid()}")  # another run may write the same
             torch.save((cached.prompt_id, cached.prompt._asdict()), part)
             part.rename(path)

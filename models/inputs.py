@@ -87,7 +87,7 @@ class Prompt(NamedTuple):
     media: dict  # modality -> the tower's input (dict of tensors), or its output (n, D)
 
     @property
-    def encoded(self):
+    def is_encoded(self):
         """Whether the towers' outputs are there already."""
         return not any(isinstance(m, dict) for m in self.media.values())
 

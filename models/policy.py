@@ -150,7 +150,7 @@ class Policy(nn.Module):
 
     @out_of_memory_advice("the towers: lower --max-frames or --max-pixels")
     @torch.no_grad()
-    def encoded(self, prompt):
+    def with_encoded_media(self, prompt):
         """The prompt with the outputs of frozen towers in place of its media: they never change."""
         (features,) = self.encode([prompt])
         return prompt._replace(media={name: on_host(value) for name, value in features.items()})

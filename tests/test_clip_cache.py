@@ -49,11 +49,11 @@ def test_what_the_towers_made_takes_the_place_of_the_clip(toy_dir):
     policy.thinker.model.visual.register_forward_hook(lambda *_: num_encoded.append(1))
     cache = ClipCache(build, 10**6, policy)
     first, again = cache.get(rows[0]), cache.get(rows[0], "a hint")
-    assert first.encoded and first.media is again.media and len(num_encoded) == 1
+    assert first.is_encoded and first.media is again.media and len(num_encoded) == 1
     assert torch.equal(again.input_ids, build(rows[0], "a hint").input_ids)
     assert cache.free_bytes == 10**6 - tensor_bytes(first)
     small = ClipCache(build, 1000, policy)  # larger than the cache: encoded anew each time
-    assert small.get(rows[0]).encoded and not small.cache and small.free_bytes == 1000
+    assert small.get(rows[0]).is_encoded and not small.cache and small.free_bytes == 1000
 
 
 def test_cache_errors_surface_at_get_and_are_not_kept():

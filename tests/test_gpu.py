@@ -95,7 +95,7 @@ def test_encoded_clips_come_and_go_without_a_wait(setup):
         expected, _, _ = completion_logprobs(policy, prompts, completions, 0.9)
     with pretended_gpu(), torch.no_grad():
         there = copy.deepcopy(policy).to(GPU)
-        kept = [there.encoded(prompt) for prompt in prompts]
+        kept = [there.with_encoded_media(prompt) for prompt in prompts]
         assert all(f.on_its_way for prompt in kept for f in prompt.media.values())
         logprobs, _, _ = completion_logprobs(there, kept, completions, 0.9)
     assert_same_values(logprobs.cpu(), expected)

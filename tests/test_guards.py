@@ -38,7 +38,7 @@ def info_of(surrogate, kl):
 
 
 def test_a_spike_names_its_term_and_its_prompt():
-    guard = guards.StepGuard(max_ratio=0)
+    guard = guards.StepGuard(max_seq_ratio=0)
     lines = []
     quiet = info_of([0.1, 0.2, 0.1], [0.0, 0.0, 0.1])
     loud = info_of([0.1, 0.2, 0.1], [0.0, 0.0, 9.0])
@@ -54,7 +54,7 @@ def test_a_spike_names_its_term_and_its_prompt():
 
 
 def test_the_first_steps_have_no_usual_norm():
-    guard = guards.StepGuard(max_ratio=0)
+    guard = guards.StepGuard(max_seq_ratio=0)
     lines = []
     for norm in (0.1, 99.0, 0.1, 99.0):
         guard.report_grad_spike(info_of([0.1] * 3, [0.1] * 3), norm, lines.append)
@@ -62,7 +62,7 @@ def test_the_first_steps_have_no_usual_norm():
 
 
 def test_a_norm_that_is_not_finite_does_not_enter_the_usual_one():
-    guard = guards.StepGuard(max_ratio=0)
+    guard = guards.StepGuard(max_seq_ratio=0)
     lines = []
     quiet = info_of([0.1] * 3, [0.1] * 3)
     for norm in [0.5] * 12 + [float("nan"), float("inf")] * 6 + [0.5] * 3:
@@ -73,7 +73,7 @@ def test_a_norm_that_is_not_finite_does_not_enter_the_usual_one():
 
 
 def test_the_usual_norm_is_saved_with_the_run():
-    guard = guards.StepGuard(max_ratio=0)
+    guard = guards.StepGuard(max_seq_ratio=0)
     lines = []
     quiet = info_of([0.1] * 3, [0.1] * 3)
     for _ in range(10):
@@ -81,7 +81,7 @@ def test_the_usual_norm_is_saved_with_the_run():
     saved = guard.state_dict()
     guard.report_grad_spike(quiet, 0.5, lines.append)
     assert len(saved["grad_norms"]) == 10  # later steps do not change what was saved
-    resumed = guards.StepGuard(max_ratio=0)
+    resumed = guards.StepGuard(max_seq_ratio=0)
     resumed.load_state_dict(saved)
     resumed.report_grad_spike(quiet, 50.0, lines.append)
     assert len(lines) == 1
@@ -91,7 +91,7 @@ def test_the_usual_norm_is_saved_with_the_run():
 
 
 def test_a_bad_step_stops_or_is_skipped():
-    guard, steps, saved = guards.StepGuard(max_ratio=0), Steps(), []
+    guard, steps, saved = guards.StepGuard(max_seq_ratio=0), Steps(), []
     problem = guard.bad_step(float("nan"), 1.0)
     with pytest.raises(UserError, match=r"step 7: loss nan.*its prompts: p, q.*--on-bad-step skip"):
         guard.handle_bad_step(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
@@ -102,7 +102,7 @@ def test_a_bad_step_stops_or_is_skipped():
 
 
 def test_a_later_update_of_a_step_is_left_out_not_saved():
-    guard, steps, saved = guards.StepGuard(max_ratio=2), Steps(), []
+    guard, steps, saved = guards.StepGuard(max_seq_ratio=2), Steps(), []
     info = info_of([0.1] * 3, [0.1] * 3) | dict(
         loss=torch.tensor([0.0, float("nan"), 0.0]),
         log_ratio=torch.zeros(3),
@@ -119,7 +119,7 @@ def test_a_later_update_of_a_step_is_left_out_not_saved():
 
 
 def test_ten_bad_steps_in_a_row_stop_even_with_skip():
-    guard, steps, saved = guards.StepGuard(max_ratio=0), Steps(), []
+    guard, steps, saved = guards.StepGuard(max_seq_ratio=0), Steps(), []
     for _ in range(guards.PATIENCE - 1):
         problem = guard.bad_step(1.0, float("inf"))
         assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(1))
@@ -130,7 +130,7 @@ def test_ten_bad_steps_in_a_row_stop_even_with_skip():
 
 
 def test_bad_steps_by_hand():
-    guard, nan = guards.StepGuard(max_ratio=100), float("nan")
+    guard, nan = guards.StepGuard(max_seq_ratio=100), float("nan")
     assert guard.bad_step(0.5, 1.0) is None
     assert "gradient norm nan" in guard.bad_step(0.5, nan)
     assert "loss inf" in guard.bad_step(float("inf"), 2.0)
@@ -180,7 +180,7 @@ def step_report(**changes):
     ],
 )
 def test_a_run_that_learns_nothing_says_why(changes, flag):
-    guard, lines = guards.StepGuard(max_ratio=0), []
+    guard, lines = guards.StepGuard(max_seq_ratio=0), []
     report = step_report(**changes)
     for _ in range(guards.IDLE_STEPS - 1):
         guard.collapse(report)
@@ -193,7 +193,7 @@ def test_a_run_that_learns_nothing_says_why(changes, flag):
 
 
 def test_a_step_with_a_signal_starts_the_count_anew():
-    guard, lines = guards.StepGuard(max_ratio=0), []
+    guard, lines = guards.StepGuard(max_seq_ratio=0), []
     idle = step_report(frac_reward_zero_std=1.0, advantage_zero_frac=1.0)
     for report in [*[idle] * (guards.IDLE_STEPS - 1), step_report()] * 3:
         guard.warn_if_idle(report, lines.append)
@@ -201,7 +201,7 @@ def test_a_step_with_a_signal_starts_the_count_anew():
 
 
 def test_completions_that_are_cut_off_late_are_a_collapse_not_idleness():
-    guard, lines = guards.StepGuard(max_ratio=0), []
+    guard, lines = guards.StepGuard(max_seq_ratio=0), []
     guard.collapse(step_report())  # some end by themselves
     cut_off = step_report(**{"completions/clipped_ratio": 1.0})
     for _ in range(guards.PATIENCE - 1):

@@ -374,7 +374,7 @@ def encoded_row(folders, row):
     build = InputBuilder(folders / "out/model", config, folders / "out", audio_captions=False)
     policy = load_policy(folders / "out/model", lora_rank=0, train_towers=False)
     prompt = build(row)
-    return build, policy, prompt, policy.encoded(prompt).media
+    return build, policy, prompt, policy.with_encoded_media(prompt).media
 
 
 def test_senses_are_trained_on_what_a_clip_gives(folders):

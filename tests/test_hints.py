@@ -112,6 +112,14 @@ def test_needs_kl_is_true_exactly_when_a_kl_could_matter():
     assert not s.needs_kl("q", "hard", False)  # it has its hint
 
 
+@pytest.mark.parametrize("patience, entry", [(1, 1), (2, 1), (3, 2)])
+def test_the_first_visit_counts_though_nothing_is_stored_yet(patience, entry):
+    s = HintSchedule(patience, 0.05)
+    kls = [None, 0.01, 0.01]
+    events = [s.observe("q", "hard", solved=False, behavior_kl=kl) for kl in kls]
+    assert events.index("entered") == entry
+
+
 # --- by need: the paper's "would otherwise yield zero reward"
 
 

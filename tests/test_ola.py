@@ -383,7 +383,7 @@ def test_a_shared_clip_is_encoded_and_read_once(tiny):
         dict(rows[1], prompt_id=str(i), question=q) for i, q in enumerate(("Which?", "How many?"))
     ]
     prompts = [clip_cache.get(row) for row in asked] + [clip_cache.get(asked[0], "look left")]
-    assert shared_clip_groups(prompts) == [[0, 1, 2]] and all(p.encoded for p in prompts)
+    assert shared_clip_groups(prompts) == [[0, 1, 2]] and all(p.is_encoded for p in prompts)
     together = rollout(
         policy,
         prompts,
@@ -615,5 +615,5 @@ def test_beats_stays_in_float32(tiny):
     build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
     prompt = build(rows[0])
     assert "audio" in prompt.media
-    features = policy.encoded(prompt).media["audio"]
+    features = policy.with_encoded_media(prompt).media["audio"]
     assert features.isfinite().all()

@@ -108,7 +108,7 @@ def in_the_hints(monkeypatch):
 
 
 def in_the_towers(monkeypatch):
-    Policy.encoded(SimpleNamespace(encode=out_of_memory), None)
+    Policy.with_encoded_media(SimpleNamespace(encode=out_of_memory), None)
 
 
 @pytest.mark.parametrize(

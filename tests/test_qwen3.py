@@ -267,7 +267,7 @@ def test_logprobs_are_those_of_the_rollout_and_of_whole_sequences(tiny):
         rows = Rows(tiny / f"stage{stage}" / "train.jsonl")
         build = InputBuilder(tiny / "model", RECIPE, rows.path.parent, False)
         prompts.append(build(rows[0]))
-    encoded = policy.encoded(prompts[-1])
+    encoded = policy.with_encoded_media(prompts[-1])
     # two questions about one clip, its features as the cache of clips keeps them
     prompts[-1:] = [encoded, build.with_text(encoded, rows[1])]
     seeds = range(len(prompts))
@@ -321,7 +321,7 @@ def test_a_shared_clip_is_encoded_once(tiny):
     first = cache.get(row)
     calls = []
     hook = policy.thinker.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    first = policy.encoded(first)
+    first = policy.with_encoded_media(first)
     again = build.with_text(first, row | dict(question="What else?"))
     policy.embed([first, again])
     hook.remove()

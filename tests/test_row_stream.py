@@ -186,7 +186,7 @@ def test_a_row_is_parsed_once(half_may_be_bad):
     ids, logprobs = torch.ones(2, dtype=torch.long), torch.zeros(2)
     groups = [[Entry(str(i), ids, logprobs, 0.0, {}, 0, False)] for i in range(3)] + [[]]
     source.prefetch_replayed(groups)
-    prompts = source.replayed_prompts(groups, None, StepLines())
+    prompts, _ = source.read_replayed(groups, None, StepLines())
     assert rows.parsed == [0, 1, 2] and sorted(prompts) == [0, 1, 2]
     assert not source.prefetched
 
@@ -281,7 +281,7 @@ def test_a_replayed_row_that_is_gone_leaves_the_buffer():
     groups = [[Entry(name, ids, logprobs, 0.0, {}, 0, False)] for name in ("1", "gone")]
     buffer, steps = ForgetfulBuffer(), StepLines()
     source.prefetch_replayed(groups)
-    prompts = source.replayed_prompts(groups, buffer, steps)
+    prompts, groups = source.read_replayed(groups, buffer, steps)
     assert sorted(prompts) == [0] and groups[1] == [] and buffer.forgotten == ["gone"]
     assert len(steps.lines) == 1 and "no row gone" in steps.lines[0]
 

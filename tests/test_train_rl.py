@@ -150,7 +150,7 @@ def test_a_reward_that_is_no_number_is_one_line(toy_dir):
     completion = Completion(torch.tensor([1, 2]), torch.zeros(2), False)
     how = dict(step=3, hinted=set(), reward_weights=dict(format=math.nan), judge=None)
     with pytest.raises(UserError, match="step 3, row q: reward nan of .*: every part must be"):
-        train_rl.score([row], [[completion]], [["yes"]], **how)
+        train_rl.reward_and_gather([row], [[completion]], [["yes"]], **how)
 
 
 def test_a_hint_that_tells_the_answer_is_refused(toy_dir, tmp_path):

@@ -21,13 +21,15 @@ IDLE_STEPS = 5  # steps in a row without anything to learn from, before the run 
 
 class StepGuard:
     """
-    max_ratio     pi / b of a completion (fresh: also b / pi) as the geometric mean over its tokens,
-                  above which a step is bad; 0 = no limit. A single token may go far: one sampled
-                  against the odds that is likely now. A stored completion may be given up.
+    max_seq_ratio  above which a completion's ratio makes a step bad; 0 = no limit
+
+    The ratio is pi / b, the geometric mean over the completion's tokens: a single unlikely token may
+    have a huge one. For fresh completions b / pi counts too. A replayed one may fall as far as it likes:
+    the policy may have given it up.
     """
 
-    def __init__(self, max_ratio):
-        self.max_ratio = max_ratio
+    def __init__(self, max_seq_ratio):
+        self.max_seq_ratio = max_seq_ratio
         self.num_skipped = 0  # bad steps so far
         self.num_bad_in_a_row = 0
         self.num_without_entropy = 0  # steps in a row with an entropy below MIN_ENTROPY
@@ -74,7 +76,7 @@ class StepGuard:
         if update == 0:
             self.report_grad_spike(info, grad_norm, steps.tell)
         loss = info["loss"].sum().item()
-        problem = self.bad_step(loss, grad_norm, worst_ratio(info), update)
+        problem = self.bad_step(loss, grad_norm, worst_seq_ratio(info), update)
         return self.handle_bad_step(
             problem,
             prompt_ids={*prompt_ids, *info["prompt_id"]},
@@ -88,14 +90,14 @@ class StepGuard:
         """
         What is wrong with a gradient, before it is applied (str), or None.
 
-        ratio    float    of the completion that has moved farthest, from worst_ratio
+        ratio    float    of the completion that has moved farthest, from worst_seq_ratio
         update   int      of the step, from 0: only the first counts as the step's       [U19]
         """
         problem = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             problem = f"loss {loss:g}, gradient norm {grad_norm:g}"
-        elif self.max_ratio and ratio > self.max_ratio:
-            problem = f"a mean ratio of {ratio:.3g}, over --max-seq-ratio {self.max_ratio:g}"
+        elif self.max_seq_ratio and ratio > self.max_seq_ratio:
+            problem = f"a mean ratio of {ratio:.3g}, over --max-seq-ratio {self.max_seq_ratio:g}"
         if update > 0:
             return problem
 
@@ -219,7 +221,7 @@ def idle_causes(report, any_ended):
     return causes
 
 
-def worst_ratio(info):
+def worst_seq_ratio(info):
     """pi / b of the completion that has moved farthest, as the geometric mean over its tokens."""
     drift = info["log_ratio"] / info["num_tokens"]
     # a stored completion may be given up (ratio 0); a fresh one must not move either way

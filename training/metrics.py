@@ -75,9 +75,9 @@ class UpdateRecord(NamedTuple):
 
     info: dict  # of gather_infos
     fresh: list  # of lists of Entry
-    on_advantages: list  # of (G,) tensors, of the fresh ones
+    fresh_advantages: list  # of (G,) tensors, of the fresh ones
     replayed: list  # of lists of Entry
-    off_advantages: list  # of (M,) tensors, of the replayed ones
+    replayed_advantages: list  # of (M,) tensors, of the replayed ones
     grad_norm: float
 
 
@@ -140,7 +140,7 @@ def step_metrics(update, eos_ids):
     off = ~fresh
     entries = [entry for group in update.fresh for entry in group]
     rewards = torch.tensor([entry.reward for entry in entries])
-    advantages = torch.cat([*update.on_advantages, *update.off_advantages])
+    advantages = torch.cat([*update.fresh_advantages, *update.replayed_advantages])
     part_names = entries[0].reward_parts
     part_means = {f"rewards/{p}": mean(e.reward_parts[p] for e in entries) for p in part_names}
     report = {

@@ -58,7 +58,7 @@ class SampleLog:
             return
         fresh = [i for i, group in enumerate(update.fresh) if group]
         replayed = [i for i, group in enumerate(update.replayed) if group]
-        differ = [i for i in fresh if update.on_advantages[i].any()]
+        differ = [i for i in fresh if update.fresh_advantages[i].any()]
         known = [i for i in replayed if update.replayed[i][0].prompt_id in self.with_clip]
         is_sampled = step % self.interval == 1
         chosen_fresh, chosen_replayed = [], []
@@ -74,9 +74,11 @@ class SampleLog:
 
         shared = dict(step=step, buffer=buffer, info=update.info)
         for i in dict.fromkeys(chosen_fresh):
-            self._write_group("fresh", update.fresh[i], update.on_advantages[i], **shared)
+            self._write_group("fresh", update.fresh[i], update.fresh_advantages[i], **shared)
         for i in chosen_replayed:
-            self._write_group("replayed", update.replayed[i], update.off_advantages[i], **shared)
+            self._write_group(
+                "replayed", update.replayed[i], update.replayed_advantages[i], **shared
+            )
 
     def _write_group(self, kind, group, advantages, *, step, buffer, info):
         """kind: "fresh" or "replayed"; group: list of G Entry; advantages (G,)"""
