@@ -113,12 +113,14 @@ def grpo_loss(
         # r (exp(d) - d - 1) = ref / b - r (1 + d): nothing overflows in this form
         log_ref_ratio = torch.where(mask, ref_logprobs - old_logprobs, 0.0)
         ref_ratio = log_ref_ratio.clamp(max=LOG_RATIO_MAX).exp()
-        truncation = (KL_RATIO_MAX / token_ratio.detach()).clamp(max=1)  # min(r, KL_RATIO_MAX) / r
+        # min(r, KL_RATIO_MAX) / r, held constant: the cap scales the value and the gradient alike
+        truncation = (KL_RATIO_MAX / token_ratio.detach()).clamp(max=1)
         kl = truncation * (ref_ratio - token_ratio * (1 + d))
 
     objective = (surrogate - kl_coef * kl).sum(1) / num_tokens  # (N,) mean over the tokens
     loss = -(weights * objective).sum()
 
+    # ---- what is reported of each completion, and read by the guards
     with torch.no_grad():
         too_high = ratio > 1 + clip_eps
         too_low = (ratio < 1 - clip_eps) | (ratio > DUAL_CLIP)
@@ -126,21 +128,21 @@ def grpo_loss(
         effective_ratio = torch.where(mask, ratio.clamp(max=DUAL_CLIP), 0.0)
         kl_ratio = token_ratio.clamp(max=KL_RATIO_MAX)
         pulls = torch.where(is_clipped, 0.0, ratio * advantages)
-        token_weight = weights / num_tokens
+        weight_per_token = weights / num_tokens
         info = dict(
             loss=-weights * objective,
             num_tokens=completion_mask.sum(1),
             kl=kl.sum(1) / num_tokens,
             clip_frac=is_clipped.sum(1) / num_tokens,
             ratio_max=torch.where(mask, ratio, 0.0).amax(1),
-            log_ratio=log_ratio.sum(1),  # of the whole completion
+            log_ratio=log_ratio.sum(1),  # of the whole completion: the sum over its tokens
             logprob_gap_max=log_ratio.abs().amax(1),
             logprob_gap_mean=log_ratio.abs().sum(1) / num_tokens,
             moved=d.abs().sum(1) / num_tokens,  # from the reference; 0 without one
             ratio_sum=effective_ratio.sum(1),
             ratio_square_sum=(effective_ratio**2).sum(1),
             # how hard each term pulls: sums of the factors of grad log pi
-            surrogate_grad_scale=token_weight * pulls.abs().sum(1),
-            kl_grad_scale=token_weight * kl_coef * (kl_ratio * d).abs().sum(1),
+            surrogate_grad_scale=weight_per_token * pulls.abs().sum(1),
+            kl_grad_scale=weight_per_token * kl_coef * (kl_ratio * d).abs().sum(1),
         )
     return loss, info

@@ -45,13 +45,13 @@ def tas_weights(completion_mask, shape, tas_lambda, equal_mean=False):
     mask = completion_mask.bool()
     length = mask.sum(1, keepdim=True)  # (N, 1) each row its own, not T
     t = mask.long().cumsum(1) - 1  # (N, T) 0 on the first valid token
-    t = t.float() / (length - 1).clamp(min=1)  # (N, T) t~; L = 1 gives 0, not 0/0
+    t_rel = t.float() / (length - 1).clamp(min=1)  # (N, T) t~; L = 1 gives 0, not 0/0
     bump = {
-        "parabolic": (2 * t - 1) ** 2,
-        "uniform": torch.zeros_like(t),
-        "linear-up": t,
-        "linear-down": 1 - t,
-        "inverse": 1 - (2 * t - 1) ** 2,
+        "parabolic": (2 * t_rel - 1) ** 2,
+        "uniform": torch.zeros_like(t_rel),
+        "linear-up": t_rel,
+        "linear-down": 1 - t_rel,
+        "inverse": 1 - (2 * t_rel - 1) ** 2,
     }[shape]
     # where, not a product: an empty row has t = -1 everywhere, which must not leak out
     weights = torch.where(mask, 1 + tas_lambda * bump, 0.0)  # (N, T)

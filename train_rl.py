@@ -124,8 +124,8 @@ def parse_args(argv=None):
         num_on=1 if args.num_off else 2,  # one fresh completion alone has no advantage
         prompts_per_step=1,
         rollout_prompts=0,
-        # the 40 % for Hard prompts must hold one replayed group
-        buffer_size=max(1, -(-5 * args.num_off // 2)),
+        # Hard prompts have 40 % of the room: it must hold one replayed group
+        buffer_size=max(1, math.ceil(args.num_off / 0.40)),
         max_new_tokens=1,
         temperature=1e-3,
         clip_eps=0,
@@ -166,7 +166,7 @@ from run.launch import run_main
 from run.run_dir import open_run_dir
 from run.signals import save_and_maybe_stop, watch_signals
 from tas import shape_advantages, tas_weights
-from teachers import judge as judges
+from teachers.judge import open_judge, stop_if_unjudged
 from training import guards, metrics
 from training.held_out import HeldOut
 from training.hint_visits import HintVisits
@@ -335,7 +335,7 @@ def main():
     processes.check_dtype(device, args.dtype, args.lora_rank)
     processes.check_multiple("--prompts-per-step", args.prompts_per_step)
     toy_model, toy_train, toy_test = toy.write_defaults(args.stage, args.model, args.data)
-    tas = dict(
+    tas_settings = dict(
         shape=args.tas_shape.removesuffix("-mean1"),
         tas_lambda=args.tas_lambda,
         equal_mean=args.tas_shape.endswith("-mean1"),  # [U10]
@@ -349,7 +349,7 @@ def main():
     builder = InputBuilder(folder, media_config, root, audio_captions=args.stage == 2)  # [U16]
     judge = None
     if "judge" in reward_weights:
-        judge = judges.open_judge(
+        judge = open_judge(
             args.judge,
             model_name=args.judge_model,
             media_folder=root,
@@ -461,7 +461,7 @@ def main():
     )
     for line in warnings_about_rows(rows, held_out, args.prompts_per_step):
         processes.print0(f"  {line}")
-    accuracy = None
+    eval_accuracy = None
     if held_out and start_step == 0:
         progress["before"] = held_out.accuracy()
         processes.print0(f"held-out accuracy before training: {progress['before']:.3f}")
@@ -517,7 +517,7 @@ def main():
             judge=judge,
         )
         unjudged_frac = 1 - len(flatten(fresh)) / sum(num_fresh)
-        judges.stop_if_unjudged(step, unjudged_frac, judge, save_before)
+        stop_if_unjudged(step, unjudged_frac, judge, save_before)
         clock.lap("reward")
 
         for update in range(args.updates_per_rollout):  # [U19]
@@ -561,7 +561,7 @@ def main():
                 replayed_batches + fresh_batches,
                 step,
                 temperature=args.temperature,
-                tas=tas,
+                tas=tas_settings,
                 clip_eps=args.clip_eps,
                 kl_coef=args.kl_coef,
                 sequence_ratio=args.algo == "avatar-gspo",  # [U22]
@@ -611,7 +611,7 @@ def main():
         judge_s, judge_wait_s = judge.end_step() if judge else (0.0, 0.0)
         is_eval_step = is_evaluated and (step % args.eval_every == 0 or step == num_steps)
         if is_eval_step:
-            accuracy = held_out.accuracy()
+            eval_accuracy = held_out.accuracy()
         report = {
             "step": step,
             "completions_generated": progress["num_generated"],
@@ -629,7 +629,7 @@ def main():
         }
         report["tokens_per_s"] = report["num_valid_tokens"] / step_s
         if is_eval_step:
-            report["eval/acc"] = accuracy
+            report["eval/acc"] = eval_accuracy
             if progress["before"] is not None:
                 report["eval/before"] = progress["before"]
         log.write(report)
@@ -644,9 +644,9 @@ def main():
 
     # ---- the end
     save_model(policy, out / "final", builder.processor)
-    if progress["before"] is not None and accuracy is not None:
+    if progress["before"] is not None and eval_accuracy is not None:
         processes.print0(
-            f"held-out accuracy: {progress['before']:.3f} before, {accuracy:.3f} after "
+            f"held-out accuracy: {progress['before']:.3f} before, {eval_accuracy:.3f} after "
             f"{progress['num_generated']} completions"
         )
     processes.print0(f"saved {out / 'final'}")

@@ -184,7 +184,7 @@ def test_ratio_of_each_token_or_of_the_completion(setup, sequence_ratio):
     batches = pack(weighted(prompts, groups), 4096, dummy)
     add_ref_logprobs(policy, reference, batches, groups, temperature=1.0)
     info, _ = gradient_of(policy, batches, step=9, sequence_ratio=sequence_ratio)
-    largest = torch.tensor([max(row) for row in info["log_ratios"]])
+    largest = torch.tensor([max(row) for row in info["token_log_ratios"]])
     mean = info["log_ratio"] / info["num_tokens"]
     assert (largest - mean)[info["num_tokens"] > 1].min() > 0.01
     torch.testing.assert_close(info["ratio_max"].log(), mean if sequence_ratio else largest)

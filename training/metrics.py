@@ -87,23 +87,23 @@ def completion_info(info, micro_batch, step, *, logprobs, entropy, completion_ma
 
     info      dict of (N,) tensors, of grpo_loss
     returns   dict of (N,) tensors on the CPU, and of lists of N: prompt_id, ids_hash of its tokens, and
-              each completion's tas_weights and log_ratios, a number per token
+              each completion's tas_weights and token_log_ratios, a number per token
     """
     lengths = completion_mask.sum(1)
     entries = micro_batch.entries
     age = torch.tensor([step - entry.born_step for entry in entries])
     info = info | dict(
         entropy=(entropy * completion_mask).sum(1) / lengths,
-        tas_weight=tas_weights.sum(1) / lengths,
+        tas_weight_mean=tas_weights.sum(1) / lengths,
         age=age,
         fresh=age == 0,
     )
     info = {name: value.cpu() for name, value in info.items()}
-    log_ratios = logprobs.detach() - micro_batch.padded("old_logprobs", like=logprobs)
+    token_log_ratios = logprobs.detach() - micro_batch.padded("old_logprobs", like=logprobs)
     info["prompt_id"] = [entry.prompt_id for entry in entries]
     info["ids_hash"] = [ids_hash(entry) for entry in entries]
     info["tas_weights"] = unpadded(tas_weights, lengths)
-    info["log_ratios"] = unpadded(log_ratios, lengths)
+    info["token_log_ratios"] = unpadded(token_log_ratios, lengths)
     return info
 
 
@@ -163,7 +163,7 @@ def step_metrics(update, eos_ids):
         "off/clip_frac": 0.0,
         "off/ess_frac": 1.0,
         "off/age_mean": 0.0,
-        "tas/weight_mean": info["tas_weight"].mean().item(),
+        "tas/weight_mean": info["tas_weight_mean"].mean().item(),
         "completions/mean_length": mean(len(e.completion_ids) for e in entries),
         "completions/clipped_ratio": mean(
             int(e.completion_ids[-1]) not in eos_ids for e in entries

@@ -97,7 +97,7 @@ class SampleLog:
                 place_of[tokens] = i
         for entry, advantage in zip(group, advantages.tolist()):
             i = place_of[ids_hash(entry)]
-            ratios = [math.exp(min(x, 20)) for x in info["log_ratios"][i]]
+            ratios = [math.exp(min(x, 20)) for x in info["token_log_ratios"][i]]
             sample = dict(
                 step=step,
                 kind=kind,
