@@ -117,7 +117,7 @@ from data.clips import BadRow
 from data.rows import Rows, normalize_row, option_table
 from evaluation import items
 from evaluation.asking import ClipItems, answer_items
-from evaluation.protocol import Protocol, parse_reply, prompt_words, read_system
+from evaluation.protocol import Protocol, parse_reply, prompt_turns, read_system
 from models.clip_prefix import read_prefix
 from models.inputs import InputBuilder
 from models.loading import load_to_answer
@@ -286,12 +286,12 @@ class ClipSession:
 
     def prompt(self, row):
         """-> the Prompt of a question, {part: seconds}"""
-        words = prompt_words("", row, self.protocol)
+        turns = prompt_turns("", row, self.protocol)
         seconds, start = {}, time.perf_counter()
         if self.clip is not None:
-            return self.builder.with_text(self.first_prompt, row, words=words), seconds
+            return self.builder.with_text(self.first_prompt, row, turns=turns), seconds
         clip = clips.decode_clip(row, self.builder.root, self.builder.media_config)
-        self.first_prompt = self.builder.from_clip(row, clip, words=words)
+        self.first_prompt = self.builder.from_clip(row, clip, turns=turns)
         seconds["decode"], start = time.perf_counter() - start, time.perf_counter()
         length = self.builder.media_length(self.first_prompt)
         self.prefix = read_prefix(self.policy, self.first_prompt, length)

@@ -115,12 +115,12 @@ def reward_completions(row, texts, mean_logprobs, weights, judge):
     texts          G of str        the completions
     mean_logprobs  G of float      mean log-likelihood of a completion's tokens, nats
     weights        dict of float   format, acc, self, judge: which parts count, and how much
-    judge          callable(row, think) -> float in [0, 1]; called only if its part counts; None is
+    judge          callable(row, reasoning) -> float in [0, 1]; called only if its part counts; None is
                    "not judged", which is not zero
     returns        G of (R, {part: value}); R None: not judged, leave the completion out
     """
     answer_type, options = row["answer_type"], row.get("options")
-    thinks, answers = zip(*[split_completion(text) for text in texts])
+    reasonings, answers = zip(*[split_completion(text) for text in texts])
     agreement = self_consistency_rewards(answers, mean_logprobs, answer_type, options)
 
     scored = []
@@ -131,7 +131,7 @@ def reward_completions(row, texts, mean_logprobs, weights, judge):
             "self": agreement[i],
         }
         if "judge" in weights:
-            parts["judge"] = judge(row, thinks[i])
+            parts["judge"] = judge(row, reasonings[i])
         judged = all(parts[part] is not None for part in weights)
         reward = float(sum(weights[part] * parts[part] for part in weights)) if judged else None
         scored.append((reward, parts))

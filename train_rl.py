@@ -608,7 +608,7 @@ def main():
 
         # ---- report, and save when it is time to
         step_s = clock.total()
-        judge_s, judge_wait_s = judge.end_step() if judge else (0.0, 0.0)
+        judge_s, judge_wait_s = judge.end_training_step() if judge else (0.0, 0.0)
         is_eval_step = is_evaluated and (step % args.eval_every == 0 or step == num_steps)
         if is_eval_step:
             eval_accuracy = held_out.accuracy()

@@ -40,13 +40,13 @@ class ClipCache:
     builder       models.inputs.InputBuilder
     cache_bytes   int     of tensors kept; the least recently used clip goes first. Clips in flight
                   do not count
-    policy        models.policy.Policy whose frozen towers encode each clip once; None if the towers
+    encoder       models.policy.Policy whose frozen towers encode each clip once; None if the towers
                   train: then decoded clips are kept
     """
 
-    def __init__(self, builder, cache_bytes, policy=None):
+    def __init__(self, builder, cache_bytes, encoder=None):
         self.builder = builder
-        self.policy = policy
+        self.encoder = encoder
         self.pool = ThreadPoolExecutor(num_decoders())
         self.in_flight = {}  # clip -> Reading
         self.cache = OrderedDict()  # clip -> CachedClip, the least recently used first
@@ -67,8 +67,8 @@ class ClipCache:
             cached = self.cache[clip]
         else:
             cached = self._read(clip, row)
-        if self.policy and not cached.prompt.is_encoded:
-            cached = cached._replace(prompt=self.policy.with_encoded_media(cached.prompt))
+        if self.encoder and not cached.prompt.is_encoded:
+            cached = cached._replace(prompt=self.encoder.with_encoded_media(cached.prompt))
             self._keep(clip, cached)
 
         if hint is None and cached.prompt_id == row["prompt_id"]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from data.clip_cache import num_decoders
 from data.clips import BadRow, decode_clip
 from evaluation.items import has_usable_sound, without_senses
-from evaluation.protocol import prompt_words
+from evaluation.protocol import prompt_turns
 from models.rollout import rollout
 from run import processes
 from run.packing import pack_sizes
@@ -113,11 +113,11 @@ def read_clip(clip, protocol):
                 reduced_row = without_senses(row | dict(use_audio=use_audio), protocol.without)
                 decoded = decode_clip(reduced_row, builder.root, builder.media_config)
             record["use_audio"] = bool(use_audio)
-            words = prompt_words(clip.name, row | dict(use_audio=use_audio), protocol)
+            turns = prompt_turns(clip.name, row | dict(use_audio=use_audio), protocol)
             if first is not None:
-                prompts.append(builder.with_text(first, row, words=words))
+                prompts.append(builder.with_text(first, row, turns=turns))
                 continue
-            prompts.append(builder.from_clip(row, decoded, words=words))
+            prompts.append(builder.from_clip(row, decoded, turns=turns))
             # inline media stand in other places in each text, and without media nothing is shared
             if not row.get("inline") and prompts[-1].media:
                 first = prompts[-1]

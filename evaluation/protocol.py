@@ -107,7 +107,7 @@ def system_prompt(name, protocol):
     return AUTHORS_SYSTEM[name] if protocol.is_authors else SYSTEM_PROMPT
 
 
-def prompt_words(name, row, protocol):
+def prompt_turns(name, row, protocol):
     """-> system prompt, and the user's turn: text, or pieces with the media among them."""
     text = user_text(row, protocol)
     # the authors' scripts put all media first

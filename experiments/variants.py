@@ -128,7 +128,7 @@ class KeptClips(ClipCache):
     def __init__(self, *args):
         super().__init__(*args)
         digest = hashlib.sha1(f"{self.builder.root.resolve()} {self.builder.media_config}".encode())
-        for tower in self.policy.towers:
+        for tower in self.encoder.towers:
             for tensor in tower.state_dict().values():
                 digest.update(tensor.numpy().tobytes())
         self.folder = REPOSITORY / "runs/experiments/features" / digest.hexdigest()[:12]

@@ -405,7 +405,7 @@ class DecodeAttention:
         num_rows = len(self.lengths)
         first_layer_k, _ = next(iter(self.own_kv.values()))
         self.capacity = first_layer_k.shape[1]
-        self.group_size = num_rows // len(prompt_sizes)
+        self.rows_per_group = num_rows // len(prompt_sizes)
         self.prompts = Spans(prompt_sizes, device)
         self.rows = torch.arange(num_rows, device=device)
         self.query_ends = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
@@ -449,7 +449,7 @@ class DecodeAttention:
 
         own_q = q.reshape(num_rows, num_kv, heads_per_key, width)
         # (B, G, K, H/K, E) -> (B, K, G H/K, E): the prompt's keys, once for all its completions
-        by_prompt = own_q.view(-1, self.group_size, num_kv, heads_per_key, width)
+        by_prompt = own_q.view(-1, self.rows_per_group, num_kv, heads_per_key, width)
         prompt_q = by_prompt.transpose(1, 2).flatten(2, 3)
 
         if q.is_cuda and KERNEL == "flash":
@@ -462,8 +462,8 @@ class DecodeAttention:
             )
 
         # (B, K, G H/K, .) -> (B, G, K, H/K, .), as the completions stand
-        prompt_out = prompt_out.unflatten(2, (self.group_size, -1)).transpose(1, 2)
-        prompt_lse = prompt_lse.unflatten(2, (self.group_size, -1)).transpose(1, 2)
+        prompt_out = prompt_out.unflatten(2, (self.rows_per_group, -1)).transpose(1, 2)
+        prompt_lse = prompt_lse.unflatten(2, (self.rows_per_group, -1)).transpose(1, 2)
         own_out = own_out.view(prompt_out.shape)
         own_lse = own_lse.view(prompt_lse.shape)
         own_weight = (own_lse - prompt_lse).sigmoid()[..., None].to(own_out)

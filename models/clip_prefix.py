@@ -25,10 +25,10 @@ class ClipPrefix(NamedTuple):
 @in_forward
 def read_prefix(policy, prompt, length):
     """Encodes the clip of a prompt and reads the prompt's first `length` tokens -> ClipPrefix"""
-    (head,) = policy.embed([prompt])
-    # a packed row has a tail after each head; this one is thrown away
-    tail = prompt.input_ids[length : length + 1], prompt.position_ids[:, length : length + 1]
-    _, attention = policy.packed_forward([head.first(length)], [[tail]], record=True)
+    (embeds,) = policy.embed([prompt])
+    # a packed row has a suffix after each prefix; this one is thrown away
+    suffix = prompt.input_ids[length : length + 1], prompt.position_ids[:, length : length + 1]
+    _, attention = policy.packed_forward([embeds.first(length)], [[suffix]], record=True)
     kv = {}
     for layer, (k, v) in attention.recorded.items():
         kv[layer] = k[:length].clone(), v[:length].clone()

@@ -159,21 +159,22 @@ class InputBuilder:
         other.root = Path(root)
         return other
 
-    def chat(self, processor, media, row, hint, words):
+    def chat(self, processor, kinds, row, hint, turns):
         """
-        The prompt as text, with one placeholder for each of `media`.
+        The prompt as text, with one placeholder for each medium.
 
-        words   None, or (system prompt, the user's turn) in the place of ours: text, or a list of
+        kinds   list of str   of the media: "image", "video", "audio"
+        turns   None, or (system prompt, the user's turn) in the place of ours: text, or a list of
                 pieces {"type": "text", "text"} and {"type", "index"} with the media among them
         """
         question = question_text(row, self.audio_captions)
         if hint:
             question = place_hint(question, hint)  # [HINT]
-        system, text = words or (SYSTEM_PROMPT, question)
+        system, text = turns or (SYSTEM_PROMPT, question)
         if isinstance(text, list):
             pieces = text
         else:
-            pieces = [dict(type=kind) for kind in media]
+            pieces = [dict(type=kind) for kind in kinds]
             pieces.append(dict(type="text", text=text))
         messages = []
         if system:  # "": the template's own default, if it has one
@@ -187,16 +188,16 @@ class InputBuilder:
             self.per_thread.processor = copy.deepcopy(self.processor)
         return self.per_thread.processor
 
-    def from_clip(self, row, clip, hint=None, words=None):
+    def from_clip(self, row, clip, hint=None, turns=None):
         processor = self.own_processor()
-        if words and isinstance(words[1], list):
-            clip = clip.in_order(words[1])
-        media = ["image"] * len(clip.images)  # media before text: it moves scores by points
+        if turns and isinstance(turns[1], list):
+            clip = clip.in_order(turns[1])
+        kinds = ["image"] * len(clip.images)  # media before text: it moves scores by points
         if clip.frames is not None:
-            media.append("video")
+            kinds.append("video")
         if not clip.use_audio:  # else the sound belongs to the video
-            media += ["audio"] * len(clip.sounds)
-        text = self.chat(processor, media, row, hint, words)
+            kinds += ["audio"] * len(clip.sounds)
+        text = self.chat(processor, kinds, row, hint, turns)
         name = f"row {row['prompt_id']}"
         input_ids, position_ids, media = self.backbone.inputs(
             processor, self.config, text, clip, name
@@ -218,14 +219,14 @@ class InputBuilder:
         ends = torch.tensor(self.tokenizer.convert_tokens_to_ids(self.media_ends))
         return int(torch.isin(prompt.input_ids, ends).nonzero().max()) + 1
 
-    def with_text(self, prompt, row, hint=None, words=None):
+    def with_text(self, prompt, row, hint=None, turns=None):
         """The prompt of another question, or with a hint, about the same clip: it shares the media."""
         num_shared = self.media_length(prompt)  # up to there the two prompts are the same
         shared_ids = prompt.input_ids[:num_shared]
         shared_positions = prompt.position_ids[:, :num_shared]
 
         processor = self.own_processor()
-        chat = self.chat(processor, ["audio"], row, hint, words)  # any one medium, to cut it off
+        chat = self.chat(processor, ["audio"], row, hint, turns)  # any one medium, to cut it off
         text = chat.split(self.media_ends[-1])[1]
         ids = torch.tensor(processor.tokenizer(text).input_ids)
         positions = positions_after(shared_positions, len(ids))

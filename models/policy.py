@@ -31,7 +31,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)  # text mo
 AttentionInterface.register("flash_windows", window_attention)  # towers, on a GPU
 
 
-class Head(NamedTuple):
+class PromptEmbeds(NamedTuple):
     """
     A prompt, or what it begins with, as the text model takes it.
 
@@ -156,7 +156,7 @@ class Policy(nn.Module):
         return prompt._replace(media={name: on_host(value) for name, value in features.items()})
 
     def embed(self, prompts):
-        """Token embeddings of the prompts, with the features of their media in place -> list of Head"""
+        """Token embeddings of the prompts, with the features of their media in place -> list of PromptEmbeds"""
         config = self.thinker.config
         sizes = [len(prompt.input_ids) for prompt in prompts]
         ids = torch.cat([prompt.input_ids for prompt in prompts])
@@ -192,11 +192,13 @@ class Policy(nn.Module):
                     deepstack = layers.new_zeros(sum(num_visual), layers.shape[1])
                 deepstack = deepstack.masked_scatter(places[visual][:, None], layers)
 
-        heads = []
+        prompt_embeds = []
         split = zip(prompts, embeds.split(sizes), visual.split(sizes), deepstack.split(num_visual))
         for prompt, embeds_one, visual_one, deepstack_one in split:
-            heads.append(Head(embeds_one, prompt.position_ids, visual_one, deepstack_one))
-        return heads
+            prompt_embeds.append(
+                PromptEmbeds(embeds_one, prompt.position_ids, visual_one, deepstack_one)
+            )
+        return prompt_embeds
 
     # ---- forward
 
@@ -207,35 +209,35 @@ class Policy(nn.Module):
         """
         return task(self)
 
-    def packed_forward(self, heads, tails, record=False):
+    def packed_forward(self, prefixes, suffixes, record=False):
         """
-        Reads one packed row [ head 1 | head 2 | ... | tails of head 1 | ... ]. Each tail continues its
-        head. To be called inside `forward`.
+        Reads one packed row [ prefix 1 | prefix 2 | ... | suffixes of prefix 1 | ... ]. Each suffix
+        continues its prefix. To be called inside `forward`.
 
-        heads    list of Head
-        tails    list, one per head, of lists of (ids (n,), position_ids (3, n)), n > 0, without media
-        record   whether the PackedAttention keeps the keys and values of every layer
-        returns  hidden states (M, D) of the last token of each head, then of all tails;
-                 the PackedAttention
+        prefixes  list of PromptEmbeds
+        suffixes  list, one per prefix, of lists of (ids (n,), position_ids (3, n)), n > 0, without media
+        record    whether the PackedAttention keeps the keys and values of every layer
+        returns   hidden states (M, D) of the last token of each prefix, then of all suffixes;
+                  the PackedAttention
         """
         text = self.thinker.model.language_model
-        flat_tails = [tail for group in tails for tail in group]
-        tail_ids = torch.cat([ids for ids, _ in flat_tails]).to(self.device)
-        tail_embeds = self.thinker.get_input_embeddings()(tail_ids)
-        embeds = torch.cat([*(head.embeds for head in heads), tail_embeds])  # (L, D)
-        positions = [head.position_ids for head in heads]
-        positions += [position_ids for _, position_ids in flat_tails]
+        flat_suffixes = [suffix for group in suffixes for suffix in group]
+        suffix_ids = torch.cat([ids for ids, _ in flat_suffixes]).to(self.device)
+        suffix_embeds = self.thinker.get_input_embeddings()(suffix_ids)
+        embeds = torch.cat([*(prefix.embeds for prefix in prefixes), suffix_embeds])  # (L, D)
+        positions = [prefix.position_ids for prefix in prefixes]
+        positions += [position_ids for _, position_ids in flat_suffixes]
         positions = torch.cat(positions, dim=1).to(self.device)  # (3, L)
 
-        head_sizes = [len(head.embeds) for head in heads]
-        tail_sizes = [[len(ids) for ids, _ in group] for group in tails]
-        attention = PackedAttention(head_sizes, tail_sizes, self.device, record)
+        prefix_sizes = [len(prefix.embeds) for prefix in prefixes]
+        suffix_sizes = [[len(ids) for ids, _ in group] for group in suffixes]
+        attention = PackedAttention(prefix_sizes, suffix_sizes, self.device, record)
 
         kwargs = {}
-        deepstack = [head.deepstack for head in heads if head.deepstack.shape[1]]
+        deepstack = [prefix.deepstack for prefix in prefixes if prefix.deepstack.shape[1]]
         if deepstack:
-            no_visual = torch.zeros_like(tail_ids, dtype=torch.bool)
-            visual = torch.cat([*(head.visual for head in heads), no_visual])
+            no_visual = torch.zeros_like(suffix_ids, dtype=torch.bool)
+            visual = torch.cat([*(prefix.visual for prefix in prefixes), no_visual])
             kwargs["visual_pos_masks"] = visual[None]
             kwargs["deepstack_visual_embeds"] = torch.cat(deepstack).split(embeds.shape[1], dim=1)
         outputs = text(
@@ -299,24 +301,24 @@ def completion_logprobs(policy, prompts, completions, temperature):
                  entropy (N, T) float32 without gradient; completions in reading order
     """
     # The hidden states begin with the last token of each prompt; then come the completions' tokens.
-    tails = []
+    suffixes = []
     predictors = []  # rows of the hidden states that predict the completions' tokens, in their order
     row = len(prompts)
     for b, (prompt, group) in enumerate(zip(prompts, completions)):
-        prompt_tails = []
+        prompt_suffixes = []
         for completion in group:
             # The last token predicts nothing, so it is not read. A completion of one token is read
             # all the same: attention takes no empty sequence.
             ids = completion[: max(len(completion) - 1, 1)]
-            prompt_tails.append((ids, positions_after(prompt.position_ids, len(ids))))
+            prompt_suffixes.append((ids, positions_after(prompt.position_ids, len(ids))))
             # the prompt's last token predicts the first token, and each token predicts the next
             predictors.append(torch.tensor([b]))
             predictors.append(torch.arange(row, row + len(completion) - 1))
             row += len(ids)
-        tails.append(prompt_tails)
+        suffixes.append(prompt_suffixes)
     if policy.expert_replay:
         policy.expert_replay.impose(prompts, completions, policy.device)
-    hidden, _ = policy.packed_forward(policy.embed(prompts), tails)
+    hidden, _ = policy.packed_forward(policy.embed(prompts), suffixes)
     hidden = hidden[torch.cat(predictors).to(policy.device)]  # (sum of T, D)
 
     flat = [completion for group in completions for completion in group]

@@ -122,12 +122,12 @@ def decode_together(
 ):
     """One wave of a rollout; arguments and result are those of `rollout`."""
     device = policy.device
-    group_size = max(num_completions)
+    max_completions = max(num_completions)
     clip_groups = shared_clip_groups(prompts)
     completion_index, prompt_index = assign_rows(clip_groups, num_completions)
     completion_index = completion_index.to(device)
     prompt_index = prompt_index.to(device)
-    padding = len(prompts) * group_size  # completion_index of a row that decodes nothing
+    padding = len(prompts) * max_completions  # completion_index of a row that decodes nothing
 
     eos = torch.tensor(eos_ids, device=device)
     noise = draw_noise(num_completions, max_new_tokens, seeds).to(device)  # (B G + 1, T)
@@ -181,6 +181,7 @@ def decode_together(
                 experts = torch.stack(chosen, dim=1).byte()  # (rows, J, k)
         return float32_logits(policy.thinker.lm_head, hidden), experts
 
+    decode = decode_plainly  # until it is recorded
     for step in range(max_new_tokens):
         token, logprob = sample(logits, temperature, noise[completion_index, step])
         ended = torch.isin(token, eos)
@@ -195,7 +196,7 @@ def decode_together(
         if num_alive == 0 or step + 1 == max_new_tokens:
             break
         if num_alive < num_before and num_alive <= compact_below * len(completion_index):
-            is_alive = (completion_index != padding).view(-1, attention.group_size)
+            is_alive = (completion_index != padding).view(-1, attention.rows_per_group)
             groups_left, rows_left = compact(is_alive)
             if 0 < len(rows_left) < len(completion_index):
                 attention.select(groups_left, rows_left)
@@ -222,15 +223,15 @@ def assign_rows(clip_groups, num_completions):
     returns  completion_index (rows,)    b G + g: which completion a row decodes; B G for padding
              prompt_index (rows,)        b: which prompt it continues
     """
-    group_size = max(num_completions)
-    padding = len(num_completions) * group_size
+    max_completions = max(num_completions)
+    padding = len(num_completions) * max_completions
     rows_per_group = max(sum(num_completions[b] for b in group) for group in clip_groups)
     completion_index = []
     prompt_index = []
     for group in clip_groups:
         num_padding = rows_per_group
         for b in group:
-            first = b * group_size
+            first = b * max_completions
             completion_index += range(first, first + num_completions[b])
             prompt_index += [b] * num_completions[b]
             num_padding -= num_completions[b]
@@ -241,11 +242,11 @@ def assign_rows(clip_groups, num_completions):
 
 def draw_noise(num_completions, max_new_tokens, seeds):
     """All randomness of a rollout, drawn before it -> (B G + 1, T) float64; the last row is padding's"""
-    group_size = max(num_completions)
-    noise = torch.zeros(len(seeds) * group_size + 1, max_new_tokens, dtype=torch.float64)
+    max_completions = max(num_completions)
+    noise = torch.zeros(len(seeds) * max_completions + 1, max_new_tokens, dtype=torch.float64)
     for b, (count, seed) in enumerate(zip(num_completions, seeds)):
         generator = torch.Generator().manual_seed(seed)
-        first = b * group_size
+        first = b * max_completions
         noise[first : first + count] = torch.rand(
             count, max_new_tokens, generator=generator, dtype=torch.float64
         )
@@ -275,7 +276,7 @@ class SampleBuffer:
 
     def completions(self, num_completions):
         """-> list of lists of Completion, in the host's memory"""
-        group_size = max(num_completions)
+        max_completions = max(num_completions)
         ids = self.ids.cpu()
         logprobs = self.logprobs.cpu()
         lengths = self.lengths.tolist()
@@ -284,7 +285,7 @@ class SampleBuffer:
         groups = []
         for b, count in enumerate(num_completions):
             group = []
-            for i in range(b * group_size, b * group_size + count):
+            for i in range(b * max_completions, b * max_completions + count):
                 length = lengths[i]
                 completion = Completion(
                     ids[i, :length].clone(),
@@ -303,8 +304,8 @@ class SampleBuffer:
 def prefill(policy, prompts, clip_groups, prompt_index, micro_tokens):
     """
     Reads every prompt once. What the prompts of a clip group begin with alike is read once for all of
-    them: in a packed row it is the head, and the rest of each prompt is a tail, as a completion is in
-    the update. In packs of micro_tokens, because the activations of one long row could be larger than
+    them: in a packed row it is the prefix, and the rest of each prompt is a suffix, as a completion is
+    in the update. In packs of micro_tokens, because the activations of one long row could be larger than
     the model.
 
     prompt_index  (rows,)  which prompt each row continues
@@ -328,17 +329,17 @@ def prefill(policy, prompts, clip_groups, prompt_index, micro_tokens):
     recorded = []  # one per pack: number of prefix tokens, {layer: (k, v)}
     for pack in pack_sizes(sizes, micro_tokens):
         first_prompts = [prompts[clip_groups[i][0]] for i in pack]
-        heads = []
-        for i, head in zip(pack, policy.embed(first_prompts)):
-            heads.append(head.first(prefix_lens[i]))
-        tails = []
+        prefixes = []
+        for i, embeds in zip(pack, policy.embed(first_prompts)):
+            prefixes.append(embeds.first(prefix_lens[i]))
+        suffixes = []
         for i in pack:
-            tails.append([(suffix_ids[b], suffix_positions[b]) for b in clip_groups[i]])
-        hidden, attention = policy.packed_forward(heads, tails, record=True)
+            suffixes.append([(suffix_ids[b], suffix_positions[b]) for b in clip_groups[i]])
+        hidden, attention = policy.packed_forward(prefixes, suffixes, record=True)
 
-        # the hidden states begin with the last token of each head
-        tail_sizes = torch.tensor([len(ids) for group in tails for ids, _ in group])
-        last_tokens = len(pack) + tail_sizes.cumsum(0) - 1
+        # the hidden states begin with the last token of each prefix
+        suffix_sizes = torch.tensor([len(ids) for group in suffixes for ids, _ in group])
+        last_tokens = len(pack) + suffix_sizes.cumsum(0) - 1
         hidden = hidden[last_tokens.to(device)]
         logits.append(float32_logits(policy.thinker.lm_head, hidden))
         recorded.append((sum(prefix_lens[i] for i in pack), attention.recorded))

@@ -217,16 +217,16 @@ def score_steps(model, row, steps):
     )
 
 
-def reasoning_steps(think):
+def reasoning_steps(reasoning):
     """
     Cuts the reasoning into the steps that a stepwise judge scores.
 
-    think      str or None   the first half of split_completion
+    reasoning  str or None   the first half of split_completion
     returns    list of str   its lines, or its sentences if it is one line; [] for None
 
     There is no cut after a number and a point, so that "1. Look left." stays one step.
     """
-    steps = (think or "").strip().splitlines()
+    steps = (reasoning or "").strip().splitlines()
     if len(steps) == 1:
         steps = re.split(r"(?<=[.!?])(?<!\d\.)\s+", steps[0])
     return [step.strip() for step in steps if any(c.isalnum() for c in step)]
@@ -252,9 +252,9 @@ class Judge:
         self.last_error = None  # str: why a reasoning was not judged
         self.gave_up = False  # on this step, because a signal asked the run to stop
         self._room = threading.BoundedSemaphore(num_threads)
-        self._begin_step()
+        self._begin_training_step()
 
-    def _begin_step(self):
+    def _begin_training_step(self):
         self._scores = {}  # (prompt_id, steps) -> Future of their scores
         self._first_request = self._last_reply = None  # seconds of time.perf_counter
         self._waited = 0.0  # seconds
@@ -268,8 +268,8 @@ class Judge:
         """
         for row, completions in zip(rows, texts):
             for text in completions:
-                think, _ = answers.split_completion(text)
-                steps = reasoning_steps(think)
+                reasoning, _ = answers.split_completion(text)
+                steps = reasoning_steps(reasoning)
                 if steps:
                     self._submit_steps(row, steps)
 
@@ -295,9 +295,9 @@ class Judge:
         else:
             future.set_result(scores)
 
-    def reward(self, row, think):
+    def reward(self, row, reasoning):
         """-> R_judge of a reasoning, or None: not judged [R.judge]. No reasoning: 0 [U14]."""
-        steps = reasoning_steps(think)
+        steps = reasoning_steps(reasoning)
         if not steps:
             return 0.0
         future = self._submit_steps(row, steps)
@@ -342,13 +342,13 @@ class Judge:
             flush=True,
         )
 
-    def end_step(self):
-        """Ends the step -> seconds from its first request to its last reply, seconds waited."""
+    def end_training_step(self):
+        """Ends the step of training -> seconds from its first request to its last reply, seconds waited."""
         judging = 0.0
         if self._first_request and self._last_reply:
             judging = self._last_reply - self._first_request
         waited = self._waited
-        self._begin_step()
+        self._begin_training_step()
         return judging, waited
 
 

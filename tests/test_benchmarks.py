@@ -513,7 +513,7 @@ def test_several_sounds_as_transformers_reads_them(toy_dir, media, tmp_path):  #
     seen = []
     for order in ((2, 1), (1, 2)):
         text = "Is [audio{}] or [audio{}] louder in [img1]?".format(*order)
-        prompt = build.from_clip(row, clip, words=("Listen.", protocol.interleave_media(text, row)))
+        prompt = build.from_clip(row, clip, turns=("Listen.", protocol.interleave_media(text, row)))
         mels = prompt.media["audio"]["mel"].split(prompt.media["audio"]["lengths"].tolist(), dim=1)
         assert [m.shape[1] for m in mels] == [lengths[i - 1] // 160 for i in order]
         features = torch.zeros(2, 128, 100)

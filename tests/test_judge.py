@@ -273,9 +273,9 @@ def test_begin_returns_at_once_and_calls_wait_only_for_their_own():
     assert asked.reward(row, "fast") == 1.0 and 0.1 < time.perf_counter() - began < 0.5
     time.sleep(0.6)  # work of the loop
     assert asked.reward(row, "slow") == 1.0
-    took, waited = asked.end_step()
+    took, waited = asked.end_training_step()
     assert 0.55 < took < 0.75 and 0.15 < waited < 0.35
-    assert asked.end_step() == (0, 0)
+    assert asked.end_training_step() == (0, 0)
 
 
 def test_no_more_at_once_than_allowed():

@@ -155,7 +155,7 @@ def test_a_prompt_is_the_originals(known, converted, case):
     clip = Clip(frames, 2.0, heard, picture, use_audio="and" in case)
     words = "You are a helpful assistant.", original.QUESTION
     row = dict(prompt_id="r", question="", answer_type="text")
-    prompt = build.from_clip(row, clip, words=words)
+    prompt = build.from_clip(row, clip, turns=words)
     if "image" in case:  # the original's reduced view is PIL's: here the fixtures'
         low = original.picture("view 32", 1, 3, 32, 64)[0]
         prompt.media["image"]["views"] = [(low, picture[0])]
@@ -298,7 +298,7 @@ def test_media_that_a_text_names_stand_where_it_names_them(build, media):
         dict(type="text", text="or"),
         dict(type="audio", index=0),
     ]
-    prompt = build.from_clip(make_row(), clip, words=("", pieces))
+    prompt = build.from_clip(make_row(), clip, turns=("", pieces))
     ids = {name: getattr(build.config, f"{name}_token_id") for name in ("image", "audio")}
     names = [name for i in prompt.input_ids.tolist() for name, token in ids.items() if i == token]
     assert [a for a, b in zip(names, [*names[1:], None]) if a != b] == ["audio", "image", "audio"]

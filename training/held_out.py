@@ -10,7 +10,8 @@ from models.rollout import rollout
 from run import processes
 from run.packing import pack_sizes
 
-BATCH, TOKENS = 32, 131072  # held-out prompts, and their tokens, decoded together on each rank
+# held-out prompts that are read together on each rank, and their tokens that are decoded together
+MAX_PROMPTS, MAX_TOKENS = 32, 131072
 
 
 class HeldOut:
@@ -19,7 +20,7 @@ class HeldOut:
     policy          Policy
     builder         InputBuilder
     cache_bytes     int      for their clips
-    encoder         policy of ClipCache: frozen towers encode each clip once
+    encoder         as ClipCache has it: Policy or None
     num_samples     int      completions, about: as many of each row
     temperature, max_new_tokens, micro_tokens, prompts_at_once    as rollout has them
     seed            int
@@ -59,11 +60,10 @@ class HeldOut:
         """
         num_correct = 0
         problems = {}
-        for first in range(0, self.num_rows, BATCH * processes.world_size()):
-            places = range(self.num_rows)[first + processes.rank() :: processes.world_size()]
-            places = places[:BATCH]
+        for first in range(0, self.num_rows, MAX_PROMPTS * processes.world_size()):
+            end = min(first + MAX_PROMPTS * processes.world_size(), self.num_rows)
             items, failed = [], {}
-            for i in places:
+            for i in range(first + processes.rank(), end, processes.world_size()):
                 try:
                     row = self.rows[i]
                     items.append((i, row, self.clip_cache.get(row)))
@@ -71,7 +71,7 @@ class HeldOut:
                     failed[i] = str(problem)
             problems |= processes.all_gather_dict(failed)
             sizes = [len(prompt.input_ids) for _, _, prompt in items]
-            packs = [[items[k] for k in pack] for pack in pack_sizes(sizes, TOKENS)]
+            packs = [[items[k] for k in pack] for pack in pack_sizes(sizes, MAX_TOKENS)]
             dummy = [(0, None, self.builder.filler)]
             for pack, is_real in processes.even_rounds(packs, dummy):
                 num_correct += self._count_correct(pack, is_real)
