@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 # percent of the capacity (the paper) and of the draws (ours); tiers() cuts the prompts alike
-SHARES = {"hard": 40, "medium": 35, "easy": 25}
+TIER_PERCENT = {"hard": 40, "medium": 35, "easy": 25}
 
 
 @dataclass(eq=False)  # a generated __eq__ would compare tensors and raise
@@ -108,7 +108,7 @@ def _quotas(num_groups, available, rng):
 
     available   list of 3 int   groups that each tier can give
     """
-    share = np.array(list(SHARES.values()))
+    share = np.array(list(TIER_PERCENT.values()))
     quota, rest = np.divmod(num_groups * share, 100)
     if rest.any():
         quota += rng.multinomial(rest.sum() // 100, rest / rest.sum())
@@ -131,7 +131,9 @@ class ReplayBuffer:
             raise ValueError(f"capacity and window must be >= 1, got {capacity} and {window}")
         self.capacity = capacity
         self.window = window
-        self.tier_capacity = {tier: round(capacity * share / 100) for tier, share in SHARES.items()}
+        self.tier_capacity = {
+            tier: round(capacity * share / 100) for tier, share in TIER_PERCENT.items()
+        }
         # the rounded shares must sum to the capacity
         self.tier_capacity["hard"] = (
             capacity - self.tier_capacity["medium"] - self.tier_capacity["easy"]
@@ -176,9 +178,9 @@ class ReplayBuffer:
         if self._tiers is None:
             # a stable sort; rounded as in _gap: equal up to float noise is a tie
             ranked = sorted(self._means, key=lambda prompt_id: round(self._means[prompt_id], 6))
-            count = {tier: round(share * len(ranked) / 100) for tier, share in SHARES.items()}
+            count = {tier: round(share * len(ranked) / 100) for tier, share in TIER_PERCENT.items()}
             count["medium"] = len(ranked) - count["hard"] - count["easy"]
-            names = [tier for tier in SHARES for _ in range(count[tier])]
+            names = [tier for tier in TIER_PERCENT for _ in range(count[tier])]
             self._tiers = dict(zip(ranked, names))
         return self._tiers
 
@@ -196,7 +198,7 @@ class ReplayBuffer:
         """
         for entry in entries:
             self._store(entry)
-        by_tier = {tier: [] for tier in SHARES}
+        by_tier = {tier: [] for tier in TIER_PERCENT}
         for prompt_id, stored in self._stored.items():
             by_tier[self.tier(prompt_id)] += stored
         evicted = {}  # order -> prompt_id
@@ -220,8 +222,9 @@ class ReplayBuffer:
     def _rare_successes(self, stored):
         """
         [U5] Orders of the entries that eviction spares: for each prompt, hinted and plain apart, the
-        best reward (newest of equals) if it beats R̄(q). They fill at most half of the tier, newest
-        first: single successes of thousands of prompts would leave no prompt with a group to draw.
+        best reward (newest of equals) if it beats R̄(q). At most half of the tier is spared, the newest
+        first. Otherwise thousands of prompts with one success each would fill it, and none would have
+        num_off entries to draw.
         """
         best = {}
         for s in sorted(stored, key=lambda s: (s.entry.reward, s)):
@@ -243,7 +246,8 @@ class ReplayBuffer:
 
     def draw(self, num_groups, num_off, step, rng):
         """
-        tier: 40/35/25 % of the groups   q in tier: weight max(s (u + v), 1 % of the largest) [DRAW]
+        40/35/25 % of the groups are of Hard, Medium, Easy prompts. In its tier, q has the weight
+        max(s (u + v), 1 % of the largest)                                               [DRAW]
         u, v >= 0: how far the rewards of q reach above and below R̄(q); s = 2 if both do, else 1.
         Groups whose replayed advantages R - R̄(q) are two-sided and rarely zero.
 
@@ -255,13 +259,14 @@ class ReplayBuffer:
                     mixed, as their prompts differ; shorter when too little is stored
         raises      ValueError    num_groups or num_off out of range
 
-        [U2] [U3] Of a prompt half come from each side of R̄(q), farthest first, newest of equals.
+        [U2] [U3] Of a drawn prompt, half the entries come from each side of R̄(q): farthest first,
+        newest of equals.
         If both its hinted and its plain entries make a group, the more useful do. A prompt without an R̄
         has nothing to be measured against and is not drawn.
         """
         if num_groups < 0 or num_off < 1:
             raise ValueError(f"need num_groups >= 0, num_off >= 1, got {num_groups} and {num_off}")
-        pools = {tier: [] for tier in SHARES}  # of _Group, in the order of tiers()
+        pools = {tier: [] for tier in TIER_PERCENT}  # of _Group, in the order of tiers()
         for prompt_id, tier in self.tiers().items():
             group = self._group_of(prompt_id, num_off, step)
             if group:
@@ -305,7 +310,7 @@ class ReplayBuffer:
     def stats(self, step):
         """Metrics of the present content; 0 where there is nothing to average."""
         size = len(self)
-        num_held = dict.fromkeys(SHARES, 0)
+        num_held = dict.fromkeys(TIER_PERCENT, 0)
         ages = []
         for prompt_id, stored in self._stored.items():
             num_held[self.tier(prompt_id)] += len(stored)
@@ -313,7 +318,7 @@ class ReplayBuffer:
         return {
             "buffer/size": size,
             "buffer/prompts": len(self._stored),
-            **{f"buffer/frac_{tier}": num_held[tier] / max(size, 1) for tier in SHARES},
+            **{f"buffer/frac_{tier}": num_held[tier] / max(size, 1) for tier in TIER_PERCENT},
             "buffer/staleness_mean": sum(ages) / max(size, 1),  # steps
             "buffer/mean_reward": sum(self._means.values()) / max(len(self._means), 1),
         }

@@ -167,9 +167,9 @@ from run.io import write_text
 from run.launch import run_main
 from run.run_dir import git_commit, lock_run_dir
 
-# Missing media of more items than this share of a file (and more than 2) stop the evaluation: the
-# folder is set up wrongly. Fewer are bad items.
-MAX_MISSING_SHARE = 0.1
+# Missing media of more items than this fraction of a file (and more than 2) stop the evaluation: the
+# folder is set up wrongly. Fewer are bad items, but of a benchmark's own media none may be missing.
+MAX_MISSING_FRAC = 0.1
 
 
 # ---- how it is asked ---------------------------------------------------------------------------
@@ -275,11 +275,8 @@ def check_media(sets, media_config, allow_missing):
     for name, (folder, rows) in sets.items():
         missing = items.missing_media(folder, rows, media_config)
         is_benchmark = name in benchmarks.BENCHMARKS
-        if (
-            not missing
-            or not is_benchmark
-            and len(missing) <= max(2, MAX_MISSING_SHARE * len(rows))
-        ):
+        num_tolerated = 0 if is_benchmark else max(2, MAX_MISSING_FRAC * len(rows))
+        if len(missing) <= num_tolerated:
             continue
         for problem in missing[:10]:
             processes.print0(f"out of reach: {problem}")

@@ -97,7 +97,8 @@ class HintSchedule:
 
     def due(self, prompt_id):
         """After observe: whether this visit carries the hint, from entry on every second one."""
-        return self._active.get(prompt_id, 1) % 2 == 0
+        visits = self._active.get(prompt_id)  # since its hint entered; None: it has none
+        return visits is not None and visits % 2 == 0
 
     def state_dict(self):
         """Plain lists and numbers: torch.load(weights_only=True) reads it."""

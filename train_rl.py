@@ -486,7 +486,7 @@ def main():
         # ---- prompts that stay hard carry their hint
         hinted = set()
         if args.hints:
-            prompts, hinted = hint_visits.apply(step, step_rows, prompts, steps.tell)  # [HINT]
+            prompts, hinted = hint_visits.add_hints(step, step_rows, prompts, steps.tell)  # [HINT]
         clock.lap("data")
 
         # ---- sample the fresh completions, with the log-probs of the policy that samples them

@@ -208,9 +208,9 @@ def main():
         # ---- the gradient, and the optimizer step unless its numbers are bad
         loss, num_valid_tokens = add_gradient(policy, prompts, completions, args.micro_tokens)
         grad_norm = optim.clip_grad_norm(policy)
-        problem = guard.bad_step(loss, grad_norm)
+        problem = guard.find_problem(loss, grad_norm)
         prompt_ids = {row["prompt_id"] for row in step_rows}
-        if guard.handle_bad_step(problem, prompt_ids, steps, args.on_bad_step, save_before):
+        if guard.stop_or_skip(problem, prompt_ids, steps, args.on_bad_step, save_before):
             optimizer.zero_grad()
         else:
             optim.step(optimizer, args.lr, step, num_steps, cosine=True)

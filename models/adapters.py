@@ -262,9 +262,8 @@ def experts_product(wrapper, rows, ends):
     b = wrapper.lora_B[adapter].weight.to(rows.dtype).view(num_out, -1, num_experts)
     b = b.permute(2, 0, 1) * wrapper.scaling[adapter]  # (E, D_out, r)
     if wrapper.switch.adapter is None:
-        b = torch.zeros_like(
-            b
-        )  # the same kernel on as many columns: an adapter that is 0 has no KL
+        # the same kernel on as many columns: an adapter that is 0 has no KL
+        b = torch.zeros_like(b)
     missing = -a.shape[1] % 8  # a GPU's kernel takes rows of whole 16 bytes
     a = F.pad(a, (0, 0, 0, missing))
     b = F.pad(b, (0, missing))

@@ -27,9 +27,8 @@ class ExpertReplay:
 
     def __init__(self, routers, route):
         self.choices = {}  # (prompt, completion) -> (T - 1, J, k) uint8, of the last rollout
-        self.recorded = (
-            None  # list of (tokens, k), one for each layer that ran; None: not recording
-        )
+        # list of (tokens, k), one for each layer that ran; None: not recording
+        self.recorded = None
         self.imposed = None  # (tokens, J, k) int64 of the last tokens of a packed row; -1: free
         self.is_paused = False
         self.num_layers = len(routers)

@@ -18,8 +18,8 @@ from run.errors import UserError
 # rank 0 may work for long while the others wait for it; if it dies, torchrun ends them all
 LONG_TIMEOUT = timedelta(hours=6)
 ESTIMATE_AFTER = 5  # steps, before the time of the remaining ones is estimated
-# The group for Python objects where tensors go through NCCL: such a wait occupies no GPU and may last
-# for LONG_TIMEOUT.
+# With NCCL, Python objects go through a gloo group of their own: waiting in it occupies no GPU, and may
+# last for LONG_TIMEOUT.
 _objects = []
 
 # ---- ranks -------------------------------------------------------------------------------------

@@ -92,13 +92,13 @@ def test_the_usual_norm_is_saved_with_the_run():
 
 def test_a_bad_step_stops_or_is_skipped():
     guard, steps, saved = guards.StepGuard(max_seq_ratio=0), Steps(), []
-    problem = guard.bad_step(float("nan"), 1.0)
+    problem = guard.find_problem(float("nan"), 1.0)
     with pytest.raises(UserError, match=r"step 7: loss nan.*its prompts: p, q.*--on-bad-step skip"):
-        guard.handle_bad_step(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
+        guard.stop_or_skip(problem, {"q", "p"}, steps, "stop", lambda: saved.append(1))
     assert saved == [1]
-    assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(2))
+    assert guard.stop_or_skip(problem, {"q"}, steps, "skip", lambda: saved.append(2))
     assert saved == [1] and steps.lines[0].startswith("skipped: loss nan")
-    assert not guard.handle_bad_step(guard.bad_step(1.0, 1.0), {"q"}, steps, "stop", None)
+    assert not guard.stop_or_skip(guard.find_problem(1.0, 1.0), {"q"}, steps, "stop", None)
 
 
 def test_a_later_update_of_a_step_is_left_out_not_saved():
@@ -120,25 +120,25 @@ def test_a_later_update_of_a_step_is_left_out_not_saved():
 
 def test_ten_bad_steps_in_a_row_stop_even_with_skip():
     guard, steps, saved = guards.StepGuard(max_seq_ratio=0), Steps(), []
-    for _ in range(guards.PATIENCE - 1):
-        problem = guard.bad_step(1.0, float("inf"))
-        assert guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(1))
-    problem = guard.bad_step(1.0, float("inf"))
+    for _ in range(guards.COLLAPSE_STEPS - 1):
+        problem = guard.find_problem(1.0, float("inf"))
+        assert guard.stop_or_skip(problem, {"q"}, steps, "skip", lambda: saved.append(1))
+    problem = guard.find_problem(1.0, float("inf"))
     with pytest.raises(UserError):
-        guard.handle_bad_step(problem, {"q"}, steps, "skip", lambda: saved.append(1))
+        guard.stop_or_skip(problem, {"q"}, steps, "skip", lambda: saved.append(1))
     assert saved == [1] and guard.report() == {"steps_skipped": 10}
 
 
 def test_bad_steps_by_hand():
     guard, nan = guards.StepGuard(max_seq_ratio=100), float("nan")
-    assert guard.bad_step(0.5, 1.0) is None
-    assert "gradient norm nan" in guard.bad_step(0.5, nan)
-    assert "loss inf" in guard.bad_step(float("inf"), 2.0)
-    assert "--max-seq-ratio 100" in guard.bad_step(0.5, 1.0, 101.0)
+    assert guard.find_problem(0.5, 1.0) is None
+    assert "gradient norm nan" in guard.find_problem(0.5, nan)
+    assert "loss inf" in guard.find_problem(float("inf"), 2.0)
+    assert "--max-seq-ratio 100" in guard.find_problem(0.5, 1.0, 101.0)
     assert guard.num_skipped == 3 and guard.num_bad_in_a_row == 3
-    assert guard.bad_step(0.5, 1.0, 100.0) is None and guard.num_bad_in_a_row == 0
-    assert "10th bad step in a row" in [guard.bad_step(nan, 1.0) for _ in range(10)][-1]
-    assert guards.StepGuard(0).bad_step(0.5, 1.0, 1e9) is None
+    assert guard.find_problem(0.5, 1.0, 100.0) is None and guard.num_bad_in_a_row == 0
+    assert "10th bad step in a row" in [guard.find_problem(nan, 1.0) for _ in range(10)][-1]
+    assert guards.StepGuard(0).find_problem(0.5, 1.0, 1e9) is None
 
 
 # ---- a policy that has collapsed
@@ -147,14 +147,14 @@ def test_bad_steps_by_hand():
 def test_collapses_by_hand():
     guard = guards.StepGuard(100)
     no_entropy, cut_off = step_report(entropy=1e-5), step_report(**{"completions/clipped_ratio": 1})
-    assert [guard.collapse(no_entropy) for _ in range(9)] == [None] * 9
-    assert "entropy" in guard.collapse(no_entropy)
-    assert guard.collapse(step_report()) is None  # it has recovered
-    assert [guard.collapse(cut_off) for _ in range(9)] == [None] * 9
-    assert "--max-new-tokens" in guard.collapse(cut_off)
+    assert [guard.find_collapse(no_entropy) for _ in range(9)] == [None] * 9
+    assert "entropy" in guard.find_collapse(no_entropy)
+    assert guard.find_collapse(step_report()) is None  # it has recovered
+    assert [guard.find_collapse(cut_off) for _ in range(9)] == [None] * 9
+    assert "--max-new-tokens" in guard.find_collapse(cut_off)
     # a model that has never ended a completion has not collapsed
     short = guards.StepGuard(100)
-    assert [short.collapse(cut_off) for _ in range(30)] == [None] * 30
+    assert [short.find_collapse(cut_off) for _ in range(30)] == [None] * 30
 
 
 # ---- nothing is learned
@@ -183,11 +183,11 @@ def test_a_run_that_learns_nothing_says_why(changes, flag):
     guard, lines = guards.StepGuard(max_seq_ratio=0), []
     report = step_report(**changes)
     for _ in range(guards.IDLE_STEPS - 1):
-        guard.collapse(report)
+        guard.find_collapse(report)
         guard.warn_if_idle(report, lines.append)
     assert lines == []
     for _ in range(20):  # once, not at every step
-        guard.collapse(report)
+        guard.find_collapse(report)
         guard.warn_if_idle(report, lines.append)
     assert len(lines) == 1 and flag in lines[0]
 
@@ -202,9 +202,9 @@ def test_a_step_with_a_signal_starts_the_count_anew():
 
 def test_completions_that_are_cut_off_late_are_a_collapse_not_idleness():
     guard, lines = guards.StepGuard(max_seq_ratio=0), []
-    guard.collapse(step_report())  # some end by themselves
+    guard.find_collapse(step_report())  # some end by themselves
     cut_off = step_report(**{"completions/clipped_ratio": 1.0})
-    for _ in range(guards.PATIENCE - 1):
-        assert guard.collapse(cut_off) is None
+    for _ in range(guards.COLLAPSE_STEPS - 1):
+        assert guard.find_collapse(cut_off) is None
         guard.warn_if_idle(cut_off, lines.append)
-    assert "cut off" in guard.collapse(cut_off) and lines == []
+    assert "cut off" in guard.find_collapse(cut_off) and lines == []

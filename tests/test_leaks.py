@@ -7,7 +7,7 @@ Whether a hint gives the answer away [U9].
 import pytest
 
 from teachers.leaks import hint_leak
-from training.hint_visits import usable_hint
+from training.hint_visits import check_hint
 
 COLORS = ["red", "blue", "green", "yellow"]
 LEAKS = [
@@ -202,9 +202,9 @@ def test_the_reason_names_what_was_found():
 def test_a_leak_is_refused_once_and_told():
     row = dict(prompt_id="q", hint="it is red", answer="red", answer_type="text")
     refused, told = set(), []
-    assert usable_hint(row, refused, told.append) is None
-    assert usable_hint(row, refused, told.append) is None
+    assert check_hint(row, refused, told.append) is None
+    assert check_hint(row, refused, told.append) is None
     assert told == ["hint refused: q: it says 'red'"] and refused == {"q"}
     fine = row | dict(prompt_id="p", hint="look at the ball")
-    assert usable_hint(fine, refused, told.append) == "look at the ball"
-    assert usable_hint(dict(row, hint=None), set(), told.append) is None
+    assert check_hint(fine, refused, told.append) == "look at the ball"
+    assert check_hint(dict(row, hint=None), set(), told.append) is None

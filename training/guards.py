@@ -12,9 +12,9 @@ from run import processes
 from run.errors import UserError
 from run.resume import resume_command
 
-PATIENCE = 10  # steps in a row that make a collapse
+COLLAPSE_STEPS = 10  # in a row that end the run: bad ones, or ones of a collapsed policy
 SPIKE = 20  # times the usual gradient norm: a step above it is reported
-MEDIAN_OF = (10, 50)  # gradient norms in the usual one, a median: at least, at most
+MIN_NORMS, MAX_NORMS = 10, 50  # gradient norms in the usual one, a median: at least, at most
 MIN_ENTROPY = 1e-4  # nats per token: below it the policy writes the same again and again
 IDLE_STEPS = 5  # steps in a row without anything to learn from, before the run says so
 
@@ -76,8 +76,8 @@ class StepGuard:
         if update == 0:
             self.report_grad_spike(info, grad_norm, steps.tell)
         loss = info["loss"].sum().item()
-        problem = self.bad_step(loss, grad_norm, worst_seq_ratio(info), update)
-        return self.handle_bad_step(
+        problem = self.find_problem(loss, grad_norm, worst_seq_ratio(info), update)
+        return self.stop_or_skip(
             problem,
             prompt_ids={*prompt_ids, *info["prompt_id"]},
             steps=steps,
@@ -86,9 +86,9 @@ class StepGuard:
             save=save_before if update == 0 else None,
         )
 
-    def bad_step(self, loss, grad_norm, ratio=1.0, update=0):
+    def find_problem(self, loss, grad_norm, ratio=1.0, update=0):
         """
-        What is wrong with a gradient, before it is applied (str), or None.
+        What is wrong with a gradient, before it is applied (str), or None. Counts the bad steps.
 
         ratio    float    of the completion that has moved farthest, from worst_seq_ratio
         update   int      of the step, from 0: only the first counts as the step's       [U19]
@@ -106,15 +106,15 @@ class StepGuard:
             return None
         self.num_skipped += 1
         self.num_bad_in_a_row += 1
-        if self.num_bad_in_a_row >= PATIENCE:
-            problem += f", the {PATIENCE}th bad step in a row"
+        if self.num_bad_in_a_row >= COLLAPSE_STEPS:
+            problem += f", the {COLLAPSE_STEPS}th bad step in a row"
         return problem
 
-    def handle_bad_step(self, problem, prompt_ids, steps, on_bad_step, save):
+    def stop_or_skip(self, problem, prompt_ids, steps, on_bad_step, save):
         """
         Ends the run at a step with bad numbers, or prints that the step is skipped.
 
-        problem      str or None, from bad_step
+        problem      str or None, from find_problem
         prompt_ids   of the step
         steps        run.processes.Steps
         on_bad_step  "stop" or "skip"
@@ -125,7 +125,7 @@ class StepGuard:
         if not problem:
             return False
         problem = f"{problem}; its prompts: {', '.join(sorted(prompt_ids))}"
-        must_stop = on_bad_step == "stop" or self.num_bad_in_a_row >= PATIENCE
+        must_stop = on_bad_step == "stop" or self.num_bad_in_a_row >= COLLAPSE_STEPS
         if save and must_stop:
             save()
             remedy = "Start a new run with a lower --lr"
@@ -146,10 +146,10 @@ class StepGuard:
         info   dict of (N,) tensors, a number per completion, and prompt_id, a list of N
         """
         if not math.isfinite(grad_norm):
-            return  # bad_step reports it; in the median it would spoil the next 50 steps
-        is_known = len(self.grad_norms) >= MEDIAN_OF[0]
+            return  # find_problem reports it; in the median it would spoil the next 50 steps
+        is_known = len(self.grad_norms) >= MIN_NORMS
         usual = median(self.grad_norms) if is_known else math.inf
-        self.grad_norms = [*self.grad_norms, grad_norm][-MEDIAN_OF[1] :]
+        self.grad_norms = [*self.grad_norms, grad_norm][-MAX_NORMS:]
         if grad_norm <= SPIKE * usual:
             return
         scales = {term: info[f"{term}_grad_scale"] for term in ("surrogate", "kl")}
@@ -165,16 +165,16 @@ class StepGuard:
 
     def stop_if_collapsed(self, report):
         """Ends the run if the policy has collapsed.  report: the step's metrics"""
-        problem = self.collapse(report)
+        problem = self.find_collapse(report)
         if problem:
-            first_step = report["step"] - PATIENCE + 1
+            first_step = report["step"] - COLLAPSE_STEPS + 1
             raise UserError(
                 f"step {report['step']}: {problem}: the policy collapsed at step {first_step}: "
                 "start a new --out with a lower --lr"
             )
 
-    def collapse(self, report):
-        """What went wrong with the policy (str) for PATIENCE steps in a row, or None."""
+    def find_collapse(self, report):
+        """What went wrong with the policy (str) for COLLAPSE_STEPS steps in a row, or None."""
         is_cut_off = report["completions/clipped_ratio"] == 1
         has_no_entropy = report["entropy"] < MIN_ENTROPY
         if not is_cut_off:
@@ -182,10 +182,10 @@ class StepGuard:
         # before any has ended by itself, --max-new-tokens is too low: see idle_cause
         self.num_cut_off = self.num_cut_off + 1 if is_cut_off and self.any_ended else 0
         self.num_without_entropy = self.num_without_entropy + 1 if has_no_entropy else 0
-        if self.num_without_entropy >= PATIENCE:
-            return f"entropy below {MIN_ENTROPY:g} nats in {PATIENCE} steps in a row"
-        if self.num_cut_off >= PATIENCE:
-            return f"every completion of {PATIENCE} steps in a row was cut off by --max-new-tokens"
+        if self.num_without_entropy >= COLLAPSE_STEPS:
+            return f"entropy below {MIN_ENTROPY:g} nats in {COLLAPSE_STEPS} steps in a row"
+        if self.num_cut_off >= COLLAPSE_STEPS:
+            return f"every completion of {COLLAPSE_STEPS} steps in a row was cut off by --max-new-tokens"
         return None
 
     def warn_if_idle(self, report, tell):

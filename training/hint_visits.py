@@ -34,7 +34,7 @@ class HintVisits:
         self.dummy = dummy
         self.temperature = temperature
 
-    def apply(self, step, rows, prompts, tell):
+    def add_hints(self, step, rows, prompts, tell):
         """
         Chooses the prompts of a step that carry their hint, and puts the hints in.        [HINT]
 
@@ -45,7 +45,7 @@ class HintVisits:
         """
         hint_of = {}
         for row in rows:
-            hint = usable_hint(row, refused=self.schedule.refused, tell=tell)
+            hint = check_hint(row, refused=self.schedule.refused, tell=tell)
             if hint:
                 hint_of[row["prompt_id"]] = (row, hint)
         prompt_ids = [row["prompt_id"] for row in rows]
@@ -92,7 +92,7 @@ class HintVisits:
                 tell(f"hint {event}: {prompt_id}")
 
 
-def usable_hint(row, refused, tell):
+def check_hint(row, refused, tell):
     """
     The row's hint, unless it gives the answer away: then it is refused, once.
 

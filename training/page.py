@@ -153,9 +153,8 @@ class RunPage:
         self.due = time.monotonic() + (time.monotonic() - start_time) / PAGE_FRAC
 
     def write_last(self):
-        with contextlib.suppress(
-            OSError
-        ):  # what ended the run has been reported; this adds nothing
+        # what ended the run has been reported; an error of the page would add nothing
+        with contextlib.suppress(OSError):
             write(self.out)
 
 
