@@ -33,7 +33,9 @@ def parse_args(argv=None):
     flag("--out", required=True, help="folder to write; must be new")
     flag("--seconds", type=int, nargs=2, default=[3, 5], help="length of a clip, least and most")
     flag("--eye-steps", type=int, default=800, help="steps that train the eyes; 0: random eyes")
-    flag("--num-sft", type=int, default=1280, help="clips for rows with a reasoning, 4 a clip")
+    flag(
+        "--num-sft", type=int, default=1280, help="clips for rows with a reasoning, up to 7 a clip"
+    )
     flag("--num-train", type=int, default=128, help="rows for RL")
     flag("--num-test", type=int, default=128, help="rows of each held-out file")
     flag("--seed", type=int, default=0, help="random seed; the same seed writes the same rows")
@@ -58,6 +60,7 @@ import json
 import re
 import wave
 from collections import Counter
+from itertools import repeat
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -74,6 +77,7 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 import toy
 from data.clips import MediaConfig
 from data.rows import SYSTEM_PROMPT, Rows, completion_text, question_text
+from data.thumbnails import encode_picture
 from data.toy_clips import VIDEO_FPS, write_mp4
 from experiments import ears, senses
 from hints import place_hint
@@ -87,6 +91,8 @@ FRAME_SIZE = 112  # pixels, both sides; the model is shown fewer (--max-pixels)
 AUDIO_RATE = 16000  # samples/s of the clips
 MAX_VOICE = int(0.9 * AUDIO_RATE)  # samples of a recording that fit into its second
 DIGITS = range(10)
+BLANK = "clips/blank.jpg"  # the picture of a row without a clip
+TOLD_PER_CLIP = 9
 SHARE_OF_HELD_OUT_HANDS = 0.2
 NUM_HELD_OUT_SPEAKERS = 2  # of six, the last by name
 
@@ -186,20 +192,20 @@ def random_pairs(rng, num_seconds, pairs, num_agreeing=None):
 class Question(NamedTuple):
     fields: dict  # of the row: question, answer, answer_type, options, hint
     look: list  # the seconds that decide; empty: all
-    notes: list  # the answer so far, after each second; OPEN while nothing is known
-
-
-OPEN = "open"
+    notes: list  # what its reasoning notes after each second; ends with the answer so far
 
 
 def known_from(k, answer, num_seconds):
-    """Notes of a question that second k decides."""
-    return [OPEN] * k + [answer] * (num_seconds - k)
+    """Answers so far of a question that second k decides."""
+    return ["open"] * k + [answer] * (num_seconds - k)
 
 
-def only_second(values, value):
-    """The index of the one place that has this value, None if there are several or none."""
-    return values.index(value) if values.count(value) == 1 else None
+def compared(digits, others, answers):
+    """
+    Notes that compare two digits each second. A small model learns a difference, which is linear in
+    both, long before it learns whether two digits are equal.
+    """
+    return [f"off {a - b}, {answer}" for a, b, answer in zip(digits, others, answers)]
 
 
 def choice(rng, answer, others):
@@ -215,21 +221,24 @@ def choice(rng, answer, others):
 
 def ask_said_while(rng, seconds, k):
     shown, said = seconds[k]
-    if only_second([pair[0] for pair in seconds], shown) is None:
+    all_shown, all_said = zip(*seconds)
+    if all_shown.count(shown) > 1:
         return None
     fields = {
         "question": f"Which digit is said while the hand shows {shown}?",
-        "options": choice(rng, said, [pair[1] for pair in seconds]),
+        "options": choice(rng, said, all_said),
         "answer": str(said),
         "answer_type": "choice",
         "hint": f"find the second in which the hand shows {shown}, listen there",
     }
-    return Question(fields, [k], known_from(k, fields["answer"], len(seconds)))
+    answers = known_from(k, str(said), len(seconds))
+    return Question(fields, [k], compared(all_shown, repeat(shown), answers))
 
 
 def ask_shown_while(rng, seconds, k):
     shown, said = seconds[k]
-    if only_second([pair[1] for pair in seconds], said) is None:
+    all_said = [pair[1] for pair in seconds]
+    if all_said.count(said) > 1:
         return None
     fields = {
         "question": f"Which digit does the hand show while the voice says {said}?",
@@ -237,22 +246,25 @@ def ask_shown_while(rng, seconds, k):
         "answer_type": "number",
         "hint": f"find the second in which the voice says {said}, look there",
     }
-    return Question(fields, [k], known_from(k, fields["answer"], len(seconds)))
+    answers = known_from(k, str(shown), len(seconds))
+    return Question(fields, [k], compared(all_said, repeat(said), answers))
 
 
 def ask_shown_before(rng, seconds, k):
     said = seconds[k][1]
-    if k == 0 or only_second([pair[1] for pair in seconds], said) is None:
+    all_shown, all_said = zip(*seconds)
+    if k == 0 or all_said.count(said) > 1:
         return None
     shown = seconds[k - 1][0]
     fields = {
         "question": f"Which digit did the hand show right before the voice said {said}?",
-        "options": choice(rng, shown, [pair[0] for pair in seconds]),
+        "options": choice(rng, shown, all_shown),
         "answer": str(shown),
         "answer_type": "choice",
         "hint": f"find the second in which the voice says {said}, look one second earlier",
     }
-    return Question(fields, [k - 1, k], known_from(k, fields["answer"], len(seconds)))
+    answers = known_from(k, str(shown), len(seconds))
+    return Question(fields, [k - 1, k], compared(all_said, repeat(said), answers))
 
 
 def ask_sum(rng, seconds, k):
@@ -268,14 +280,13 @@ def ask_sum(rng, seconds, k):
 
 def ask_agree_count(seconds):
     counts = np.cumsum([shown == said for shown, said in seconds])
-    notes = [str(count) for count in counts]
     fields = {
         "question": "How often do hand and voice agree?",
-        "answer": notes[-1],
+        "answer": str(counts[-1]),
         "answer_type": "number",
         "hint": "write a line for each second, then count the lines with equal digits",
     }
-    return Question(fields, [], notes)
+    return Question(fields, [], compared(*zip(*seconds), counts))
 
 
 def ask_agree_second(seconds):
@@ -286,7 +297,8 @@ def ask_agree_second(seconds):
         "answer_type": "text",
         "hint": "write a line for each second, find the one with equal digits",
     }
-    return Question(fields, agreeing, known_from(agreeing[0], fields["answer"], len(seconds)))
+    answers = known_from(agreeing[0], fields["answer"], len(seconds))
+    return Question(fields, agreeing, compared(*zip(*seconds), answers))
 
 
 def ask_ever_agree(seconds):
@@ -298,8 +310,8 @@ def ask_ever_agree(seconds):
         "hint": "write a line for each second, look for equal digits",
     }
     first_agreeing = agreeing[0] if agreeing else len(seconds)
-    notes = ["no"] * first_agreeing + ["yes"] * (len(seconds) - first_agreeing)
-    return Question(fields, agreeing, notes)
+    answers = ["no"] * first_agreeing + ["yes"] * (len(seconds) - first_agreeing)
+    return Question(fields, agreeing, compared(*zip(*seconds), answers))
 
 
 # about one second, which may have a pair that is held out; and about the agreement in a whole clip
@@ -312,7 +324,6 @@ ONE_SECOND = {
 # number of agreeing seconds: drawn first, so that no answer is much more frequent than another
 AGREEMENT = {"agree count": (0, 1, 2, 3), "agree second": (1,), "ever agree": (0, 1)}
 KINDS = [*ONE_SECOND, *AGREEMENT]
-QUESTIONS_PER_CLIP = 4  # in sft.jsonl
 KINDS_OF_A_PAIR = ["said while", "shown while", "sum"]  # answered by both digits of one second
 
 
@@ -357,13 +368,13 @@ def describe(pair):
 
 # styles of the reasonings that the cold start learns, and their shares: as scraped ones are, some
 # look at every second, some at those that decide, and some jump to an answer, which may be wrong
-STYLES = {"full": 0.5, "short": 0.1, "hasty": 0.4}
+STYLES = {"full": 0.6, "short": 0.1, "hasty": 0.3}
 
 
-def add_reasoning(rng, row, seconds, question):
+def add_reasoning(rng, row, seconds, question, styles=STYLES):
     """Adds a reasoning, and in its hasty style a guessed answer."""
     has_hint = rng.random() < 0.2  # so that the cold-started policy knows what a hint is for
-    style = "full" if has_hint else str(rng.choice(list(STYLES), p=list(STYLES.values())))
+    style = "full" if has_hint else str(rng.choice(list(styles), p=list(styles.values())))
     if not has_hint:
         del row["hint"]
     if style == "hasty":
@@ -408,7 +419,7 @@ def make_rows(rng, split, i, seconds_range):
     """
     -> the rows of a clip, its seconds
 
-    A clip has one row, but QUESTIONS_PER_CLIP in sft.jsonl: who sees a clip with one answer only learns
+    A clip has one row, but in sft.jsonl one of each kind: who sees a clip with one answer only learns
     that answer by heart.
     """
     kind, question, seconds = make_clip(rng, split, i, seconds_range)
@@ -416,7 +427,7 @@ def make_rows(rng, split, i, seconds_range):
     if split == "sft":
         for other in rng.permutation([other for other in KINDS if other != kind]):
             another = ask(rng, str(other), seconds)
-            if another is not None and len(questions) < QUESTIONS_PER_CLIP:
+            if another is not None:
                 questions[str(other)] = another
 
     name = f"{split}-{i:05d}"
@@ -434,6 +445,22 @@ def make_rows(rng, split, i, seconds_range):
             add_reasoning(rng, row, seconds, question)
         rows.append(row)
     return rows, seconds
+
+
+def make_told_row(rng, i, seconds_range):
+    """-> a row of the cold start without a clip: the question says what happens in each second"""
+    kind, question, seconds = make_clip(rng, "sft", i, seconds_range)
+    told = ". ".join(describe(pair) for pair in seconds)
+    row = {
+        "prompt_id": f"hands-told-{i:05d}",
+        **question.fields,
+        "images": [BLANK],
+        "events": [describe(pair) for pair in seconds],
+        "kind": kind,
+    }
+    add_reasoning(rng, row, seconds, question, styles={"full": 1.0})
+    row["question"] = f"A clip: {told}. {row['question']}"
+    return row
 
 
 def best_blind_guess(rows):
@@ -503,7 +530,12 @@ def write_clip(path, seconds, people, rng):
 
 
 def write_split(folder, split, num_clips, people, seconds_range, seed):
-    """Writes folder/SPLIT.jsonl and its clips -> the rows"""
+    """
+    Writes folder/SPLIT.jsonl and its clips -> the rows
+
+    The cold start also gets TOLD_PER_CLIP rows without a clip for each clip. They cost nothing, and teach
+    how an answer follows from what happens: the clips are too few for that.
+    """
     splits = ["sft", "train", "people", "combinations"]
     rng = np.random.default_rng([seed, splits.index(split)])
     # a generator for each file: the number of clips in one does not change another
@@ -512,6 +544,10 @@ def write_split(folder, split, num_clips, people, seconds_range, seed):
         clip_rows, seconds = make_rows(rng, split, i, seconds_range)
         write_clip(folder / clip_rows[0]["video"], seconds, people, rng)
         rows += clip_rows
+    if split == "sft":
+        blank = torch.zeros(3, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
+        (folder / BLANK).write_bytes(encode_picture(blank))
+        rows += [make_told_row(rng, i, seconds_range) for i in range(TOLD_PER_CLIP * num_clips)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{split}.jsonl").write_text(text)
     return rows
