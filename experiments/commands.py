@@ -44,7 +44,7 @@ def long_task(name, samples):
 HANDS = (
     f"kept-features --stage 2 {NO_SAVES} --model runs/experiments/hands-sft/final "
     "--data runs/experiments/hands/train.jsonl --eval-data runs/experiments/hands/people.jsonl "
-    "--max-frames 12 --max-audio-seconds 6 --max-new-tokens 80 --eval-samples 128"
+    "--max-frames 12 --max-audio-seconds 6 --max-new-tokens 120 --eval-samples 128"
 )
 
 # ---- methods -----------------------------------------------------------------------------------

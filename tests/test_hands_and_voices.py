@@ -240,7 +240,7 @@ def sft_rows(num_clips):
 
 def test_a_clip_of_the_cold_start_has_several_questions():
     rows = sft_rows(num_clips=70)
-    assert 270 < len(rows) <= 280  # a few clips have no fourth with a clear answer
+    assert 350 < len(rows) < 7 * 70  # not every clip has a clear answer to each kind
     assert len({row["video"] for row in rows}) == 70
     assert len({row["prompt_id"] for row in rows}) == len(rows)
     assert len({(row["video"], row["kind"]) for row in rows}) == len(rows)
@@ -250,7 +250,7 @@ def test_reasonings_are_imperfect_as_they_should_be():
     rows = sft_rows(num_clips=200)
     hasty = [row for row in rows if row["reasoning"].startswith("it seems")]
     others = [row for row in rows if row not in hasty]
-    assert 0.25 < len(hasty) / len(rows) < 0.4
+    assert 0.18 < len(hasty) / len(rows) < 0.3
     assert all(row["answer"] == solve(row) for row in others)
     assert sum(row["answer"] == solve(row) for row in hasty) < 0.4 * len(hasty)
     assert not any("hint" in row for row in hasty)
@@ -264,6 +264,25 @@ def answer_so_far(row, num_seconds):
         return "open"
 
 
+def difference_of(row, k):
+    """What second k is off: from the digit that the question names, else shown minus said, as text."""
+    shown, said = pairs_of(row)[k]
+    if row["kind"] == "sum":
+        return None
+    if row["kind"].startswith(("agree", "ever")):
+        return str(shown - said)
+    wanted = int(re.search(r"(\d)\?", row["question"])[1])
+    return str((shown if row["kind"] == "said while" else said) - wanted)
+
+
+def test_a_told_row_says_what_happens_and_has_no_clip():
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        row = hands_and_voices.make_told_row(rng, i, (3, 5))
+        assert row["answer"] == solve(row) and "video" not in row
+        assert all(event in row["question"] for event in row["events"])
+
+
 def test_each_line_notes_the_answer_so_far():
     num_lines = 0
     for row in sft_rows(num_clips=100):
@@ -271,11 +290,14 @@ def test_each_line_notes_the_answer_so_far():
         if not lines:  # hasty
             continue
         for line in lines:
-            second, event, note = re.fullmatch(r"(\d): (.*); (\w+)", line).groups()
+            second, event, difference, answer = re.fullmatch(
+                r"(\d): (.*); (?:off (-?\d), )?(\w+)", line
+            ).groups()
             assert event == row["events"][int(second) - 1]
-            assert note == answer_so_far(row, int(second)), row
+            assert difference == difference_of(row, int(second) - 1)
+            assert answer == answer_so_far(row, int(second)), row
             num_lines += 1
-        assert last == f"so {note}" == f"so {row['answer']}"
+        assert last == f"so {answer}" == f"so {row['answer']}"
         assert toy.judge(row, lines) == [1.0] * len(lines)  # a note is no part of what is judged
     assert num_lines > 700
 
@@ -291,7 +313,7 @@ def test_the_same_seed_writes_the_same_files(folders):
         assert text == (folders / "again" / f"{split}.jsonl").read_bytes()
         assert text != (folders / "other" / f"{split}.jsonl").read_bytes()
     clips = sorted((folders / "out/clips").iterdir())
-    assert len(clips) == 14 + 7 + 9 + 9
+    assert len(clips) == 14 + 7 + 9 + 9 + 1  # and the blank picture
     for clip in clips:
         assert clip.read_bytes() == (folders / "again/clips" / clip.name).read_bytes()
 
