@@ -91,7 +91,7 @@ FRAME_SIZE = 112  # pixels, both sides; the model is shown fewer (--max-pixels)
 AUDIO_RATE = 16000  # samples/s of the clips
 MAX_VOICE = int(0.9 * AUDIO_RATE)  # samples of a recording that fit into its second
 DIGITS = range(10)
-BLANK = "clips/blank.jpg"  # the picture of a row without a clip
+BLANK_PICTURE = "clips/blank.jpg"  # the picture of a row without a clip
 TOLD_PER_CLIP = 9
 SHARE_OF_HELD_OUT_HANDS = 0.2
 NUM_HELD_OUT_SPEAKERS = 2  # of six, the last by name
@@ -454,7 +454,7 @@ def make_told_row(rng, i, seconds_range):
     row = {
         "prompt_id": f"hands-told-{i:05d}",
         **question.fields,
-        "images": [BLANK],
+        "images": [BLANK_PICTURE],
         "events": [describe(pair) for pair in seconds],
         "kind": kind,
     }
@@ -546,7 +546,7 @@ def write_split(folder, split, num_clips, people, seconds_range, seed):
         rows += clip_rows
     if split == "sft":
         blank = torch.zeros(3, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
-        (folder / BLANK).write_bytes(encode_picture(blank))
+        (folder / BLANK_PICTURE).write_bytes(encode_picture(blank))
         rows += [make_told_row(rng, i, seconds_range) for i in range(TOLD_PER_CLIP * num_clips)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{split}.jsonl").write_text(text)
