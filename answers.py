@@ -20,27 +20,27 @@ def split_completion(text):
     Takes a completion apart into its reasoning and its answer.
 
     text       str           the completion without its prompt; tags are lower case
-    returns    (think, answer), each stripped, None where absent or empty
-               think         from the first <think> to the last </think>
+    returns    (reasoning, answer), each stripped, None where absent or empty
+               reasoning     from the first <think> to the last </think>
                answer        the last innermost <answer>...</answer> after the last </think> [U12]
 
     Everything before the last </think> is reasoning, even if its <think> was part of the prompt.
     After a <think> that is not closed, everything is reasoning. Innermost means without a tag
     inside: <answer>A<answer>B</answer></answer> answers B (and fails the format).
     """
-    think = None
+    reasoning = None
     think_start = text.find("<think>")
     think_end = text.rfind("</think>")
     if 0 <= think_start < think_end:
-        think = text[think_start + len("<think>") : think_end].strip() or None
+        reasoning = text[think_start + len("<think>") : think_end].strip() or None
 
     tail = text if think_end < 0 else text[think_end + len("</think>") :]
     # max: without any </answer>, rfind's -1 would mean "all but the last character"
     answer_start = tail.rfind("<answer>", 0, max(0, tail.rfind("</answer>")))
     if answer_start < 0 or "<think>" in tail:
-        return think, None
+        return reasoning, None
     answer = tail[answer_start + len("<answer>") : tail.find("</answer>", answer_start)]
-    return think, answer.strip() or None
+    return reasoning, answer.strip() or None
 
 
 def parse_answer(text):

@@ -531,8 +531,8 @@ def main():
             # ---- advantages: a fresh completion against its group, a replayed one against R̄(q)
             fresh_advantages = [group_advantages(rewards_of(group)) for group in fresh]  # [GRPO.A]
             mean_rewards = torch.tensor([buffer.mean_reward(e.prompt_id) for e in replayed_entries])
-            replayed_advantages = replay_advantages(replayed_rewards, mean_rewards)  # [VCRS.A]
-            replayed_advantages = replayed_advantages.split([len(group) for group in replayed])
+            flat_advantages = replay_advantages(replayed_rewards, mean_rewards)  # [VCRS.A]
+            replayed_advantages = flat_advantages.split([len(group) for group in replayed])
 
             # ---- weights in J: the mean over all fresh, alpha times the mean over all replayed
             fresh_weight = 1 / max(len(flatten(fresh)), 1)  # [J.on]
