@@ -115,7 +115,8 @@ def judge(row, steps):
     """
     Stage 3's judge for the toy: is each reasoning step true of the clip?           [R.judge]
 
-    row      the prompt's row, with `events`
+    row      the prompt's row, with `events`; what follows `note_after` in a step, if the row has
+             this field, is a note of the writer and is not judged
     steps    list of str        the lines of the reasoning
     returns  list of float      1 if the step names a second and says what happens in it, else 0
     raises   UserError          the row has no events: it is not the toy's
@@ -129,7 +130,8 @@ def judge(row, steps):
     scores = []
     for step in steps:
         number, _, text = step.partition(":")
-        text, _, _ = text.partition(";")  # a note for oneself may follow
+        if "note_after" in row:
+            text, _, _ = text.partition(row["note_after"])
         number = number.strip()
         names_a_second = number.isdecimal() and 1 <= int(number) <= len(events)
         is_true = names_a_second and text.strip() == events[int(number) - 1]

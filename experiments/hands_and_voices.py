@@ -439,6 +439,7 @@ def make_rows(rng, split, i, seconds_range):
             "video": f"clips/{name}.mp4",
             "use_audio": True,
             "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
+            "note_after": ";",
             "kind": kind,
         }
         if split == "sft":
