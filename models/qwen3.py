@@ -91,7 +91,11 @@ def inputs(processor, config, text, clip, name):
     if "pixel_values_videos" in batch:
         seconds = torch.as_tensor(batch["video_second_per_grid"])
         pair = processor.video_processor.temporal_patch_size / clip.fps
-        assert torch.equal(seconds, torch.tensor([pair])), f"{name}: {seconds} s a pair, not {pair}"
+        if not torch.equal(seconds, torch.tensor([pair])):
+            raise UserError(
+                f"{name}: the processor counts {seconds.tolist()} s for a pair of frames, not {pair}: "
+                "install the transformers of requirements.txt"
+            )
     return qwen.from_batch(Thinker, config, batch, use_audio=clip.use_audio)
 
 
