@@ -362,18 +362,17 @@ EXPERIMENTS["stage3"] = {
 
 # ---- hands and voices ---------------------------------------------------------------------------
 
-# all three take as many optimizer steps and make 32 completions a step (AVATAR 32 more in its first)
+# all take as many optimizer steps and make 32 completions a step (AVATAR 32 more in its first)
 HANDS_METHODS = {
     "GRPO": "--algo grpo --prompts-per-step 4",
     "no replay": "--algo grpo --num-on 4 --prompts-per-step 8",
     "AVATAR": "--prompts-per-step 8",
 }
-# the learning rate is the toy's, tuned for none of them
-EXPERIMENTS["hands"] = {
-    method: f"{HANDS} --steps 16 --eval-every 8 {words} --lr 1e-4"
-    for method, words in HANDS_METHODS.items()
+EXPERIMENTS["tune-hands"] = {
+    f"{method}, lr {lr}": f"{HANDS} --steps 16 --eval-every 8 {flags} --lr {lr}"
+    for method, flags in HANDS_METHODS.items()
+    for lr in ("5e-5", "1e-4", "2e-4")
 }
-
 # ---- seeds -------------------------------------------------------------------------------------
 
 SEEDS = {}
