@@ -37,7 +37,11 @@ from run.launch import run_main
 # accuracy, of the power calculation: the differences that are claimed are about so large
 EFFECT = 0.02
 MIN_SEEDS_FOR_POWER = 5
-BUSY_MACHINE = ["control", "hands"]  # run beside other work: their seconds say nothing
+BUSY_MACHINE = [
+    "control",
+    "hands",
+    "tune-hands",
+]  # run beside other work: their seconds say nothing
 
 TITLES = {
     "control": "The default run's first 40 steps, at equal completions and optimizer steps",
@@ -60,6 +64,7 @@ TITLES = {
     "tune-sparse": "What was tried, rare rewards",
     "tune-ratio": "Clips that were tried with one ratio a completion",
     "hands": "Hands and voices: clips of real recordings",
+    "tune-hands": "What was tried, hands and voices",
 }
 
 # which differences are reported: (label, minus this one); other labels: minus REFERENCE's
@@ -92,7 +97,11 @@ PAIRS = {
     "sparse": METHODS,
     "ratio-long": ONE_RATIO,
     "ratio-longer": ONE_RATIO,
-    "hands": METHODS,
+    "hands": [
+        *METHODS,
+        ("AVATAR", "AVATAR, uniform weights"),
+        ("AVATAR", "AVATAR, no hints"),
+    ],
 }
 # also reported here: each label's end minus its start, the accuracy before training
 FROM_START = ["hands"]
