@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import toy
-from data.media_flags import add_media_flags, media_config_from
+from data.media_flags import add_media_flags, check_media_flags, media_config_from
 from evaluation import benchmarks, tables
 from evaluation.protocol import (
     AUTHORS_MAX_NEW_TOKENS,
@@ -108,6 +108,7 @@ def parse_args(argv=None):
     add_media_flags(parser, keeps_clips=False)
 
     args, source = arguments.parse(parser, argv, overrides)
+    check_media_flags(args)
     arguments.check_bounds(args, seed=0, temperature=0, batch_size=1, html=0, max_new_tokens=1)
     if args.benchmark and not args.root:
         parser.error("--benchmark needs --root, the folder that holds the benchmarks")

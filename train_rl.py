@@ -25,7 +25,7 @@ import math
 
 import rewards
 import toy
-from data.media_flags import add_media_flags, media_config_from
+from data.media_flags import add_media_flags, check_media_flags, media_config_from
 from run import arguments
 from run.errors import UserError
 
@@ -117,6 +117,7 @@ def parse_args(argv=None):
     reward_weights = arguments.parse_weights("--reward-weights", args.reward_weights, rewards.PARTS)
     if "judge" in reward_weights and not args.judge:
         raise UserError("the judge part of the reward needs --judge: a URL or a folder")
+    check_media_flags(args)
     arguments.check_bounds(
         args,
         **arguments.BOUNDS,

@@ -13,7 +13,7 @@ import run.before_torch  # noqa: F401  must come before torch
 import argparse
 
 import toy
-from data.media_flags import add_media_flags, media_config_from
+from data.media_flags import add_media_flags, check_media_flags, media_config_from
 from run import arguments
 from run.packing import pack_sizes
 
@@ -42,6 +42,7 @@ def parse_args(argv=None):
             yield "toy", toy.OVERRIDES["media"] | toy.OVERRIDES["sft"]
 
     args, source = arguments.parse(parser, argv, overrides)
+    check_media_flags(args)
     arguments.check_bounds(args, **arguments.BOUNDS, batch_size=1)
     return args, source
 

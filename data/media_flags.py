@@ -51,12 +51,17 @@ def add_media_flags(parser, keeps_clips=True):
         flag("--cache-gb", type=float, default=4.0, help="GB of decoded or encoded clips in memory")
 
 
-def media_config_from(args):
-    """The flags of add_media_flags -> MediaConfig. raises UserError"""
+def check_media_flags(args):
+    """raises UserError"""
     check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
     check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if args.max_frames % 2:
         raise UserError(f"--max-frames {args.max_frames}: give an even number: frames go in pairs")
+
+
+def media_config_from(args):
+    """The flags of add_media_flags -> MediaConfig. raises UserError"""
+    check_media_flags(args)
     return MediaConfig(
         fps=args.fps,
         max_frames=args.max_frames,

@@ -522,12 +522,12 @@ def test_cold_start_and_two_steps_of_rl(folders, tmp_path):
     )
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 2 and "eval/acc" in json.loads(metrics[-1])
-    launch(
-        "eval.py",
-        *("--model", tmp_path / "run", "--data", out / "people.jsonl", "--without", "sound"),
-        *("--max-new-tokens", 16, "--html", 3, "--out", tmp_path / "scores", *media[:4]),
-    )
-    assert (tmp_path / "scores/items.html").exists()
+    scoring = ("--model", tmp_path / "run", "--data", out / "people.jsonl", "--max-new-tokens", 16)
+    full, muted = tmp_path / "scores/full", tmp_path / "scores/video"
+    launch("eval.py", *scoring, *media[:4], "--html", 3, "--out", full)
+    flags = ("--without", "sound", "--baseline", full, "--out", muted)
+    launch("eval.py", *scoring, *media[:4], *flags)
+    assert (tmp_path / "scores/full/items.html").exists()
 
 
 # ---- bad input
