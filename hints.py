@@ -13,7 +13,7 @@ import torch
 
 def behavior_kl(logprobs, old_logprobs, completion_mask):
     """
-    KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(y_t) - log b(y_t)      [HINT.KL]
+    KL(b || pi) ~ mean_t [exp(d_t) - 1 - d_t],   d_t = log pi(c_t) - log b(c_t)      [HINT.KL]
     How far the present policy has moved away from the one that sampled these completions.
 
     logprobs         (N, T) float         nats, present policy
@@ -80,10 +80,10 @@ class HintSchedule:
         if tier not in ("hard", "medium", "easy"):
             raise ValueError(f"unknown tier {tier!r} of {prompt_id}")
         could_enter = self.needs_kl(prompt_id, tier, solved)
-        is_unsolved = tier == "hard" and not solved
-        self._visits[prompt_id] = self._visits.get(prompt_id, 0) + 1 if is_unsolved else 0
+        is_stuck = tier == "hard" and not solved
+        self._visits[prompt_id] = self._visits.get(prompt_id, 0) + 1 if is_stuck else 0
         if prompt_id in self._active:
-            if not is_unsolved:
+            if not is_stuck:
                 del self._active[prompt_id]
                 self.withdrawn += 1
                 return "withdrawn"

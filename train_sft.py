@@ -82,7 +82,7 @@ def encode_completion(builder, row):
 @out_of_memory_advice("the update: lower --micro-tokens, also with --resume")
 def add_gradient(policy, prompts, completions, micro_tokens):
     """
-    loss = - sum_t log pi(o_t | q, o_<t) / N,  N completion tokens of the whole step
+    loss = - sum_t log pi(c_t | q, c_<t) / N,  N completion tokens of the whole step
     Adds its gradient to the policy's parameters.
 
     prompts      list of Prompt, this rank's

@@ -82,9 +82,9 @@ def rollout(
     [D3] Nothing is truncated (no top-k, no top-p): the recorded log-probs are those of the full
     distribution that was sampled, which is what `completion_logprobs` recomputes.
     """
-    replay = policy.expert_replay
-    if replay:
-        replay.release()
+    expert_replay = policy.expert_replay
+    if expert_replay:
+        expert_replay.release()
     completions = []
     wave_size = prompts_at_once or len(prompts)
     with unsharded(policy):
@@ -102,8 +102,8 @@ def rollout(
                 prefix=prefix,
                 on_token=on_token,
             )
-    if replay:
-        replay.remember(prompts, completions)
+    if expert_replay:
+        expert_replay.remember(prompts, completions)
     return completions
 
 
@@ -132,9 +132,9 @@ def decode_together(
     eos = torch.tensor(eos_ids, device=device)
     noise = draw_noise(num_completions, max_new_tokens, seeds).to(device)  # (B G + 1, T)
     samples = SampleBuffer(padding + 1, max_new_tokens, device)
-    replay = policy.expert_replay
-    if replay:
-        samples.make_room_for_experts(replay.num_layers, replay.num_chosen)
+    expert_replay = policy.expert_replay
+    if expert_replay:
+        samples.make_room_for_experts(expert_replay.num_layers, expert_replay.num_chosen)
     num_alive = len(completion_index)
     count_alive = DelayedScalar()
     compact_below = COMPACT_BELOW_ON_GPU if completion_index.is_cuda else COMPACT_BELOW
@@ -169,7 +169,7 @@ def decode_together(
         if fused is not None:
             hidden = fused(embeds, position_ids, attention)
         else:
-            with replay.recording() if replay else nullcontext() as chosen:
+            with expert_replay.recording() if expert_replay else nullcontext() as chosen:
                 outputs = policy.thinker.model.language_model(
                     inputs_embeds=embeds,
                     position_ids=position_ids,
@@ -177,7 +177,7 @@ def decode_together(
                     shared=attention,
                 )
             hidden = outputs.last_hidden_state[:, -1]
-            if replay:
+            if expert_replay:
                 experts = torch.stack(chosen, dim=1).byte()  # (rows, J, k)
         return float32_logits(policy.thinker.lm_head, hidden), experts
 
@@ -210,7 +210,7 @@ def decode_together(
         elif decode is decode_plainly:
             decode = capture(decode_plainly, inputs)
         logits, experts = decode(*inputs)
-        if replay:
+        if expert_replay:
             samples.experts[completion_index, step] = experts
     return samples.completions(num_completions)
 

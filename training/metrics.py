@@ -16,7 +16,7 @@ from data.rows import stable_hash
 from run.processes import all_gather_object
 
 METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
-    "step": "optimizer steps so far",
+    "step": "steps so far: rollouts, each with --updates-per-rollout optimizer steps",
     "completions_generated": "fresh completions so far, also hinted ones, unjudged ones, and more where too little is stored [U6]",
     "loss": "-J, see [J]",
     "reward": "mean of R over fresh completions, R = sum_k w_k r_k [R.stage]",
@@ -29,7 +29,7 @@ METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
     "frac_reward_zero_std": "share of fresh groups with all R equal: the vanishing advantage [GRPO.A]",
     "advantage_std": "std of A over fresh and replayed completions",
     "advantage_zero_frac": "share of fresh and replayed completions with A = 0 exactly",
-    "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; A = 0 in none",
+    "advantage_hist": "completions by A, 60 bins of 0.1 from -3 to 3, the ends open; those with A = 0 are in no bin",
     "kl": "mean over completions of mean_t KL_t, an estimate of KL(pi ‖ ref), nats [KL]",
     "entropy": "mean over the update's fresh completions (if none: replayed) of mean_t entropy, nats",
     "clip_frac": "mean over completions of the share of tokens whose gradient is cut",
@@ -64,7 +64,7 @@ METRICS = {  # name -> formula or meaning; docs/metrics.md's table is this one
     "time/rollout_s": "seconds of sampling",
     "time/update_s": "seconds of log-probs, backward passes and the optimizer",
     "time/judge_s": "seconds from the first question to the judge to its last answer; rank 0",
-    "time/judge_wait_s": "seconds of them in which the loop had to wait",
+    "time/judge_wait_s": "the part of time/judge_s in which the loop had to wait",
     "eval/acc": "share of right answers on held-out rows, at --temperature",
     "eval/before": "the same before the first step",
 }
