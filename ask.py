@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 import toy
-from data.media_flags import add_media_flags, media_config_from
+from data.media_flags import add_media_flags, check_media_flags, media_config_from
 from data.rows import INSTRUCTIONS
 from run import arguments
 from run.errors import UserError
@@ -69,6 +69,7 @@ def parse_args(argv=None):
     add_media_flags(parser, keeps_clips=False)
 
     args, source = arguments.parse(parser, argv, overrides)
+    check_media_flags(args)
     arguments.check_bounds(args, samples=1, seed=0, temperature=0, batch_size=1, max_new_tokens=1)
     if bool(args.words) == bool(args.data):
         parser.error("give a file to ask about, or --data with rows")

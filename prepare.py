@@ -18,7 +18,7 @@ import run.before_torch  # noqa: F401  must come before torch
 import argparse
 
 from data import converters
-from data.media_flags import add_media_flags, media_config_from
+from data.media_flags import add_media_flags, check_media_flags, media_config_from
 from run.arguments import PARSER, answer_early, check_bounds
 from run.errors import UserError
 
@@ -154,6 +154,7 @@ def parse_args(argv=None):
     )
 
     args = parser.parse_args(argv)
+    check_media_flags(args)
     if args.command in ("captions", "hints"):
         check_bounds(args, concurrency=1, retries=0, timeout=0.001)
     if args.command == "hints":

@@ -52,7 +52,7 @@ def add_media_flags(parser, keeps_clips=True):
 
 
 def check_media_flags(args):
-    """raises UserError"""
+    """Each command calls it where it parses its flags. raises UserError"""
     check_bounds(args, fps=1e-3, max_frames=2, max_pixels=28 * 28)
     check_bounds(args, max_audio_seconds=0.1, max_prompt_tokens=1)
     if args.max_frames % 2:
@@ -60,8 +60,7 @@ def check_media_flags(args):
 
 
 def media_config_from(args):
-    """The flags of add_media_flags -> MediaConfig. raises UserError"""
-    check_media_flags(args)
+    """The flags of add_media_flags -> MediaConfig"""
     return MediaConfig(
         fps=args.fps,
         max_frames=args.max_frames,

@@ -373,12 +373,15 @@ EXPERIMENTS["tune-hands"] = {
     for method, flags in HANDS_METHODS.items()
     for lr in ("5e-5", "1e-4", "2e-4")
 }
-# each at its best of tune-hands; two epochs
-HANDS_AVATAR = f"{HANDS} --steps 32 --eval-every 8 {HANDS_METHODS['AVATAR']} --lr 2e-4"
+# two epochs, each method at its best of tune-hands
+HANDS_LR = {"GRPO": "1e-4", "no replay": "1e-4", "AVATAR": "2e-4"}
+HANDS_RUNS = {
+    method: f"{HANDS} --steps 32 --eval-every 8 {flags} --lr {HANDS_LR[method]}"
+    for method, flags in HANDS_METHODS.items()
+}
+HANDS_AVATAR = HANDS_RUNS["AVATAR"]
 EXPERIMENTS["hands"] = {
-    "GRPO": f"{HANDS} --steps 32 --eval-every 8 {HANDS_METHODS['GRPO']} --lr 1e-4",
-    "no replay": f"{HANDS} --steps 32 --eval-every 8 {HANDS_METHODS['no replay']} --lr 1e-4",
-    "AVATAR": HANDS_AVATAR,
+    **HANDS_RUNS,
     "AVATAR, uniform weights": f"{HANDS_AVATAR} --tas-shape uniform",
     "AVATAR, no hints": f"{HANDS_AVATAR} --no-hints",
 }

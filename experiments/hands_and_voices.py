@@ -415,6 +415,17 @@ def make_clip(rng, split, i, seconds_range):
     return kind, question, seconds
 
 
+def row_of(prompt_id, kind, question, seconds, media):
+    return {
+        "prompt_id": prompt_id,
+        **question.fields,
+        **media,
+        "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
+        "note_after": ";",
+        "kind": kind,
+    }
+
+
 def make_rows(rng, split, i, seconds_range):
     """
     -> the rows of a clip, its seconds
@@ -433,15 +444,9 @@ def make_rows(rng, split, i, seconds_range):
     name = f"{split}-{i:05d}"
     rows = []
     for kind, question in questions.items():
-        row = {
-            "prompt_id": f"hands-{name}" if split != "sft" else f"hands-{name}-{len(rows)}",
-            **question.fields,
-            "video": f"clips/{name}.mp4",
-            "use_audio": True,
-            "events": [describe(pair) for pair in seconds],  # what the judge of --judge toy knows
-            "note_after": ";",
-            "kind": kind,
-        }
+        prompt_id = f"hands-{name}" if split != "sft" else f"hands-{name}-{len(rows)}"
+        media = {"video": f"clips/{name}.mp4", "use_audio": True}
+        row = row_of(prompt_id, kind, question, seconds, media)
         if split == "sft":
             add_reasoning(rng, row, seconds, question)
         rows.append(row)
@@ -451,16 +456,9 @@ def make_rows(rng, split, i, seconds_range):
 def make_told_row(rng, i, seconds_range):
     """-> a row of the cold start without a clip: the question says what happens in each second"""
     kind, question, seconds = make_clip(rng, "sft", i, seconds_range)
-    told = ". ".join(describe(pair) for pair in seconds)
-    row = {
-        "prompt_id": f"hands-told-{i:05d}",
-        **question.fields,
-        "images": [BLANK_PICTURE],
-        "events": [describe(pair) for pair in seconds],
-        "kind": kind,
-    }
+    row = row_of(f"hands-told-{i:05d}", kind, question, seconds, {"images": [BLANK_PICTURE]})
     add_reasoning(rng, row, seconds, question, styles={"full": 1.0})
-    row["question"] = f"A clip: {told}. {row['question']}"
+    row["question"] = f"A clip: {'. '.join(row['events'])}. {row['question']}"
     return row
 
 

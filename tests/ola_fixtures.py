@@ -304,10 +304,20 @@ class Spliced:
         self.meta = Meta()
 
     def __call__(self, ids, low, high, modality, mel, waves):
-        given = [torch.tensor([mel.shape[1]] * len(mel))], torch.tensor([len(mel)]), [waves]
+        lengths = torch.tensor([mel.shape[1]] * len(mel))
+        num_chunks = torch.tensor([len(mel)])
         prepare = self.meta.prepare_inputs_labels_for_speech_vision_text
         return prepare(
-            ids[None], None, None, None, None, [mel], *given, [low], [modality], None, [high]
+            ids[None],
+            *[None] * 4,
+            [mel],
+            [lengths],
+            num_chunks,
+            [waves],
+            [low],
+            [modality],
+            None,
+            [high],
         )[4][0]
 
 

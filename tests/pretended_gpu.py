@@ -170,7 +170,7 @@ def flash(
         if seqused_k is not None:
             assert seqused_k.dtype == torch.int32 and 0 < seqused_k[i] <= keys.stop - keys.start
             keys = slice(keys.start, keys.start + int(seqused_k[i]))
-        qkv = (x[None].transpose(1, 2) for x in (q[own], k[keys], v[keys]))
+        qkv = (heads_first(x) for x in (q[own], k[keys], v[keys]))
         run = aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = run(*qkv, dropout, causal and is_square(own, keys), scale=scale)
         outs[own], lses[:, own] = out[0].transpose(0, 1), lse[0]
@@ -197,14 +197,25 @@ def flash_backward(
     assert lse.is_contiguous() and grad.stride(-1) == 1
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for own, keys in sequences(ends_q, ends_k, longest_q, longest_k):
-        given = (x[None].transpose(1, 2) for x in (grad[own], q[own], k[keys], v[keys], out[own]))
-        run = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = run(
-            *given, lse[None, :, own], dropout, causal and is_square(own, keys), scale=scale
+        parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            heads_first(grad[own]),
+            heads_first(q[own]),
+            heads_first(k[keys]),
+            heads_first(v[keys]),
+            heads_first(out[own]),
+            lse[None, :, own],
+            dropout,
+            causal and is_square(own, keys),
+            scale=scale,
         )
         for x, where, part in zip(grads, (own, keys, keys), parts):
             x[where] += part[0].transpose(0, 1)
     return tuple(grads)
+
+
+def heads_first(x):
+    """(T, H, D) -> (1, H, T, D)"""
+    return x[None].transpose(1, 2)
 
 
 def is_square(own, keys):
